@@ -1,0 +1,57 @@
+"""totalfast: TotalSegmentator's models and command line, in one process and a fraction of the time.
+
+The public names are ``segment``, ``Session``, ``ArgmaxPredictor`` and the errors. Importing this
+package imports neither torch nor nibabel; the first call does.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from typing import TYPE_CHECKING, Any
+
+from totalfast.errors import (
+    InputError,
+    OptionError,
+    OutputError,
+    PredictionError,
+    TotalfastError,
+    UnsupportedError,
+    WeightsError,
+)
+
+if TYPE_CHECKING:
+    from totalfast.api import segment
+    from totalfast.predictor import ArgmaxPredictor
+    from totalfast.session import Session
+
+__all__ = [
+    "ArgmaxPredictor",
+    "InputError",
+    "OptionError",
+    "OutputError",
+    "PredictionError",
+    "Session",
+    "TotalfastError",
+    "UnsupportedError",
+    "WeightsError",
+    "segment",
+]
+
+__version__ = importlib.metadata.version("totalfast")
+
+_LAZY = {
+    "ArgmaxPredictor": "totalfast.predictor",
+    "Session": "totalfast.session",
+    "segment": "totalfast.api",
+}
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401
+    if name not in _LAZY:
+        raise AttributeError(f"module 'totalfast' has no attribute '{name}'")
+    return getattr(importlib.import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

@@ -1,0 +1,115 @@
+"""``totalfast.segment``: upstream's Python call.
+
+Only the signature is here; the work is done by the default ``Session``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from totalfast.session import default_session
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import nibabel as nib
+
+
+def segment(
+    input: str | Path | nib.Nifti1Image,  # noqa: A002 - upstream's name
+    output: str | Path | None = None,
+    *,
+    ml: bool = False,
+    nr_thr_resamp: int = 1,
+    nr_thr_saving: int = 6,
+    fast: bool = False,
+    nora_tag: str = "None",
+    preview: bool = False,
+    task: str = "total",
+    roi_subset: list[str] | None = None,
+    statistics: bool | str | Path = False,
+    radiomics: bool = False,
+    crop_path: Path | None = None,
+    body_seg: bool = False,
+    force_split: bool = False,
+    output_type: str | list[str] = "nifti",
+    quiet: bool = False,
+    verbose: bool = False,
+    test: int = 0,
+    skip_saving: bool = False,
+    device: str = "gpu",
+    license_number: str | None = None,
+    statistics_exclude_masks_at_border: bool = True,
+    no_derived_masks: bool = False,
+    v1_order: bool = False,
+    fastest: bool = False,
+    roi_subset_robust: list[str] | None = None,
+    stats_aggregation: str = "mean",
+    remove_small_blobs: bool | float = False,
+    statistics_normalized_intensities: bool = False,
+    robust_crop: bool = False,
+    higher_order_resampling_LEGACY: bool = False,  # noqa: N803 - upstream's name
+    higher_order_resampling: bool = False,
+    save_probabilities: Path | None = None,
+    debug: bool = False,
+    report: Path | None = None,
+    statistics_extra: bool = False,
+    save_lowres: bool = False,
+    resampling_order: int = 1,
+    plans: str = "nnUNetPlans",
+    model_size: str = "big",
+) -> nib.Nifti1Image:
+    """Segment one scan with one of TotalSegmentator's tasks.
+
+    Keywords, meanings and defaults are those of ``totalsegmentator.python_api.totalsegmentator``
+    (2.18.0). The first call loads the models, later ones with the same task reuse them.
+
+    Parameters
+    ----------
+    input
+        Path of a ``.nii`` or ``.nii.gz`` file, or a nibabel image.
+    output
+        Directory for one mask a class, or with ``ml`` the ``.nii.gz`` file of the label map. None
+        writes nothing.
+    ml
+        Write one label map instead of one mask a class.
+    nr_thr_resamp
+        Accepted for upstream's sake; all cores are used.
+    nr_thr_saving
+        Files that are written at a time, at most; the cores are the limit too.
+    fast, fastest
+        Use the 3 mm or the 6 mm model; ``fast`` wins.
+    task
+        Task name; ``totalfast --list-tasks`` shows them.
+    force_split
+        Predict in three pieces along z, as upstream does for very large images.
+    quiet, verbose
+        Show no progress bar; log more.
+    skip_saving
+        Write nothing even if ``output`` is given.
+    device
+        "gpu", "cpu", "mps" or "gpu:X"; an absent GPU becomes the CPU.
+    no_derived_masks
+        Do not write the body and skin masks of task "body".
+    save_lowres
+        With ``fast`` or ``fastest``: return and write the result on the model's grid.
+    resampling_order
+        Spline order, 0 to 5, for resampling the scan to the model's spacing.
+    plans
+        nnU-Net plans identifier.
+
+    Other keywords are upstream's and raise ``UnsupportedError`` unless they have their default.
+
+    Returns
+    -------
+        uint8 label map, (x, y, z) of the input's grid, 0 is background; its header is the
+        input's, with upstream's table of class names as an extension.
+
+    Raises
+    ------
+    TotalfastError
+        One of its kinds: the input, an option, the output path, or a model can't be used.
+    """
+    keywords = dict(locals())
+    scan, target = keywords.pop("input"), keywords.pop("output")
+    return default_session().segment(scan, target, **keywords)

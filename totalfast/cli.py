@@ -1,0 +1,285 @@
+"""The ``totalfast`` command: upstream's flags, and the only place that prints and exits.
+
+Nothing heavy is imported before a scan is segmented, so that ``--help``, ``--version``,
+``--list-tasks`` and ``--list-classes`` answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import totalfast
+from totalfast import upstream
+from totalfast.errors import OptionError, TotalfastError
+from totalfast.options import validate_device
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from types import FrameType
+
+CITATION = "If you use this tool please cite: https://pubs.rsna.org/doi/10.1148/ryai.230024"
+
+EXAMPLES = """\
+examples:
+  totalfast -i ct.nii.gz -o segmentations          one mask a structure
+  totalfast -i ct.nii.gz -o seg.nii.gz -ml         one label map
+  totalfast -i ct.nii.gz -o segmentations --fast   3 mm model, for a laptop
+  totalfast -i mr.nii.gz -o segmentations -ta total_mr
+
+The flags are TotalSegmentator's; those marked [not yet] are refused so far.
+Not a medical device. TotalSegmentator is by Jakob Wasserthal et al.; please cite
+https://pubs.rsna.org/doi/10.1148/ryai.230024 and nnU-Net."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.list_tasks:
+        print(upstream.format_tasks_table())
+        return 0
+    if args.list_classes is not None:
+        if args.list_classes not in upstream.TASKS:
+            parser.error(
+                f"unknown task '{args.list_classes}' for --list-classes. "
+                "Run --list-tasks to see all options."
+            )
+        print(upstream.format_classes_table(args.list_classes))
+        return 0
+    missing = [flag for flag, value in (("-i", args.input), ("-o", args.output)) if value is None]
+    if missing:
+        parser.error(
+            f"the following arguments are required for segmentation: {', '.join(missing)}"
+        )
+    _configure_output(quiet=args.quiet, verbose=args.verbose)
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        return _segment(args)
+    except TotalfastError as error:
+        if args.debug:
+            raise
+        print(f"ERROR: {error}", file=sys.stderr)
+        return 2 if isinstance(error, OptionError) else 1
+    except MemoryError:
+        if args.debug:
+            raise
+        print("ERROR: out of memory. Try --fast or --force_split.", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("Interrupted; nothing was saved.", file=sys.stderr)
+        return 130
+
+
+def _segment(args: argparse.Namespace) -> int:
+    logging.getLogger("totalfast").info("\n%s\n", CITATION)
+    keywords = vars(args).copy()
+    for name in ("list_tasks", "list_classes"):
+        del keywords[name]
+    keywords["statistics_exclude_masks_at_border"] = not keywords.pop("stats_include_incomplete")
+    keywords["output_type"] = _output_type(keywords["output_type"])
+    scan, output = keywords.pop("input"), keywords.pop("output")
+    totalfast.segment(scan, output, **keywords)
+    return 0
+
+
+def _output_type(values: list[str] | None) -> str | list[str]:
+    """Flatten ``-ot a,b c`` as upstream does; one type stays a string."""
+    types = [part for value in values or ["nifti"] for part in value.split(",")]
+    return types[0] if len(types) == 1 else types
+
+
+def _stop(signal_number: int, frame: FrameType | None) -> None:
+    """Turn SIGTERM into an exception, so that half-written files are removed."""
+    raise KeyboardInterrupt
+
+
+class _LineHandler(logging.Handler):
+    """Print records on stdout at once, above the progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        with tqdm.external_write_mode(file=sys.stdout):
+            print(self.format(record), flush=True)
+
+
+def _configure_output(*, quiet: bool, verbose: bool) -> None:
+    logger = logging.getLogger("totalfast")
+    logger.handlers = [_LineHandler()]
+    logger.propagate = False
+    logger.setLevel(logging.CRITICAL if quiet else logging.DEBUG if verbose else logging.INFO)
+
+
+def _path(text: str) -> Path:
+    return Path(text).absolute()
+
+
+def _device(value: str) -> str:
+    try:
+        return validate_device(value)
+    except OptionError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _positive(value: str) -> float:
+    number = float(value)
+    if number <= 0:
+        raise argparse.ArgumentTypeError("Value must be greater than 0.")
+    return number
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the parser: names, short forms, defaults and choices are upstream's."""
+    parser = argparse.ArgumentParser(
+        prog="totalfast",
+        description="Segment anatomical structures in CT and MR images with TotalSegmentator's "
+        "models: same flags, same files, same voxels, sooner.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_run_flags(parser)
+    _add_model_flags(parser)
+    _add_unsupported_flags(parser.add_argument_group("TotalSegmentator's other flags [not yet]"))
+    return parser
+
+
+def _add_run_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("-i", metavar="filepath", dest="input", type=_path, help="Scan: a .nii or .nii.gz file.")
+    add(
+        "-o",
+        metavar="directory",
+        dest="output",
+        type=_path,
+        help="Directory for the masks, or with --ml the .nii.gz file to write.",
+    )
+    add("-ml", "--ml", action="store_true", help="Write one label map for all classes.")
+    add("-ss", "--skip_saving", action="store_true", help="Write nothing.")
+    add(
+        "-sl",
+        "--save_lowres",
+        action="store_true",
+        help="With --fast or --fastest: write the result at the model's resolution.",
+    )
+    add(
+        "-ndm",
+        "--no_derived_masks",
+        action="store_true",
+        help="Task body: write no body and skin masks.",
+    )
+    add("-q", "--quiet", action="store_true", help="Print nothing.")
+    add("-v", "--verbose", action="store_true", help="Print more.")
+    add("--debug", action="store_true", help="Show the traceback of an error.")
+    add(
+        "-nr",
+        "--nr_thr_resamp",
+        type=int,
+        default=1,
+        help="Accepted for TotalSegmentator's sake; all cores are used.",
+    )
+    add(
+        "-ns",
+        "--nr_thr_saving",
+        type=int,
+        default=6,
+        help="Files written at a time, at most (default: 6).",
+    )
+    add(
+        "-lt",
+        "--list-tasks",
+        action="store_true",
+        dest="list_tasks",
+        help="List all tasks of TotalSegmentator and exit.",
+    )
+    add(
+        "-lc",
+        "--list-classes",
+        dest="list_classes",
+        nargs="?",
+        const="total",
+        metavar="task",
+        help="List the classes of a task and exit (default: total).",
+    )
+    add(
+        "--version",
+        action="version",
+        version=f"totalfast {totalfast.__version__} (TotalSegmentator {upstream.version()})",
+    )
+
+
+def _add_model_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "-ta",
+        "--task",
+        choices=upstream.TASKS,
+        metavar="task",
+        default="total",
+        help="What to segment (default: total); see --list-tasks.",
+    )
+    add("-f", "--fast", action="store_true", help="Use the 3 mm model: faster, coarser.")
+    add("-ff", "--fastest", action="store_true", help="Use the 6 mm model.")
+    add(
+        "-d",
+        "--device",
+        type=_device,
+        default="gpu",
+        help="'gpu' (default; the CPU where there is none), 'cpu', 'mps', or 'gpu:X'.",
+    )
+    add(
+        "-ro",
+        "--resampling_order",
+        type=int,
+        choices=range(6),
+        default=1,
+        metavar="0-5",
+        help="Spline order for resampling the scan (default: 1).",
+    )
+    add(
+        "-fs",
+        "--force_split",
+        action="store_true",
+        help="Predict in 3 pieces, for less memory on large scans.",
+    )
+
+
+def _add_unsupported_flags(group: Any) -> None:  # noqa: ANN401 - argparse's class is private
+    for flags in (
+        ("-p", "--preview"),
+        ("-rc", "--robust_crop"),
+        ("--higher_order_resampling_LEGACY", "--high_order_resampling_LEGACY"),
+        ("-ho", "--higher_order_resampling", "--high_order_resampling"),
+        ("-r", "--radiomics"),
+        ("-sii", "--stats_include_incomplete"),
+        ("-sx", "--statistics_extra"),
+        ("-bs", "--body_seg"),
+        ("-v1o", "--v1_order"),
+    ):
+        group.add_argument(*flags, action="store_true")
+    add = group.add_argument
+    add("-ot", "--output_type", nargs="+")
+    add("-t", "--nora_tag", default="None")
+    add("-ms", "--model_size", choices=["big", "small"], default="big")
+    add("-rs", "--roi_subset", nargs="+", metavar="class")
+    add("-rsr", "--roi_subset_robust", nargs="+", metavar="class")
+    add("-s", "--statistics", nargs="?", const=True, default=False, metavar="filepath")
+    add("-rp", "--report", type=_path, metavar="filepath")
+    add("-sa", "--stats_aggregation", choices=["mean", "median"], default="mean")
+    add("-cp", "--crop_path", type=_path)
+    add(
+        "-rmb",
+        "--remove_small_blobs",
+        nargs="?",
+        const=200.0,
+        default=False,
+        type=_positive,
+        metavar="mm3",
+    )
+    add("-sp", "--save_probabilities", type=_path)
+    add("-l", "--license_number")
+    add("--test", metavar="0|1|3", choices=[0, 1, 3], type=int, default=0)

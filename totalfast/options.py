@@ -1,0 +1,147 @@
+"""The options of one run, keyword for keyword upstream's, checked once.
+
+Knows names and rules; knows nothing of arrays or files' contents.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from totalfast.errors import OptionError, OutputError, UnsupportedError
+from totalfast.tasks import resolve_task
+
+if TYPE_CHECKING:
+    from totalfast.tasks import Task
+
+UNSUPPORTED_DEFAULTS: dict[str, Any] = {
+    "nora_tag": "None",
+    "preview": False,
+    "roi_subset": None,
+    "statistics": False,
+    "radiomics": False,
+    "crop_path": None,
+    "body_seg": False,
+    "output_type": "nifti",
+    "test": 0,
+    "license_number": None,
+    "statistics_exclude_masks_at_border": True,
+    "v1_order": False,
+    "roi_subset_robust": None,
+    "stats_aggregation": "mean",
+    "remove_small_blobs": False,
+    "statistics_normalized_intensities": False,
+    "robust_crop": False,
+    "higher_order_resampling_LEGACY": False,
+    "higher_order_resampling": False,
+    "save_probabilities": None,
+    "report": None,
+    "statistics_extra": False,
+    "model_size": "big",
+}
+"""Upstream's keywords that totalfast does not support yet, and the values that need no support."""
+
+DEVICE_PATTERN = re.compile(r"^(gpu|cpu|mps|gpu:\d+)$")
+
+
+def validate_device(value: str) -> str:
+    """Return ``value`` if it names a device as upstream does.
+
+    Raises
+    ------
+    OptionError
+        If it does not.
+    """
+    if not DEVICE_PATTERN.match(value):
+        raise OptionError(
+            f"Invalid device type: '{value}'. Must be 'gpu', 'cpu', 'mps', or 'gpu:X' where X is "
+            "an integer representing the GPU device ID."
+        )
+    return value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """Options of a run; names, meanings and defaults are those of ``totalsegmentator()``."""
+
+    ml: bool = False
+    nr_thr_resamp: int = 1
+    nr_thr_saving: int = 6
+    fast: bool = False
+    fastest: bool = False
+    task: str = "total"
+    force_split: bool = False
+    quiet: bool = False
+    verbose: bool = False
+    skip_saving: bool = False
+    device: str = "gpu"
+    no_derived_masks: bool = False
+    debug: bool = False
+    save_lowres: bool = False
+    resampling_order: int = 1
+    plans: str = "nnUNetPlans"
+
+    def __post_init__(self) -> None:
+        validate_device(self.device)
+        if self.save_lowres and not (self.fast or self.fastest):
+            raise OptionError("save_lowres only works together with fast or fastest mode.")
+        if self.resampling_order not in range(6):
+            raise OptionError(
+                f"resampling_order must be between 0 and 5, not {self.resampling_order}."
+            )
+        for name in ("nr_thr_resamp", "nr_thr_saving"):
+            if getattr(self, name) < 1:
+                raise OptionError(f"{name} must be at least 1, not {getattr(self, name)}.")
+
+    @classmethod
+    def from_keywords(cls, keywords: dict[str, Any]) -> Options:
+        """Take upstream's keywords.
+
+        Raises
+        ------
+        UnsupportedError
+            If one of them asks for what totalfast can't do yet.
+        OptionError
+            If one of them is unknown or makes no sense.
+        """
+        own = {field.name for field in fields(cls)}
+        for name, value in keywords.items():
+            if name in UNSUPPORTED_DEFAULTS:
+                if value != UNSUPPORTED_DEFAULTS[name]:
+                    raise UnsupportedError(
+                        f"{name}={value!r} is not supported yet; use TotalSegmentator for it."
+                    )
+            elif name not in own:
+                raise OptionError(f"unknown option '{name}'.")
+        return cls(**{name: value for name, value in keywords.items() if name in own})
+
+    def resolved_task(self) -> Task:
+        """Look up the task at the resolution that was asked for."""
+        return resolve_task(self.task, fast=self.fast, fastest=self.fastest, plans=self.plans)
+
+
+def check_output(output: Path, *, ml: bool) -> None:
+    """Refuse an output path that can't be written, before any work is done.
+
+    Raises
+    ------
+    OutputError
+        If a multilabel path is no NIfTI name or is a directory, or a directory's place is taken.
+    """
+    if ml:
+        if output.is_dir():
+            raise OutputError(
+                f"{output} is a directory; with --ml give the file to write, "
+                f"for example {output / 'segmentation.nii.gz'}."
+            )
+        if not output.name.endswith((".nii", ".nii.gz")):
+            raise OutputError(f"{output} must end in .nii.gz or .nii to be written with --ml.")
+    elif output.exists() and not output.is_dir():
+        raise OutputError(f"{output} is a file; without --ml give a directory for the masks.")
+    for parent in output.parents:
+        if parent.exists():
+            if not parent.is_dir():
+                raise OutputError(f"{parent} is a file, so {output} can't be made in it.")
+            break

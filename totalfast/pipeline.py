@@ -1,0 +1,272 @@
+"""The line that a scan runs along, from file to masks; each step is a module of ``stages``.
+
+Knows in which order things happen, what is said meanwhile, and nothing of how they are done.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import nibabel as nib
+import numpy as np
+from nibabel.orientations import axcodes2ornt, ornt_transform
+
+from totalfast.export import nearest_to_scanner_grid
+from totalfast.progress import Progress
+from totalfast.stages.clean import clean_labels, skin_mask
+from totalfast.stages.merge import merge_part, thirds, wants_split, whole
+from totalfast.stages.read import read_image
+from totalfast.stages.resample import to_model_grid
+from totalfast.stages.write import PendingFiles, label_image, write_labels, write_masks
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from concurrent.futures import Future
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from totalfast.options import Options
+    from totalfast.session import Session
+    from totalfast.stages.read import ScannerImage
+    from totalfast.stages.resample import ModelImage
+    from totalfast.tasks import Task
+    from totalfast.weights import Model
+
+logger = logging.getLogger(__name__)
+
+
+def run(
+    source: str | Path | nib.Nifti1Image,
+    output: Path | None,
+    *,
+    options: Options,
+    session: Session,
+) -> nib.Nifti1Image:
+    """Segment one scan.
+
+    Parameters
+    ----------
+    source
+        Path of a NIfTI file, or an image.
+    output
+        Directory of the masks, or file of the label map; None writes nothing.
+    options
+        What to do.
+    session
+        Where models are kept.
+
+    Returns
+    -------
+        uint8 label map on the scanner grid (on the model grid with ``save_lowres``), with the
+        scan's header and a table of the class names.
+    """
+    began = time.perf_counter()
+    task = options.resolved_task()
+    if task.resolution != "default" and task.spacing_mm is not None:
+        logger.info(
+            "Using '%s' option: resampling to lower resolution (%dmm)",
+            task.resolution,
+            int(task.spacing_mm[0]),
+        )
+    models = [session.load(task, part, device=options.device) for part in task.parts]
+    with Progress(disable=options.quiet) as progress:
+        progress.stage("Reading")
+        image = read_image(source)
+        work = Work.of(image, task, device=options.device)
+        progress.expect(work.total)
+        progress.advance(work.read)
+
+        progress.stage("Resampling")
+        with _timed("Resampling...", "  Resampled in"):
+            model_image = to_model_grid(
+                image,
+                spacing_mm=task.spacing_mm,
+                order=options.resampling_order,
+                threads=_cores(),
+            )
+        logger.debug("  from shape %s to shape %s", image.grid.shape, model_image.grid.shape)
+        progress.advance(work.resample)
+        if not _writes_skin(task, options):
+            image = image.without_voxels()
+
+        with _timed(None if task.several_models else "Predicting...", "  Predicted in"):
+            labels = predict(model_image, task, models, options, session, progress, work)
+        labels = clean_labels(
+            labels,
+            task=task.name,
+            classes=task.classes,
+            voxel_mm3=float(np.prod(model_image.grid.stored().spacing_mm)),
+        )
+
+        progress.stage("Restoring")
+        result = restore(labels, model_image, image, options, task.classes)
+        progress.advance(work.restore)
+
+        saves = output is not None and not options.skip_saving
+        if saves:
+            progress.stage("Saving")
+            save(result, output, image=image, task=task, options=options)
+    what = "label map" if options.ml else f"{len(task.classes)} masks"
+    where = f"{what} in {output}" if saves else "nothing was saved"
+    logger.info("Done in %.1f s: %s", time.perf_counter() - began, where)
+    return result
+
+
+def predict(
+    model_image: ModelImage,
+    task: Task,
+    models: list[Future[Model]],
+    options: Options,
+    session: Session,
+    progress: Progress,
+    work: Work,
+) -> NDArray[np.uint8]:
+    """Run all of a task's models and join their labels: uint8, (z, y, x), model grid."""
+    from totalfast.stages.predict import predict_part
+
+    slices = model_image.voxels.shape[0]
+    pieces = whole(slices)
+    if options.force_split or wants_split(
+        model_image.grid.shape, several_models=task.several_models
+    ):
+        logger.info("Splitting into subparts...")
+        pieces = thirds(slices)
+    spacing_zyx = [float(mm) for mm in model_image.grid.spacing_mm[::-1]]
+    labels = np.zeros(model_image.voxels.shape, dtype=np.uint8)
+    for index, (part, future) in enumerate(zip(task.parts, models, strict=True)):
+        if task.several_models:
+            logger.info("Predicting part %d of %d ...", index + 1, len(task.parts))
+        progress.stage("Loading model")
+        model = future.result()
+        progress.stage(f"Predicting {index + 1}/{len(task.parts)}")
+        tiles = [
+            plan_tiles(model_image.voxels[piece.predicted].shape, model.patch_size, task.tile_step)
+            for piece in pieces
+        ]
+        tile_share = 1.0 / sum(tile.count for tile in tiles)
+        for piece in pieces:
+            with session.predicting:
+                found = predict_part(
+                    model_image.voxels[piece.predicted],
+                    spacing_mm=spacing_zyx,
+                    model=model,
+                    step=task.tile_step,
+                    on_tile=partial(progress.advance, work.part * tile_share),
+                )
+            if part.labels is None:
+                labels[piece.kept] = found[piece.inside]
+            else:
+                merge_part(labels[piece.kept], found[piece.inside], part.labels)
+    return labels
+
+
+def restore(
+    labels: NDArray[np.uint8],
+    model_image: ModelImage,
+    image: ScannerImage,
+    options: Options,
+    names: Mapping[int, str],
+) -> nib.Nifti1Image:
+    """Bring labels (z, y, x) to the scanner grid, or only to the scan's axes with save_lowres."""
+    if options.save_lowres:
+        lowres = nib.Nifti1Image(labels.T, model_image.grid.stored().affine)
+        lowres = lowres.as_reoriented(
+            ornt_transform(axcodes2ornt("RAS"), image.grid.orientation)
+        )
+        voxels = np.asfortranarray(lowres.dataobj)
+        return label_image(voxels, affine=lowres.affine, header=lowres.header, names=names)
+    with _timed("Resampling...", "  Resampled in"):
+        voxels = nearest_to_scanner_grid(labels, scanner=image.grid, threads=_cores())
+    return label_image(voxels, affine=image.grid.affine, header=image.header, names=names)
+
+
+def save(
+    result: nib.Nifti1Image, output: Path, *, image: ScannerImage, task: Task, options: Options
+) -> None:
+    """Write the label map, or one mask a class and those derived from them."""
+    threads = min(_cores(), options.nr_thr_saving)
+    says_each = not task.name.startswith("total")
+    with PendingFiles() as files:
+        with _timed("Saving segmentations...", "  Saved in"):
+            if options.ml:
+                write_labels(result, output, files=files, threads=threads)
+                return
+            for name in task.classes.values() if says_each else ():
+                logger.info("Creating %s.nii.gz", name)
+            write_masks(result, task.classes, folder=output, files=files, threads=threads)
+        if _writes_skin(task, options):
+            write_body_and_skin(result, output, image=image, files=files, threads=threads)
+
+
+def write_body_and_skin(
+    result: nib.Nifti1Image,
+    output: Path,
+    *,
+    image: ScannerImage,
+    files: PendingFiles,
+    threads: int,
+) -> None:
+    """Write the masks that upstream derives from those of the task body, with fresh headers."""
+    body = np.asfortranarray(result.dataobj) > 0
+    logger.info("Creating body.nii.gz")
+    logger.info("Creating skin.nii.gz")
+    for name, voxels in (("body", body.view(np.uint8)), ("skin", skin_mask(image, body))):
+        mask = label_image(voxels, affine=result.affine, header=None, names=None)
+        write_labels(mask, output / f"{name}.nii.gz", files=files, threads=threads)
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _writes_skin(task: Task, options: Options) -> bool:
+    return task.name == "body" and not options.ml and not options.no_derived_masks
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """Expected seconds of each stage on two CPU cores; only their ratios matter."""
+
+    read: float
+    resample: float
+    part: float
+    """Network time of one model."""
+    restore: float
+    save: float
+    total: float
+
+    @classmethod
+    def of(cls, image: ScannerImage, task: Task, *, device: str) -> Work:
+        """Estimate from the scan's size; rates measured with the official architectures."""
+        native = image.stored.size
+        target = task.spacing_mm or tuple(image.grid.spacing_mm)
+        model = native * float(np.prod(image.grid.spacing_mm / np.asarray(target)))
+        read, resample, restore = 1e-8 * native, 1e-7 * model, 5e-9 * native
+        network_s_per_voxel = 5e-6 if device == "cpu" else 1e-7
+        # Tiles overlap, so that they visit each voxel more than once.
+        part = 1.7 * network_s_per_voxel * model
+        save = 3e-8 * native
+        total = read + resample + part * len(task.parts) + restore + save
+        return cls(
+            read=read, resample=resample, part=part, restore=restore, save=save, total=total
+        )
+
+
+@contextmanager
+def _timed(before: str | None, after: str) -> Iterator[None]:
+    """Say what begins, and how long it took: lines that programs around upstream read."""
+    if before is not None:
+        logger.info(before)
+    began = time.perf_counter()
+    yield
+    logger.info("%s %.2fs", after, time.perf_counter() - began)

@@ -1,0 +1,129 @@
+"""Models kept loaded between calls, and the default session behind ``totalfast.segment``.
+
+Knows devices and loaded models; the steps of a run are in ``pipeline``.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+from totalfast.errors import OptionError, TotalfastError
+from totalfast.options import Options, check_output, validate_device
+from totalfast.weights import find_model, load_model
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import nibabel as nib
+    import torch
+
+    from totalfast.tasks import Part, Task
+    from totalfast.weights import Model
+
+logger = logging.getLogger(__name__)
+
+
+class Session:
+    """Keeps models loaded, so that a second call loads nothing.
+
+    Parameters
+    ----------
+    device
+        "gpu", "cpu", "mps" or "gpu:X"; "gpu" falls back to the CPU. What ``segment`` uses unless
+        its own ``device`` says otherwise.
+
+    Notes
+    -----
+    May be used from several threads; predictions then take turns.
+    """
+
+    def __init__(self, *, device: str = "gpu") -> None:
+        self.device = validate_device(device)
+        self.predicting = threading.Lock()
+        self._models: dict[tuple[Path, tuple[int, ...] | None, str], Future[Model]] = {}
+        self._lock = threading.Lock()
+
+    def segment(
+        self,
+        input: str | Path | nib.Nifti1Image,  # noqa: A002 - upstream's name
+        output: str | Path | None = None,
+        **keywords: Any,
+    ) -> nib.Nifti1Image:
+        """Segment one scan; the arguments are those of ``totalfast.segment``."""
+        from pathlib import Path
+
+        from totalfast.pipeline import run
+
+        options = Options.from_keywords({"device": self.device, **keywords})
+        target = None if output is None else Path(output)
+        if target is not None and not options.skip_saving:
+            check_output(target, ml=options.ml)
+        return run(input, target, options=options, session=self)
+
+    def load(self, task: Task, part: Part, *, device: str) -> Future[Model]:
+        """Begin to load one of a task's models in a thread, if that has not been done before."""
+        folder = find_model(
+            part.model_id,
+            trainer=task.trainer,
+            plans=task.plans,
+            configuration=task.configuration,
+        )
+        key = (folder, task.folds, device)
+        with self._lock:
+            known = self._models.get(key)
+            failed = known is not None and known.done() and known.exception() is not None
+            if known is None or failed:
+                known = self._models[key] = _in_thread(
+                    lambda: load_model(folder, folds=task.folds, device=select_device(device))
+                )
+        return known
+
+
+def _in_thread(load: Any) -> Future[Model]:  # noqa: ANN401
+    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="totalfast-load")
+    future: Future[Model] = pool.submit(load)
+    pool.shutdown(wait=False)
+    return future
+
+
+@functools.cache
+def default_session() -> Session:
+    """Return the session that ``totalfast.segment`` uses."""
+    return Session()
+
+
+def select_device(name: str) -> torch.device:
+    """Turn upstream's device names into torch's; an absent GPU becomes the CPU.
+
+    Raises
+    ------
+    OptionError
+        If "mps" is asked for where there is none.
+    """
+    import torch
+
+    validate_device(name)
+    if name == "mps":
+        if not torch.backends.mps.is_available():
+            raise OptionError("this machine has no MPS device; use device 'cpu'.")
+        return torch.device("mps")
+    if not name.startswith("gpu"):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        logger.info(
+            "No GPU detected. Running on CPU. This can be very slow. The '--fast' option can help "
+            "to reduce runtime."
+        )
+        return torch.device("cpu")
+    index = int(name.partition(":")[2] or 0)
+    if index >= torch.cuda.device_count():
+        logger.info("Invalid GPU config, running on the CPU")
+        return torch.device("cpu")
+    return torch.device("cuda", index)
+
+
+__all__ = ["Session", "TotalfastError", "default_session", "select_device"]

@@ -1,0 +1,263 @@
+"""nnU-Net's sliding window, with the argmax taken as tiles leave a rolling window.
+
+Knows tensors and a loaded model; knows nothing of files or scanner grids. Tile positions, the
+Gaussian and the order of every float16 operation are nnU-Net's (2.8.1,
+inference/predict_from_raw_data.py), so that the labels are its labels; what differs is that the
+logits of a slice are dropped as soon as no later tile touches it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from totalfast.errors import PredictionError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    import torch
+
+    from totalfast.weights import Model
+
+SLICES_PER_ARGMAX = 8
+"""Slices that are divided and reduced at a time: tens of megabytes for 118 classes."""
+
+MAX_THREADS = 8
+"""nnU-Net caps torch's threads at its ``default_num_processes``, which is 8."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tiles:
+    """Where the tiles of one image start, axis by axis, and how the image is padded for them.
+
+    Parameters
+    ----------
+    patch
+        Tile size (z, y, x).
+    starts
+        Start of the tiles along z, y and x, in the padded image.
+    shape
+        Shape (z, y, x) of the image, before padding.
+    below, above
+        Zeros added before and after the image, per axis.
+    """
+
+    patch: tuple[int, ...]
+    starts: tuple[tuple[int, ...], ...]
+    shape: tuple[int, ...]
+    below: tuple[int, ...]
+    above: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        """Number of tiles."""
+        z, y, x = self.starts
+        return len(z) * len(y) * len(x)
+
+    @property
+    def padded_shape(self) -> tuple[int, ...]:
+        """Shape (z, y, x) of the padded image."""
+        return tuple(
+            n + b + a for n, b, a in zip(self.shape, self.below, self.above, strict=True)
+        )
+
+
+def plan_tiles(shape: tuple[int, ...], patch: tuple[int, ...], step: float) -> Tiles:
+    """Lay nnU-Net's tiles over an image of ``shape`` (z, y, x)."""
+    from nnunetv2.inference.sliding_window_prediction import compute_steps_for_sliding_window
+
+    missing = [max(p - n, 0) for n, p in zip(shape, patch, strict=True)]
+    below = tuple(m // 2 for m in missing)
+    padded = tuple(n + m for n, m in zip(shape, missing, strict=True))
+    return Tiles(
+        patch=patch,
+        starts=tuple(tuple(axis) for axis in compute_steps_for_sliding_window(padded, patch, step)),
+        shape=shape,
+        below=below,
+        above=tuple(m - b for m, b in zip(missing, below, strict=True)),
+    )
+
+
+def predict_labels(
+    model: Model,
+    image: torch.Tensor,
+    *,
+    step: float,
+    on_tile: Callable[[], None] = lambda: None,
+) -> torch.Tensor:
+    """Predict the label of every voxel, at network resolution.
+
+    Parameters
+    ----------
+    model
+        A loaded 3-D model.
+    image
+        float32, (channels, z, y, x), normalised, on the CPU.
+    step
+        Tile step as a share of the tile size.
+    on_tile
+        Called after each tile.
+
+    Returns
+    -------
+        uint8 (uint16 from 255 labels on), (z, y, x), on the CPU.
+
+    Raises
+    ------
+    PredictionError
+        If a logit overflows float16.
+    """
+    import torch
+
+    few = len(model.labels.foreground_labels) < 255  # nnU-Net, export_prediction.py
+    labels = torch.empty(tuple(image.shape[1:]), dtype=torch.uint8 if few else torch.uint16)
+    for start, logits in _final_logits(model, image, step=step, on_tile=on_tile):
+        if model.labels.has_regions:
+            found = torch.as_tensor(model.labels.convert_logits_to_segmentation(logits))
+        else:
+            found = logits.argmax(0)
+        labels[start : start + found.shape[0]] = found.to("cpu", labels.dtype)
+    return labels
+
+
+def predict_logits(
+    model: Model,
+    image: torch.Tensor,
+    *,
+    step: float,
+    on_tile: Callable[[], None] = lambda: None,
+) -> torch.Tensor:
+    """Predict all logits, float16, (classes, z, y, x), on the CPU: what nnU-Net's export takes.
+
+    The parameters and errors are those of ``predict_labels``.
+    """
+    import torch
+
+    logits = torch.empty((model.heads, *image.shape[1:]), dtype=torch.half)
+    for start, slab in _final_logits(model, image, step=step, on_tile=on_tile):
+        logits[:, start : start + slab.shape[1]] = slab.to("cpu")
+    return logits
+
+
+def _final_logits(
+    model: Model, image: torch.Tensor, *, step: float, on_tile: Callable[[], None]
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Yield (first slice, logits of a few slices) along z as they become final."""
+    import torch
+
+    tiles = plan_tiles(tuple(image.shape[1:]), model.patch_size, step)
+    # As in nnU-Net, results stay on CUDA devices and nowhere else.
+    device = model.device if model.device.type == "cuda" else torch.device("cpu")
+    padding = [n for pair in zip(tiles.below[::-1], tiles.above[::-1], strict=True) for n in pair]
+    if any(padding):
+        image = torch.nn.functional.pad(image, padding)
+    image = image.to(device)
+    window = _RollingWindow(model, tiles, device)
+    starts_z, starts_y, starts_x = tiles.starts
+    with inference_settings(model.device):
+        for z in starts_z:
+            yield from window.advance(z)
+            for y in starts_y:
+                for x in starts_x:
+                    box = tuple(
+                        slice(start, start + size)
+                        for start, size in zip((z, y, x), tiles.patch, strict=True)
+                    )
+                    window.add(image[(slice(None), *box)], box)
+                    on_tile()
+        yield from window.advance(tiles.padded_shape[0])
+
+
+class _RollingWindow:
+    """Accumulators as deep as one tile, moved along z; slices that leave it are final."""
+
+    def __init__(self, model: Model, tiles: Tiles, device: torch.device) -> None:
+        import torch
+        from nnunetv2.inference.sliding_window_prediction import compute_gaussian
+
+        self.model = model
+        self.tiles = tiles
+        self.first = 0
+        area = (tiles.patch[0], *tiles.padded_shape[1:])
+        self.sums = [
+            torch.zeros((model.heads, *area), dtype=torch.half, device=device)
+            for _ in model.networks
+        ]
+        self.weight = torch.zeros(area, dtype=torch.half, device=device)
+        self.gaussian = compute_gaussian(
+            tiles.patch, sigma_scale=1.0 / 8, value_scaling_factor=10, device=device
+        )
+
+    def add(self, tile: torch.Tensor, box: tuple[slice, ...]) -> None:
+        """Run every fold's network on a tile (channels, z, y, x) and add its weighted logits."""
+        import torch
+
+        # The tile fills the whole depth of the window: ``box[0]`` starts at ``first``.
+        plane = (slice(None), *box[1:])
+        batch = torch.clone(tile[None], memory_format=torch.contiguous_format).to(self.model.device)
+        for network, total in zip(self.model.networks, self.sums, strict=True):
+            logits = network(batch)[0].to(total.device)
+            logits *= self.gaussian
+            total[(slice(None), *plane)] += logits
+        self.weight[plane] += self.gaussian
+
+    def advance(self, start: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """Move the window to begin at padded slice ``start``; yield what it leaves behind."""
+        done = min(start - self.first, self.tiles.patch[0])
+        if done <= 0:
+            return
+        below, shape = self.tiles.below, self.tiles.shape
+        rows = slice(max(below[0] - self.first, 0), min(below[0] + shape[0] - self.first, done))
+        inside = tuple(slice(b, b + n) for b, n in zip(below[1:], shape[1:], strict=True))
+        for row in range(rows.start, rows.stop, SLICES_PER_ARGMAX):
+            part = (slice(row, min(row + SLICES_PER_ARGMAX, rows.stop)), *inside)
+            yield self.first + row - below[0], self._normalised(part)
+        for array in (*self.sums, self.weight):
+            kept = array[..., done:, :, :].clone()
+            array[..., : kept.shape[-3], :, :] = kept
+            array[..., kept.shape[-3] :, :, :] = 0
+        self.first = start
+
+    def _normalised(self, part: tuple[slice, ...]) -> torch.Tensor:
+        """Divide the sums by the weights, fold by fold, and average the folds: all in float16."""
+        import torch
+
+        mean = None
+        for total in self.sums:
+            logits = torch.div(total[(slice(None), *part)], self.weight[part])
+            if torch.any(torch.isinf(logits)):
+                raise PredictionError(
+                    f"a logit of {self.model.folder.parent.name} overflowed float16. "
+                    "The image's intensities may be far outside of what the model was trained on."
+                )
+            mean = logits if mean is None else mean.add_(logits)
+        if len(self.sums) > 1:
+            mean.div_(len(self.sums))
+        return mean
+
+
+@contextlib.contextmanager
+def inference_settings(device: torch.device) -> Iterator[None]:
+    """Torch as nnU-Net sets it for prediction; restored on every exit.
+
+    All cores up to eight on the CPU, one thread beside a GPU; autocast on CUDA only.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    benchmark = torch.backends.cudnn.benchmark
+    cuda = device.type == "cuda"
+    torch.set_num_threads(min(os.cpu_count() or 1, MAX_THREADS) if device.type == "cpu" else 1)
+    torch.backends.cudnn.benchmark = cuda or benchmark
+    try:
+        with (
+            torch.inference_mode(),
+            torch.autocast("cuda") if cuda else contextlib.nullcontext(),
+        ):
+            yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.backends.cudnn.benchmark = benchmark

@@ -1,0 +1,163 @@
+"""Read a scan: NIfTI file or image in, voxels as stored and their geometry out.
+
+The only stage that reads images from the disk. Knows nothing of models or tasks.
+"""
+
+from __future__ import annotations
+
+import logging
+import zlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import nibabel as nib
+import numpy as np
+from nibabel.volumeutils import apply_read_scaling
+
+from totalfast.errors import InputError, UnsupportedError
+from totalfast.geometry import Grid
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScannerImage:
+    """A scan as it came: voxels in the file's dtype, and how to read them.
+
+    Parameters
+    ----------
+    name
+        What messages call it.
+    stored
+        (x, y, z), the file's dtype, unscaled.
+    slope, intercept
+        value = stored * slope + intercept, as nibabel computes it in float64.
+    grid
+        Scanner grid.
+    header
+        The NIfTI header that results are written with.
+    """
+
+    name: str
+    stored: NDArray[Any]
+    slope: float
+    intercept: float
+    grid: Grid
+    header: nib.Nifti1Header
+
+    def scale(self, stored: NDArray[Any]) -> NDArray[np.float64]:
+        """Turn part of ``stored`` into float64 intensities, as ``get_fdata`` does for the whole."""
+        slope, intercept = np.float64(self.slope), np.float64(self.intercept)
+        scaled = apply_read_scaling(stored, np.asarray(slope), np.asarray(intercept))
+        return np.asarray(scaled, dtype=np.float64)
+
+    def without_voxels(self) -> ScannerImage:
+        """Return the same scan with its voxels dropped (all 0), to free their memory."""
+        nothing = np.broadcast_to(np.zeros((), dtype=self.stored.dtype), self.stored.shape)
+        return replace(self, stored=nothing)
+
+
+def read_image(source: str | Path | nib.Nifti1Image) -> ScannerImage:
+    """Read a 3-D scan without copying it to float64.
+
+    Parameters
+    ----------
+    source
+        Path of a ``.nii`` or ``.nii.gz`` file, or a nibabel image.
+
+    Raises
+    ------
+    InputError
+        If the file is missing, damaged, not 3-D, or of a dtype that is no intensity.
+    UnsupportedError
+        If it is of another format.
+    """
+    if isinstance(source, nib.spatialimages.SpatialImage):
+        image, name = source, "the input image"
+    else:
+        path = Path(source)
+        image, name = _open(path), path.name
+    dtype = image.get_data_dtype()
+    if dtype.fields is not None or dtype.kind not in "iufb":
+        raise InputError(
+            f"{name} has voxels of type {dtype}; totalfast needs one real number a voxel."
+        )
+    if len(image.shape) < 3:
+        raise InputError(
+            f"{name} is {len(image.shape)}-D {image.shape}; totalfast needs a 3-D volume."
+        )
+    if len(image.shape) > 4:
+        raise InputError(
+            f"{name} is {len(image.shape)}-D {image.shape}; totalfast takes 3-D volumes, "
+            "and the first volume of 4-D ones."
+        )
+    if 0 in image.shape:
+        raise InputError(f"{name} is empty: its shape is {image.shape}.")
+    stored, slope, intercept = _stored_voxels(image, name)
+    header = image.header
+    if stored.ndim == 4:
+        logger.warning(
+            "WARNING: Input image has 4 dimensions. Only using first three dimensions."
+        )
+        stored = stored[..., 0]
+        header = nib.Nifti1Image(np.zeros((1, 1, 1), np.uint8), image.affine).header
+        header.set_data_shape(stored.shape)
+    grid = Grid(shape=stored.shape, affine=np.asarray(image.affine, dtype=np.float64))
+    return ScannerImage(
+        name=name, stored=stored, slope=slope, intercept=intercept, grid=grid, header=header
+    )
+
+
+def _open(path: Path) -> nib.Nifti1Image:
+    if not path.exists():
+        raise InputError(f"{path} does not exist.")
+    if path.is_dir() or not path.name.lower().endswith((".nii", ".nii.gz")):
+        raise UnsupportedError(
+            f"{path} is not a NIfTI file (.nii or .nii.gz); other formats are not supported yet."
+        )
+    try:
+        return nib.load(path)
+    except (nib.filebasedimages.ImageFileError, nib.spatialimages.HeaderDataError) as error:
+        raise InputError(f"{path} is not a readable NIfTI file: {error}") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path} can't be read: {error}") from error
+
+
+def _stored_voxels(image: nib.Nifti1Image, name: str) -> tuple[NDArray[Any], float, float]:
+    """Return the voxels as stored, and the slope and intercept that are still to be applied."""
+    proxy = image.dataobj
+    if not nib.is_proxy(proxy):
+        return np.asanyarray(proxy), 1.0, 0.0
+    path = getattr(proxy, "file_like", None)
+    try:
+        if isinstance(path, str | Path) and str(path).lower().endswith(".gz"):
+            stored = _inflate(Path(path), proxy)
+        else:
+            stored = np.asanyarray(proxy.get_unscaled())
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise InputError(f"{name} is damaged or truncated: {error}") from error
+    return stored, float(proxy.slope), float(proxy.inter)
+
+
+def _inflate(path: Path, proxy: Any) -> NDArray[Any]:  # noqa: ANN401 - nibabel is untyped
+    """Read a gzipped NIfTI's voxels in one go, straight into their array (igzip)."""
+    from isal import igzip
+
+    voxels = np.empty(proxy.shape, dtype=proxy.dtype, order="F")
+    target = memoryview(voxels.reshape(-1, order="F").view(np.uint8))
+    with igzip.open(path, "rb") as stream:
+        stream.seek(int(proxy.offset))
+        filled = 0
+        while filled < len(target):
+            count = stream.readinto(target[filled:])
+            if not count:
+                raise EOFError(f"it ends after {filled} of {len(target)} bytes of voxels")
+            filled += count
+        # Reading on to the end is what makes gzip compare its checksum.
+        while stream.read(1 << 20):
+            pass
+    return voxels

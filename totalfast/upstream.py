@@ -1,0 +1,135 @@
+"""Every import from TotalSegmentator, so that a new release of it is one file's work.
+
+Only its data tables are imported when this module is (no torch, no nibabel); what is heavy or
+patches nnU-Net is imported inside the function that calls it. ``totalsegmentator.nnunet`` is
+never imported: it changes nnU-Net's classes for the whole process.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+from pathlib import Path
+from typing import Any
+
+from totalsegmentator.map_tasks_config import (
+    DEFAULT_CONFIG,
+    TASK_CONFIGS,
+    TASK_ID_WEIGHTS_CONFIGS,
+)
+from totalsegmentator.map_to_binary import (
+    class_map,
+    class_map_5_parts,
+    class_map_5_parts_total_v3,
+    class_map_parts_headneck_muscles,
+    class_map_parts_mr,
+    map_taskid_to_partname_ct,
+    map_taskid_to_partname_ct_v3,
+    map_taskid_to_partname_headneck_muscles,
+    map_taskid_to_partname_mr,
+)
+from totalsegmentator.registry import TASKS, format_classes_table, format_tasks_table
+
+__all__ = [
+    "CLASS_MAPS",
+    "DEFAULT_CONFIG",
+    "PART_CLASS_MAPS",
+    "PART_NAMES",
+    "TASKS",
+    "TASK_CONFIGS",
+    "custom_trainer",
+    "dataset_folder",
+    "download_weights",
+    "format_classes_table",
+    "format_tasks_table",
+    "label_table_xml",
+    "version",
+    "weights_home",
+]
+
+CLASS_MAPS: dict[str, dict[int, str]] = class_map
+"""Task name to {label: class name}."""
+
+PART_CLASS_MAPS: dict[str, dict[str, dict[int, str]]] = {
+    "total": class_map_5_parts,
+    "total_v3": class_map_5_parts_total_v3,
+    "total_mr": class_map_parts_mr,
+    "headneck_muscles": class_map_parts_headneck_muscles,
+}
+"""Tasks of several models: task name to {part name: {label of that model: class name}}."""
+
+PART_NAMES: dict[str, dict[int, str]] = {
+    "total": map_taskid_to_partname_ct,
+    "total_v3": map_taskid_to_partname_ct_v3,
+    "total_mr": map_taskid_to_partname_mr,
+    "headneck_muscles": map_taskid_to_partname_headneck_muscles,
+}
+"""Tasks of several models: task name to {model id: part name}."""
+
+
+def version() -> str:
+    """Version of the installed TotalSegmentator."""
+    return importlib.metadata.version("TotalSegmentator")
+
+
+def weights_home() -> Path:
+    """Folder that holds the ``DatasetNNN_...`` folders of the models.
+
+    ``TOTALSEG_WEIGHTS_PATH`` wins over ``TOTALSEG_HOME_DIR``, which wins over
+    ``~/.totalsegmentator``. Upstream's ``get_weights_dir`` says the same, in a module that
+    imports torch (config.py, 2.18.0); a test compares the two.
+    """
+    weights = os.environ.get("TOTALSEG_WEIGHTS_PATH")
+    if weights is not None:
+        return Path(weights)
+    home = os.environ.get("TOTALSEG_HOME_DIR")
+    if home is not None:
+        return Path(home) / "nnunet/results"
+    user_home = Path("/tmp") if str(Path.home()) == "/" else Path.home()  # noqa: S108
+    return user_home / ".totalsegmentator" / "nnunet/results"
+
+
+def dataset_folder(model_id: int) -> Path:
+    """Folder of a model's dataset below ``weights_home()``; it may not exist yet."""
+    entry = TASK_ID_WEIGHTS_CONFIGS[model_id]
+    return weights_home() / entry.get("rel_path", "") / entry["foldername"]
+
+
+def download_weights(model_id: int) -> None:
+    """Fetch a missing model with upstream's own downloader."""
+    from totalsegmentator.libs import download_pretrained_weights
+
+    download_pretrained_weights(model_id)
+
+
+def custom_trainer(name: str) -> type | None:
+    """Return the trainer of that name if TotalSegmentator brings it itself, else None."""
+    if name not in CUSTOM_TRAINERS:
+        return None
+    from totalsegmentator import custom_trainers
+
+    trainer: type = getattr(custom_trainers, name)
+    return trainer
+
+
+CUSTOM_TRAINERS = frozenset(
+    {
+        "nnUNetTrainer_MOSAIC_1k_QuarterLR_NoMirroring",
+        "nnUNetTrainerDiceTopK10Loss_2000epochs",
+        "nnUNetTrainerSkeletonRecall",
+    }
+)
+"""Trainers that upstream adds to nnU-Net; their module needs torch, so only the names are here."""
+
+
+def label_table_xml(labels: dict[int, str]) -> bytes:
+    """XML that upstream stores with a label map: names and colours of the labels."""
+    import nibabel as nib
+    import numpy as np
+    from totalsegmentator.nifti_ext_header import add_label_map_to_nifti
+
+    # The function reads the image as float64 without need; one voxel keeps that cheap.
+    carrier = nib.Nifti1Image(np.zeros((1, 1, 1), dtype=np.uint8), np.eye(4))
+    extension: Any = add_label_map_to_nifti(carrier, labels).header.extensions[-1]
+    content: bytes = extension.get_content()
+    return content
