@@ -53,9 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     missing = [flag for flag, value in (("-i", args.input), ("-o", args.output)) if value is None]
     if missing:
-        parser.error(
-            f"the following arguments are required for segmentation: {', '.join(missing)}"
-        )
+        parser.error(f"the following arguments are required for segmentation: {', '.join(missing)}")
     _configure_output(quiet=args.quiet, verbose=args.verbose)
     signal.signal(signal.SIGTERM, _stop)
     try:

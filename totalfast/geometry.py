@@ -60,7 +60,7 @@ class Grid:
         return orientation
 
     def canonical(self) -> Grid:
-        """Return the grid of ``nibabel.as_closest_canonical``: axes permuted and flipped to RAS+."""
+        """Return the grid of ``nibabel.as_closest_canonical``, whose axes run to RAS+."""
         orientation = self.orientation
         shape = [0, 0, 0]
         for axis, (target, _) in enumerate(orientation):

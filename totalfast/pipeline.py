@@ -19,8 +19,10 @@ from nibabel.orientations import axcodes2ornt, ornt_transform
 
 from totalfast.export import nearest_to_scanner_grid
 from totalfast.progress import Progress
+from totalfast.sliding_window import plan_tiles
 from totalfast.stages.clean import clean_labels, skin_mask
 from totalfast.stages.merge import merge_part, thirds, wants_split, whole
+from totalfast.stages.predict import predict_part
 from totalfast.stages.read import read_image
 from totalfast.stages.resample import to_model_grid
 from totalfast.stages.write import PendingFiles, label_image, write_labels, write_masks
@@ -109,13 +111,13 @@ def run(
         result = restore(labels, model_image, image, options, task.classes)
         progress.advance(work.restore)
 
-        saves = output is not None and not options.skip_saving
-        if saves:
+        saved = "nothing was saved"
+        if output is not None and not options.skip_saving:
             progress.stage("Saving")
             save(result, output, image=image, task=task, options=options)
-    what = "label map" if options.ml else f"{len(task.classes)} masks"
-    where = f"{what} in {output}" if saves else "nothing was saved"
-    logger.info("Done in %.1f s: %s", time.perf_counter() - began, where)
+            what = "label map" if options.ml else f"{len(task.classes)} masks"
+            saved = f"{what} in {output}"
+    logger.info("Done in %.1f s: %s", time.perf_counter() - began, saved)
     return result
 
 
@@ -129,8 +131,6 @@ def predict(
     work: Work,
 ) -> NDArray[np.uint8]:
     """Run all of a task's models and join their labels: uint8, (z, y, x), model grid."""
-    from totalfast.stages.predict import predict_part
-
     slices = model_image.voxels.shape[0]
     pieces = whole(slices)
     if options.force_split or wants_split(
@@ -177,9 +177,7 @@ def restore(
     """Bring labels (z, y, x) to the scanner grid, or only to the scan's axes with save_lowres."""
     if options.save_lowres:
         lowres = nib.Nifti1Image(labels.T, model_image.grid.stored().affine)
-        lowres = lowres.as_reoriented(
-            ornt_transform(axcodes2ornt("RAS"), image.grid.orientation)
-        )
+        lowres = lowres.as_reoriented(ornt_transform(axcodes2ornt("RAS"), image.grid.orientation))
         voxels = np.asfortranarray(lowres.dataobj)
         return label_image(voxels, affine=lowres.affine, header=lowres.header, names=names)
     with _timed("Resampling...", "  Resampled in"):
@@ -257,9 +255,7 @@ class Work:
         part = 1.7 * network_s_per_voxel * model
         save = 3e-8 * native
         total = read + resample + part * len(task.parts) + restore + save
-        return cls(
-            read=read, resample=resample, part=part, restore=restore, save=save, total=total
-        )
+        return cls(read=read, resample=resample, part=part, restore=restore, save=save, total=total)
 
 
 @contextmanager

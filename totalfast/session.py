@@ -51,7 +51,7 @@ class Session:
         self,
         input: str | Path | nib.Nifti1Image,  # noqa: A002 - upstream's name
         output: str | Path | None = None,
-        **keywords: Any,
+        **keywords: Any,  # noqa: ANN401 - typed by totalfast.segment
     ) -> nib.Nifti1Image:
         """Segment one scan; the arguments are those of ``totalfast.segment``."""
         from pathlib import Path

@@ -60,9 +60,7 @@ class Tiles:
     @property
     def padded_shape(self) -> tuple[int, ...]:
         """Shape (z, y, x) of the padded image."""
-        return tuple(
-            n + b + a for n, b, a in zip(self.shape, self.below, self.above, strict=True)
-        )
+        return tuple(n + b + a for n, b, a in zip(self.shape, self.below, self.above, strict=True))
 
 
 def plan_tiles(shape: tuple[int, ...], patch: tuple[int, ...], step: float) -> Tiles:
@@ -162,11 +160,9 @@ def _final_logits(
             yield from window.advance(z)
             for y in starts_y:
                 for x in starts_x:
-                    box = tuple(
-                        slice(start, start + size)
-                        for start, size in zip((z, y, x), tiles.patch, strict=True)
-                    )
-                    window.add(image[(slice(None), *box)], box)
+                    corner = zip((z, y, x), tiles.patch, strict=True)
+                    box = (slice(None), *(slice(start, start + size) for start, size in corner))
+                    window.add(image[box], box)
                     on_tile()
         yield from window.advance(tiles.padded_shape[0])
 
@@ -195,14 +191,14 @@ class _RollingWindow:
         """Run every fold's network on a tile (channels, z, y, x) and add its weighted logits."""
         import torch
 
-        # The tile fills the whole depth of the window: ``box[0]`` starts at ``first``.
-        plane = (slice(None), *box[1:])
+        # The tile fills the whole depth of the window, which begins where the tile does.
+        place = (slice(None), slice(None), *box[2:])
         batch = torch.clone(tile[None], memory_format=torch.contiguous_format).to(self.model.device)
         for network, total in zip(self.model.networks, self.sums, strict=True):
             logits = network(batch)[0].to(total.device)
             logits *= self.gaussian
-            total[(slice(None), *plane)] += logits
-        self.weight[plane] += self.gaussian
+            total[place] += logits
+        self.weight[place[1:]] += self.gaussian
 
     def advance(self, start: int) -> Iterator[tuple[int, torch.Tensor]]:
         """Move the window to begin at padded slice ``start``; yield what it leaves behind."""
@@ -213,7 +209,8 @@ class _RollingWindow:
         rows = slice(max(below[0] - self.first, 0), min(below[0] + shape[0] - self.first, done))
         inside = tuple(slice(b, b + n) for b, n in zip(below[1:], shape[1:], strict=True))
         for row in range(rows.start, rows.stop, SLICES_PER_ARGMAX):
-            part = (slice(row, min(row + SLICES_PER_ARGMAX, rows.stop)), *inside)
+            some = slice(row, min(row + SLICES_PER_ARGMAX, rows.stop))
+            part = (slice(None), some, *inside)
             yield self.first + row - below[0], self._normalised(part)
         for array in (*self.sums, self.weight):
             kept = array[..., done:, :, :].clone()
@@ -225,17 +222,20 @@ class _RollingWindow:
         """Divide the sums by the weights, fold by fold, and average the folds: all in float16."""
         import torch
 
-        mean = None
+        folds = []
         for total in self.sums:
-            logits = torch.div(total[(slice(None), *part)], self.weight[part])
+            logits = torch.div(total[part], self.weight[part[1:]])
             if torch.any(torch.isinf(logits)):
                 raise PredictionError(
                     f"a logit of {self.model.folder.parent.name} overflowed float16. "
                     "The image's intensities may be far outside of what the model was trained on."
                 )
-            mean = logits if mean is None else mean.add_(logits)
-        if len(self.sums) > 1:
-            mean.div_(len(self.sums))
+            folds.append(logits)
+        mean = folds[0]
+        for logits in folds[1:]:
+            mean += logits
+        if len(folds) > 1:
+            mean /= len(folds)
         return mean
 
 

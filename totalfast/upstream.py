@@ -91,7 +91,7 @@ def weights_home() -> Path:
 
 def dataset_folder(model_id: int) -> Path:
     """Folder of a model's dataset below ``weights_home()``; it may not exist yet."""
-    entry = TASK_ID_WEIGHTS_CONFIGS[model_id]
+    entry: dict[str, str] = TASK_ID_WEIGHTS_CONFIGS[model_id]
     return weights_home() / entry.get("rel_path", "") / entry["foldername"]
 
 

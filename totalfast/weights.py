@@ -13,6 +13,7 @@ import json
 import logging
 import pickle
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,9 +73,7 @@ class Model:
         return int(self.labels.num_segmentation_heads)
 
 
-def find_model(
-    model_id: int, *, trainer: str, plans: str, configuration: str
-) -> Path:
+def find_model(model_id: int, *, trainer: str, plans: str, configuration: str) -> Path:
     """Return the folder of one of TotalSegmentator's models; a missing one is downloaded.
 
     Raises
@@ -111,7 +110,11 @@ def _download(model_id: int, dataset: Path) -> None:
 
 
 def load_model(
-    folder: Path, *, folds: Sequence[int | str] | None, device: torch.device
+    folder: Path,
+    *,
+    folds: Sequence[int | str] | None,
+    device: torch.device,
+    checkpoint_name: str = CHECKPOINT_NAME,
 ) -> Model:
     """Load a model folder.
 
@@ -123,6 +126,8 @@ def load_model(
         Which folds; None takes every ``fold_*`` but ``fold_all``.
     device
         Where the weights go.
+    checkpoint_name
+        File in each fold's folder.
 
     Raises
     ------
@@ -132,10 +137,15 @@ def load_model(
     plans_manager_class, determine_num_input_channels = _import_nnunet()
     plans = plans_manager_class(_read_json(folder / "plans.json"))
     dataset = _read_json(folder / "dataset.json")
-    checkpoints = [read_checkpoint(path) for path in _checkpoint_paths(folder, folds)]
+    checkpoints = [
+        read_checkpoint(path) for path in _checkpoint_paths(folder, folds, checkpoint_name)
+    ]
     first = checkpoints[0]
     try:
-        configuration = plans.get_configuration(first["init_args"]["configuration"])
+        with warnings.catch_warnings():
+            # Nearly all official models have plans of the old format, which nnU-Net still reads.
+            warnings.filterwarnings("ignore", message="Detected old nnU-Net plans format")
+            configuration = plans.get_configuration(first["init_args"]["configuration"])
         trainer_name = first["trainer_name"]
         labels = plans.get_label_manager(dataset)
         inputs = determine_num_input_channels(plans, configuration, dataset)
@@ -181,19 +191,21 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _checkpoint_paths(folder: Path, folds: Sequence[int | str] | None) -> list[Path]:
+def _checkpoint_paths(
+    folder: Path, folds: Sequence[int | str] | None, checkpoint_name: str
+) -> list[Path]:
     if folds is None:
         names = sorted(
-            path.name for path in folder.glob("fold_*") if (path / CHECKPOINT_NAME).is_file()
+            path.name for path in folder.glob("fold_*") if (path / checkpoint_name).is_file()
         )
         names = [name for name in names if name != "fold_all"]
     else:
         names = [f"fold_{fold}" for fold in folds]
-    paths = [folder / name / CHECKPOINT_NAME for name in names]
+    paths = [folder / name / checkpoint_name for name in names]
     missing = [str(path) for path in paths if not path.is_file()]
     if missing or not paths:
         raise WeightsError(
-            f"{folder} has no {', '.join(missing) or CHECKPOINT_NAME}. "
+            f"{folder} has no {', '.join(missing) or checkpoint_name}. "
             "Delete the model's folder, so that it is downloaded again."
         )
     return paths
@@ -248,7 +260,11 @@ def _numpy_number_types() -> list[Any]:
 
 
 def _empty_network(
-    trainer_name: str, plans: Any, configuration: Any, inputs: int, outputs: int  # noqa: ANN401
+    trainer_name: str,
+    plans: Any,  # noqa: ANN401 - nnU-Net is untyped
+    configuration: Any,  # noqa: ANN401
+    inputs: int,
+    outputs: int,
 ) -> nn.Module:
     """Build the network without allocating or initialising its weights."""
     import torch
@@ -267,12 +283,12 @@ def _empty_network(
                 deep_supervision=False,
             )
             return network
-        trainer = upstream.custom_trainer(trainer_name)
+        trainer: Any = upstream.custom_trainer(trainer_name)
         if trainer is None:
             from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
             trainer = recursive_find_trainer_class_by_name(trainer_name)
-        network = trainer.build_network_architecture(  # type: ignore[attr-defined]
+        network = trainer.build_network_architecture(
             plans, configuration, inputs, outputs, enable_deep_supervision=False
         )
         return network

@@ -57,7 +57,8 @@ def predict_part(
     found = predict_labels(model, tensor, step=step, on_tile=on_tile).numpy()
     labels = np.zeros(image.full_shape, dtype=found.dtype)
     labels[image.box] = found
-    return labels.transpose(model.plans.transpose_backward)
+    restored: NDArray[np.unsignedinteger] = labels.transpose(model.plans.transpose_backward)
+    return restored
 
 
 def _resampled_labels(

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import nibabel as nib
 import numpy as np
+from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError, SpatialImage
 from nibabel.volumeutils import apply_read_scaling
 
 from totalfast.errors import InputError, UnsupportedError
@@ -76,7 +78,7 @@ def read_image(source: str | Path | nib.Nifti1Image) -> ScannerImage:
     UnsupportedError
         If it is of another format.
     """
-    if isinstance(source, nib.spatialimages.SpatialImage):
+    if isinstance(source, SpatialImage):
         image, name = source, "the input image"
     else:
         path = Path(source)
@@ -100,9 +102,7 @@ def read_image(source: str | Path | nib.Nifti1Image) -> ScannerImage:
     stored, slope, intercept = _stored_voxels(image, name)
     header = image.header
     if stored.ndim == 4:
-        logger.warning(
-            "WARNING: Input image has 4 dimensions. Only using first three dimensions."
-        )
+        logger.warning("WARNING: Input image has 4 dimensions. Only using first three dimensions.")
         stored = stored[..., 0]
         header = nib.Nifti1Image(np.zeros((1, 1, 1), np.uint8), image.affine).header
         header.set_data_shape(stored.shape)
@@ -121,7 +121,7 @@ def _open(path: Path) -> nib.Nifti1Image:
         )
     try:
         return nib.load(path)
-    except (nib.filebasedimages.ImageFileError, nib.spatialimages.HeaderDataError) as error:
+    except (ImageFileError, HeaderDataError) as error:
         raise InputError(f"{path} is not a readable NIfTI file: {error}") from error
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path} can't be read: {error}") from error
@@ -148,7 +148,7 @@ def _inflate(path: Path, proxy: Any) -> NDArray[Any]:  # noqa: ANN401 - nibabel 
     from isal import igzip
 
     voxels = np.empty(proxy.shape, dtype=proxy.dtype, order="F")
-    target = memoryview(voxels.reshape(-1, order="F").view(np.uint8))
+    target = voxels.reshape(-1, order="F").view(np.uint8).data
     with igzip.open(path, "rb") as stream:
         stream.seek(int(proxy.offset))
         filled = 0

@@ -84,19 +84,21 @@ def to_model_grid(
     what the CPU's cast makes of them. One whose spacing fits already is not truncated.
     """
     canonical = image.grid.canonical()
-    stored = to_canonical(image.stored, image.grid)
+    stored: NDArray[Any] = to_canonical(image.stored, image.grid)
     if spacing_mm is None or canonical.has_spacing(spacing_mm):
         grid = canonical
 
-        def planes(start: int, stop: int) -> NDArray[np.float64]:
-            return image.scale(stored[:, :, start:stop]).transpose(2, 1, 0)
+        def planes(start: int, stop: int) -> NDArray[Any]:
+            return image.scale(stored[:, :, start:stop].transpose(2, 1, 0))
+
     else:
         grid = canonical.resampled(spacing_mm)
         resample = _RESAMPLERS.get(order, _spline_planes)(image, stored, grid.shape, order)
 
-        def planes(start: int, stop: int) -> NDArray[np.int32]:
+        def planes(start: int, stop: int) -> NDArray[Any]:
             with np.errstate(invalid="ignore"):
-                return resample(start, stop).astype(np.int32)
+                truncated: NDArray[np.int32] = resample(start, stop).astype(np.int32)
+            return truncated
 
     voxels = np.empty(grid.shape[::-1], dtype=np.float32)
 
@@ -191,8 +193,8 @@ def _spline_planes(
         grid = np.meshgrid(x, y, z[start:stop] - first, indexing="ij")
         values: NDArray[np.float64] = ndimage.map_coordinates(
             coefficients, grid, order=order, mode="nearest", prefilter=False
-        )
-        return values.transpose(2, 1, 0)
+        ).transpose(2, 1, 0)
+        return values
 
     return planes
 

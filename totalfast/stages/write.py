@@ -39,7 +39,8 @@ class PendingFiles:
         self._parts: list[tuple[Path, Path]] = []
 
     def path(self, target: Path) -> Path:
-        """Register a target; return the path to write to."""
+        """Register a target, make its folder, and return the path to write to."""
+        target.parent.mkdir(parents=True, exist_ok=True)
         part = target.with_name(target.name + ".part")
         self._parts.append((part, target))
         return part
@@ -101,14 +102,14 @@ def write_labels(image: nib.Nifti1Image, path: Path, *, files: PendingFiles, thr
     head = _header_bytes(image)
     part = files.path(path)
     if path.name.endswith(".gz"):
-        chunks = [voxels[at : at + PIECE_BYTES] for at in range(0, voxels.size, PIECE_BYTES)]
+        chunks = [voxels[at : at + PIECE_BYTES].data for at in range(0, voxels.size, PIECE_BYTES)]
         with ThreadPoolExecutor(max_workers=threads) as pool:
             pieces = list(pool.map(compress, chunks))
         part.write_bytes(b"".join(member(join([compress(head), *pieces]))))
     else:
         with part.open("wb") as stream:
             stream.write(head)
-            stream.write(memoryview(voxels))
+            stream.write(voxels.data)
 
 
 def write_masks(
@@ -125,11 +126,11 @@ def write_masks(
     Parameters
     ----------
     image
-        Label map, uint8; its header is used without its extensions of code 0's label table.
+        Label map of ``label_image``; the masks get its header without the table of names.
     names
         Label to class name; a class that is absent gets an empty mask.
     folder
-        Exists already.
+        Where; made if it is missing.
     files
         Where the files are registered.
     threads
@@ -138,7 +139,9 @@ def write_masks(
         Called with each finished class.
     """
     labels = np.asfortranarray(image.dataobj)
-    head = compress(_header_bytes(image))
+    plain = nib.Nifti1Image(image.dataobj, image.affine, image.header)
+    plain.header.extensions.pop()
+    head = compress(_header_bytes(plain))
     present = _present_labels(labels, threads)
 
     def write(item: tuple[int, str]) -> str:
@@ -180,7 +183,7 @@ def _mask_pieces(
     for start in range(first, last, planes_per_piece):
         stop = min(start + planes_per_piece, last)
         mask = labels[:, :, start:stop] == label
-        yield compress(mask.view(np.uint8).reshape(-1, order="F"))
+        yield compress(mask.view(np.uint8).reshape(-1, order="F").data)
     yield zeros((labels.shape[2] - last) * plane_bytes)
 
 

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Install totalfast into a virtual environment of its own and run its tests.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+environment=${TOTALFAST_VENV:-.venv-test}
+python=${PYTHON:-python3}
+[ -x "$environment/bin/python" ] || "$python" -m venv "$environment"
+"$environment/bin/python" -m pip install --quiet --upgrade pip
+"$environment/bin/python" -m pip install --quiet -e '.[test,dev]'
+"$environment/bin/ruff" check .
+"$environment/bin/ruff" format --check .
+"$environment/bin/mypy"
+exec "$environment/bin/python" -m pytest "$@"

@@ -1,0 +1,314 @@
+"""Inputs, flags and comparison of the parity runs; the tests run some, scripts/ runs all.
+
+Every case runs the installed ``TotalSegmentator`` command, on the CPU and offline, with tiny
+stand-in weights, and compares each file that it leaves with totalfast's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
+from scipy import ndimage
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+
+
+@functools.cache
+def script(name: str):
+    """Import one of the scripts, which are no package."""
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+MINIMUM_CLASSES = 20
+MAXIMUM_BOUNDARY = 0.25
+"""What a label map must show to count as structured (where the task has that many classes)."""
+
+EXTENT_MM = (150.0, 130.0, 120.0)
+"""Field of view of the made scans: a few tiny tiles in each axis."""
+
+
+def phantom(spacing_mm: tuple[float, float, float]) -> nib.Nifti1Image:
+    """Part of the demo's thorax, int16, RAS+, at any spacing."""
+    base_mm = 2.0
+    ct, affine = _phantom_2mm()
+    size = [int(mm / base_mm) for mm in EXTENT_MM]
+    # From the left flank to the midline, through lung base, liver and vertebrae.
+    start = [(n - s) // 2 for n, s in zip(ct.shape, size, strict=True)]
+    part = ct[tuple(slice(a, a + s) for a, s in zip(start, size, strict=True))]
+    zoomed = ndimage.zoom(part.astype(np.float32), base_mm / np.asarray(spacing_mm), order=1)
+    noise = np.random.default_rng(0).normal(0, 8, zoomed.shape)
+    image_affine = np.diag([*spacing_mm, 1.0])
+    image_affine[:3, 3] = affine[:3, 3]
+    return nib.Nifti1Image((zoomed + noise).astype(np.int16), image_affine)
+
+
+@functools.cache
+def _phantom_2mm():
+    from totalfast.demo.phantom import make_phantom
+
+    made = make_phantom(7, shape_xyz=(188, 150, 188), spacing_mm=2.0)
+    return made.ct, made.affine
+
+
+def reoriented(image: nib.Nifti1Image, axes: str) -> nib.Nifti1Image:
+    transform = ornt_transform(io_orientation(image.affine), axcodes2ornt(axes))
+    return image.as_reoriented(transform)
+
+
+def oblique(image: nib.Nifti1Image) -> nib.Nifti1Image:
+    tilt, turn = np.deg2rad(12.0), np.deg2rad(-7.0)
+    about_x = np.eye(4)
+    about_x[1:3, 1:3] = [[np.cos(tilt), -np.sin(tilt)], [np.sin(tilt), np.cos(tilt)]]
+    about_z = np.eye(4)
+    about_z[:2, :2] = [[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]]
+    return nib.Nifti1Image(np.asarray(image.dataobj), about_z @ about_x @ image.affine)
+
+
+def with_slope(image: nib.Nifti1Image) -> nib.Nifti1Image:
+    scaled = nib.Nifti1Image(np.asarray(image.dataobj), image.affine)
+    scaled.header.set_slope_inter(0.5, -24.0)
+    scaled.header.set_qform(image.affine, code=1)
+    scaled.header["descrip"] = b"int16 with slope"
+    return scaled
+
+
+def made_input(name: str) -> nib.Nifti1Image:
+    """One of the made scans, by name."""
+    match name:
+        case "iso1.5":
+            return phantom((1.5, 1.5, 1.5))
+        case "iso3":
+            return phantom((3.0, 3.0, 3.0))
+        case "thick":
+            return phantom((0.7, 0.7, 5.0))
+        case "oblique":
+            return oblique(phantom((1.8, 1.8, 2.5)))
+        case "lps":
+            return reoriented(phantom((1.8, 1.8, 2.5)), "LPS")
+        case "rpi":
+            return reoriented(phantom((1.8, 1.8, 2.5)), "RPI")
+        case "permuted":
+            return reoriented(phantom((1.8, 1.7, 2.5)), "SLP")
+        case "slope":
+            return with_slope(phantom((2.0, 2.0, 3.0)))
+        case "float32":
+            image = phantom((2.0, 2.0, 3.0))
+            values = image.get_fdata(dtype=np.float32) + np.float32(0.37)
+            return nib.Nifti1Image(values, image.affine)
+        case "4d":
+            image = phantom((2.0, 2.0, 3.0))
+            volume = np.asarray(image.dataobj)
+            return nib.Nifti1Image(np.stack([volume, volume // 2], axis=3), image.affine)
+        case "one-slice":
+            image = phantom((1.8, 1.8, 5.0))
+            return image.slicer[:, :, 12:13]
+        case "many-tiles":
+            return phantom((1.0, 1.0, 1.0))
+    raise ValueError(name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One pair of runs."""
+
+    scan: str
+    flags: tuple[str, ...] = ()
+    in_ci: bool = False
+    structured: bool = True
+    """Whether the label map must show structure: not for MR models, thin scans and few classes."""
+
+    @property
+    def name(self) -> str:
+        return " ".join((self.scan, *self.flags))
+
+    @property
+    def ml(self) -> bool:
+        return "-ml" in self.flags
+
+
+MADE = (
+    "thick",
+    "iso1.5",
+    "iso3",
+    "oblique",
+    "lps",
+    "rpi",
+    "permuted",
+    "slope",
+    "float32",
+    "4d",
+    "one-slice",
+    "many-tiles",
+)
+PUBLIC = {"ct": "example_ct_sm.nii.gz", "mr": "example_mr_sm.nii.gz"}
+"""Scans of TotalSegmentator's own tests, in the folder that TOTALFAST_TEST_DATA names."""
+
+IN_CI_BY_INPUT = {
+    ("thick", True),
+    ("iso1.5", False),
+    ("iso3", True),
+    ("oblique", True),
+    ("permuted", True),
+    ("slope", True),
+    ("4d", True),
+    ("one-slice", True),
+}
+
+
+def all_cases() -> list[Case]:
+    """Each input in default and fast; each mode on two scans."""
+    cases = [
+        Case("ct", ("--fast",), in_ci=True, structured=False),
+        Case("ct", ("-ml",), structured=False),
+        Case("mr", ("-ta", "total_mr", "-ml"), in_ci=True, structured=False),
+        Case("mr", ("-ta", "total_mr", "--fast"), structured=False),
+    ]
+    for scan in MADE:
+        for fast in (False, True):
+            flags = ("--fast", "-ml") if fast else ("-ml",)
+            in_ci = (scan, fast) in IN_CI_BY_INPUT
+            cases.append(Case(scan, flags, in_ci=in_ci, structured=scan != "one-slice"))
+    modes: list[tuple[tuple[str, ...], bool]] = [
+        (("--fastest", "-ml"), True),
+        (("--fast",), False),
+        (("--fast", "-ml", "-sl"), True),
+        (("--fast", "-ml", "-fs"), True),
+        (("--fast", "-ml", "-ro", "0"), False),
+        (("--fast", "-ml", "-ro", "3"), True),
+    ]
+    for flags, in_ci in modes:
+        cases.append(Case("oblique", flags, in_ci=in_ci, structured="--fast" in flags))
+        cases.append(Case("ct", flags, structured=False))
+    tasks: list[tuple[str, ...]] = [
+        ("-ta", "body"),
+        ("-ta", "body", "--fast", "-ml"),
+        ("-ta", "total_mr", "--fastest", "-ml"),
+        ("-ta", "body_mr", "-ml"),
+        ("-ta", "vertebrae_mr", "-ml"),
+        ("-ta", "vertebrae_body", "-ml"),
+        ("-ta", "breasts"),
+        ("-ta", "trunk_cavities"),
+        ("-ta", "total_v3", "-ml"),
+        ("-ta", "total_v3", "--fast", "-ml"),
+    ]
+    in_ci_tasks = (("-ta", "body"), ("-ta", "trunk_cavities"))
+    for flags in tasks:
+        cases.append(Case("lps", flags, in_ci=flags in in_ci_tasks, structured=False))
+        cases.append(Case("ct", flags, structured=False))
+    unique = {case.name: case for case in reversed(cases)}
+    return [case for case in cases if unique[case.name] is case]
+
+
+def input_file(scan: str, folder: Path) -> Path | None:
+    """Write a made scan, or find a public one; None if that is not there."""
+    if scan in PUBLIC:
+        data = os.environ.get("TOTALFAST_TEST_DATA")
+        path = Path(data or ".") / PUBLIC[scan]
+        return path.absolute() if data and path.exists() else None
+    path = folder / f"{scan}.nii.gz"
+    if not path.exists():
+        nib.save(made_input(scan), path)
+    return path
+
+
+@dataclasses.dataclass
+class Comparison:
+    """What a pair of runs left."""
+
+    case: str
+    voxels: int = 0
+    differing_voxels: int = 0
+    problems: list[str] = dataclasses.field(default_factory=list)
+    classes: int = 0
+    boundary: float = 0.0
+    upstream_s: float = 0.0
+    totalfast_s: float = 0.0
+    totalfast_stdout: str = ""
+
+
+def run_pair(case: Case, scan: Path, home: Path, folder: Path) -> Comparison:
+    """Run both commands on one input and compare all that they leave."""
+    environment = {**os.environ, "TOTALSEG_HOME_DIR": str(home), "PYTHONWARNINGS": "ignore"}
+    environment.pop("TOTALSEG_WEIGHTS_PATH", None)
+    outputs, seconds, texts = {}, {}, {}
+    for program in ("totalsegmentator.bin.TotalSegmentator", "totalfast"):
+        output = folder / program.split(".")[0]
+        target = output / ("seg.nii.gz" if case.ml else "seg")
+        command = [sys.executable, "-m", program, "-i", scan, "-o", target, "-d", "cpu"]
+        began = time.perf_counter()
+        done = subprocess.run(
+            [*command, *case.flags],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=1800,
+        )
+        if done.returncode:
+            raise RuntimeError(f"{program} failed on {case.name}:\n{done.stdout}\n{done.stderr}")
+        seconds[program], outputs[program], texts[program] = (
+            time.perf_counter() - began,
+            output,
+            done.stdout,
+        )
+    expected, actual = outputs.values()
+    comparison = compare_folders(case.name, expected, actual)
+    comparison.upstream_s, comparison.totalfast_s = seconds.values()
+    comparison.totalfast_stdout = texts["totalfast"]
+    return comparison
+
+
+def compare_folders(name: str, expected: Path, actual: Path) -> Comparison:
+    """Compare all files below two folders: names, voxels, headers, extensions."""
+    result = Comparison(case=name)
+    files = {path.relative_to(expected) for path in expected.rglob("*") if path.is_file()}
+    ours = {path.relative_to(actual) for path in actual.rglob("*") if path.is_file()}
+    result.problems += [f"only upstream writes {path}" for path in sorted(files - ours)]
+    result.problems += [f"only totalfast writes {path}" for path in sorted(ours - files)]
+    combined = None
+    for number, path in enumerate(sorted(files & ours), start=1):
+        one, two = nib.load(expected / path), nib.load(actual / path)
+        a, b = np.asarray(one.dataobj), np.asarray(two.dataobj)
+        result.problems += header_problems(path, one, two)
+        if a.shape != b.shape or a.dtype != b.dtype:
+            result.problems.append(f"{path}: {a.shape} {a.dtype} upstream, {b.shape} {b.dtype}")
+            continue
+        result.voxels += a.size
+        result.differing_voxels += int(np.count_nonzero(a != b))
+        if combined is None:
+            combined = np.zeros(a.shape, dtype=np.int32)
+        np.copyto(combined, a if len(files) == 1 else number, where=a != 0)
+    if combined is not None:
+        result.classes = int(np.count_nonzero(np.unique(combined)))
+        if min(combined.shape) > 1:
+            _, result.boundary = script("make_standin_weights").label_map_facts(combined)
+    return result
+
+
+def header_problems(path: Path, one: nib.Nifti1Image, two: nib.Nifti1Image) -> list[str]:
+    """Fields, affine and extensions that differ between upstream's file and ours."""
+    problems = []
+    for field in one.header:
+        a, b = one.header[field], two.header[field]
+        if a.tobytes() != b.tobytes() and not np.array_equal(a, b):
+            problems.append(f"{path}: header field {field} is {a} upstream, {b} here")
+    if not np.array_equal(one.affine, two.affine):
+        problems.append(f"{path}: affine differs by {np.abs(one.affine - two.affine).max()}")
+    content = [[e.get_content() for e in image.header.extensions] for image in (one, two)]
+    if content[0] != content[1]:
+        problems.append(f"{path}: header extensions differ")
+    return problems

@@ -1,0 +1,62 @@
+"""The same input through both commands: every file, voxel and header field must agree."""
+
+from __future__ import annotations
+
+import pytest
+
+from .matrix import (
+    MAXIMUM_BOUNDARY,
+    MINIMUM_CLASSES,
+    PUBLIC,
+    all_cases,
+    compare_folders,
+    input_file,
+    run_pair,
+)
+
+CASES = [case for case in all_cases() if case.in_ci]
+
+
+@pytest.fixture(scope="session")
+def scans(tmp_path_factory):
+    return tmp_path_factory.mktemp("scans")
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_command_leaves_what_totalsegmentator_leaves(case, scans, standin_home, tmp_path):
+    scan = input_file(case.scan, scans)
+    if scan is None:
+        pytest.skip(f"TOTALFAST_TEST_DATA has no {PUBLIC[case.scan]}")
+    result = run_pair(case, scan, standin_home, tmp_path)
+    print(
+        f"\n{case.name}: {result.differing_voxels} of {result.voxels} voxels differ, "
+        f"{result.classes} classes, {result.boundary:.1%} boundary cells, "
+        f"{result.upstream_s:.1f} s upstream, {result.totalfast_s:.1f} s totalfast"
+    )
+    assert result.differing_voxels == 0
+    assert result.problems == []
+    assert result.classes > 0
+    if case.structured:
+        assert result.classes >= MINIMUM_CLASSES
+        assert result.boundary <= MAXIMUM_BOUNDARY
+    assert "Done in" in result.totalfast_stdout.splitlines()[-1]
+
+
+def test_comparison_sees_a_voxel_a_header_field_and_a_missing_file(tmp_path):
+    import nibabel as nib
+    import numpy as np
+
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir()
+    two.mkdir()
+    voxels = np.zeros((4, 5, 6), dtype=np.uint8)
+    nib.save(nib.Nifti1Image(voxels, np.eye(4)), one / "a.nii.gz")
+    voxels[1, 2, 3] = 1
+    changed = nib.Nifti1Image(voxels, np.eye(4))
+    changed.header["descrip"] = b"other"
+    nib.save(changed, two / "a.nii.gz")
+    nib.save(changed, two / "b.nii.gz")
+    result = compare_folders("made", one, two)
+    assert result.differing_voxels == 1
+    assert any("descrip" in problem for problem in result.problems)
+    assert any("only totalfast writes b.nii.gz" in problem for problem in result.problems)

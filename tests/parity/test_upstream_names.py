@@ -1,0 +1,148 @@
+"""What totalfast reads from upstream must still be there, and mean the same."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import subprocess
+import sys
+
+import pytest
+
+from totalfast import upstream
+from totalfast.tasks import COARSE_STEP_TASKS, SUPPORTED_TASKS, resolve_task
+
+
+@pytest.mark.parametrize("name", upstream.__all__)
+def test_every_name_of_the_upstream_module_exists(name):
+    assert hasattr(upstream, name)
+
+
+def test_names_that_are_imported_only_when_needed_exist():
+    from dynamic_network_architectures.architectures.unet import PlainConvUNet  # noqa: F401
+    from nnunetv2.inference.export_prediction import (  # noqa: F401
+        convert_predicted_logits_to_segmentation_with_correct_shape,
+    )
+    from nnunetv2.inference.sliding_window_prediction import (  # noqa: F401
+        compute_gaussian,
+        compute_steps_for_sliding_window,
+    )
+    from nnunetv2.preprocessing.normalization import default_normalization_schemes
+    from nnunetv2.utilities.find_class_by_name import recursive_find_python_class  # noqa: F401
+    from nnunetv2.utilities.find_objects import (  # noqa: F401
+        recursive_find_trainer_class_by_name,
+    )
+    from nnunetv2.utilities.get_network_from_plans import get_network_from_plans  # noqa: F401
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager  # noqa: F401
+    from totalsegmentator import custom_trainers
+    from totalsegmentator.libs import download_pretrained_weights  # noqa: F401
+    from totalsegmentator.nifti_ext_header import add_label_map_to_nifti  # noqa: F401
+
+    assert default_normalization_schemes.CTNormalization
+    for trainer in upstream.CUSTOM_TRAINERS:
+        assert hasattr(custom_trainers, trainer)
+
+
+def test_custom_trainers_are_all_that_upstream_adds():
+    code = (
+        "from totalsegmentator import nnunet; from totalfast.upstream import CUSTOM_TRAINERS; "
+        "raise SystemExit(set(nnunet.custom_trainers) != CUSTOM_TRAINERS)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_threads_are_capped_as_in_nnunet():
+    from nnunetv2.configuration import default_num_processes
+
+    from totalfast.sliding_window import MAX_THREADS
+
+    assert default_num_processes == MAX_THREADS
+
+
+@pytest.mark.parametrize("task", SUPPORTED_TASKS)
+@pytest.mark.parametrize("mode", [{}, {"fast": True}, {"fastest": True}])
+def test_tasks_resolve_as_upstream_resolves_them(task, mode):
+    from totalsegmentator.python_api import get_task_config
+
+    try:
+        expected = get_task_config(task, quiet=True, plans="nnUNetPlans", **mode)
+    except ValueError:
+        with pytest.raises(ValueError, match="does not work with option --fast"):
+            resolve_task(task, **mode)
+        return
+    found = resolve_task(task, **mode)
+    ids = expected["task_id"]
+    assert [part.model_id for part in found.parts] == (ids if isinstance(ids, list) else [ids])
+    resample = expected["resample"]
+    spacing = resample if isinstance(resample, list) else [resample] * 3
+    assert list(found.spacing_mm) == spacing
+    assert found.trainer == expected["trainer"]
+    assert found.configuration == expected["model"]
+    assert list(found.folds) == expected["folds"]
+    assert found.plans == expected["plans"]
+    assert expected["crop"] is None
+
+
+def test_coarse_tile_step_is_still_used_for_the_same_tasks():
+    import totalsegmentator.python_api as api
+
+    source = (api.__file__).replace("python_api.py", "nnunet.py")
+    from pathlib import Path
+
+    line = 'if task_name in ["total", "total_v3", "total_mr"]:\n            step_size = 0.8'
+    assert line in Path(source).read_text()
+    assert {"total", "total_v3", "total_mr"} == COARSE_STEP_TASKS
+
+
+def test_weights_home_is_where_upstream_looks(monkeypatch, tmp_path):
+    from totalsegmentator.config import get_weights_dir
+
+    monkeypatch.delenv("TOTALSEG_HOME_DIR", raising=False)
+    monkeypatch.delenv("TOTALSEG_WEIGHTS_PATH", raising=False)
+    assert upstream.weights_home() == get_weights_dir()
+    monkeypatch.setenv("TOTALSEG_HOME_DIR", str(tmp_path / "home"))
+    assert upstream.weights_home() == get_weights_dir()
+    monkeypatch.setenv("TOTALSEG_WEIGHTS_PATH", str(tmp_path / "weights"))
+    assert upstream.weights_home() == get_weights_dir()
+
+
+def test_keywords_and_defaults_are_upstreams():
+    from totalsegmentator.python_api import totalsegmentator
+
+    import totalfast
+
+    expected = {p.name: p.default for p in inspect.signature(totalsegmentator).parameters.values()}
+    found = {p.name: p.default for p in inspect.signature(totalfast.segment).parameters.values()}
+    assert found == expected
+
+
+def test_flags_and_their_defaults_are_upstreams(monkeypatch):
+    import totalsegmentator.bin.TotalSegmentator as command
+
+    from totalfast.cli import build_parser
+
+    captured = []
+
+    class Stop(Exception):  # noqa: N818
+        pass
+
+    def parse_args(parser, *args, **kwargs):
+        captured.append(parser)
+        raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+        with pytest.raises(Stop):
+            command.main()
+
+    def table(parser):
+        return {
+            option: (action.dest, action.nargs, action.const, action.default, action.required)
+            for action in parser._actions
+            for option in action.option_strings
+        }
+
+    expected, found = table(captured[0]), table(build_parser())
+    assert found.keys() == expected.keys()
+    for option in expected:
+        assert found[option] == expected[option], option
