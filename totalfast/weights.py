@@ -237,8 +237,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
                 f"{f' ({wanted.group(1)})' if wanted else ''} and was not opened. "
                 "Official checkpoints need tensors and numbers only; get the file from its source."
             ) from error
-        except (OSError, RuntimeError, EOFError) as error:
-            raise WeightsError(f"{path} is damaged: {error}") from error
+        except (OSError, RuntimeError, EOFError, LookupError, ValueError) as error:
+            raise WeightsError(f"{path} is no checkpoint, or damaged: {error}") from error
     content: dict[str, Any] = checkpoint
     return content
 

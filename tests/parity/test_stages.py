@@ -106,9 +106,7 @@ def test_body_clean_up_equals_upstreams():
         interval=[50000 / voxel_mm3, 1e10],
         quiet=True,
     )
-    found = clean_labels(
-        labels, task="body", classes=class_map["body"], voxel_mm3=voxel_mm3
-    )
+    found = clean_labels(labels, task="body", classes=class_map["body"], voxel_mm3=voxel_mm3)
     np.testing.assert_array_equal(found, expected)
     assert not np.array_equal(found, labels)
 

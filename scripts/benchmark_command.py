@@ -1,0 +1,269 @@
+"""Time the TotalSegmentator command against totalfast on one input, as whole processes.
+
+    python scripts/benchmark_command.py HOME SCAN --json FILE [--repeats N] [-- FLAGS ...]
+
+Both commands run in turn on the same scan with the same weights (HOME: stand-ins made by
+scripts/make_standin_weights.py). Recorded for each: wall and CPU seconds and the peak memory of
+the whole process tree (sum of PSS, so that shared pages count once, sampled ten times a second),
+seconds inside the network's forward pass (a hook on the architecture's class, loaded into both
+programs through sitecustomize), and the voxels that differ. SCAN may be
+"phantom:NXxNYxNZ:SXxSYxSZ": a made CT of that many voxels and that spacing in mm.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import psutil
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tests.parity.matrix import compare_folders
+
+PROGRAMS = {"upstream": "totalsegmentator.bin.TotalSegmentator", "totalfast": "totalfast"}
+
+FORWARD_HOOK = """
+import atexit, os, sys, time
+
+NAME = "dynamic_network_architectures.architectures.unet"
+spent = []
+
+def time_forward(module):
+    forward = module.PlainConvUNet.forward
+    def timed(self, x):
+        began = time.perf_counter()
+        y = forward(self, x)
+        spent.append(time.perf_counter() - began)
+        return y
+    module.PlainConvUNet.forward = timed
+
+def report():
+    if spent:
+        with open(os.environ["TOTALFAST_FORWARD_LOG"], "a") as log:
+            log.write(f"{sum(spent)} {len(spent)}\\n")
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name != NAME:
+            return None
+        specs = (f.find_spec(name, path, target) for f in sys.meta_path if f is not self)
+        spec = next(found for found in specs if found is not None)
+        execute = spec.loader.exec_module
+        def exec_module(module):
+            execute(module)
+            time_forward(module)
+        spec.loader.exec_module = exec_module
+        return spec
+
+sys.meta_path.insert(0, Finder())
+atexit.register(report)
+"""
+"""sitecustomize of both programs: adds up the seconds of the network's forward passes."""
+
+
+def make_scan(description: str, folder: Path) -> Path:
+    """Write the made CT that ``phantom:NXxNYxNZ:SXxSYxSZ`` describes, or return the file."""
+    if not description.startswith("phantom:"):
+        return Path(description).absolute()
+    from scipy import ndimage
+
+    from totalfast.demo.phantom import make_phantom
+
+    _, shape_text, spacing_text = description.split(":")
+    shape = tuple(int(n) for n in shape_text.split("x"))
+    spacing = np.array([float(mm) for mm in spacing_text.split("x")])
+    coarse_mm = 2.0
+    coarse = tuple(
+        max(int(round(n * mm / coarse_mm)), 8) for n, mm in zip(shape, spacing, strict=True)
+    )
+    made = make_phantom(3, shape_xyz=coarse, spacing_mm=coarse_mm)
+    image = np.empty(shape, dtype=np.int16, order="F")
+    ndimage.zoom(
+        made.ct.astype(np.float32),
+        [n / c for n, c in zip(shape, coarse, strict=True)],
+        order=1,
+        output=image,
+        mode="nearest",
+        grid_mode=True,
+    )
+    noise = np.random.default_rng(0).normal(0, 10, (shape[0], shape[1], 16)).astype(np.int16)
+    for z in range(shape[2]):
+        image[:, :, z] += noise[:, :, z % 16]
+    path = folder / "ct.nii.gz"
+    nib.save(nib.Nifti1Image(image, np.diag([*spacing, 1.0])), path)
+    return path
+
+
+class Watch:
+    """Sums the PSS of a process and its descendants while it runs; keeps the peak."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self.process = process
+        self.peak_bytes = 0
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._thread.start()
+
+    def _sample(self) -> None:
+        root = psutil.Process(self.process.pid)
+        while self.process.poll() is None:
+            total = 0
+            try:
+                family = [root, *root.children(recursive=True)]
+            except psutil.Error:
+                break
+            for member in family:
+                try:
+                    total += member.memory_full_info().pss
+                except psutil.Error:
+                    continue
+            self.peak_bytes = max(self.peak_bytes, total)
+            time.sleep(0.1)
+
+
+def run(
+    program: str, scan: Path, target: Path, flags: list[str], environment: dict[str, str]
+) -> dict[str, float]:
+    """Run one command; return wall and CPU seconds and peak bytes of its process tree."""
+    before = os.times()
+    began = time.perf_counter()
+    process = subprocess.Popen(
+        [sys.executable, "-m", PROGRAMS[program], "-i", scan, "-o", target, "-d", "cpu", *flags],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    watch = Watch(process)
+    _, errors = process.communicate()
+    wall = time.perf_counter() - began
+    if process.returncode:
+        raise RuntimeError(f"{program} failed: {errors.decode()[-2000:]}")
+    after = os.times()
+    cpu = (
+        after.children_user + after.children_system - before.children_user - before.children_system
+    )
+    return {"wall_s": wall, "cpu_s": cpu, "peak_bytes": watch.peak_bytes}
+
+
+def forward_seconds(log: Path) -> dict[str, float]:
+    """Read what the hook left."""
+    lines = [line.split() for line in log.read_text().splitlines()] if log.exists() else []
+    if not lines:
+        raise RuntimeError("the hook saw no forward pass")
+    return {
+        "network_s": sum(float(seconds) for seconds, _ in lines),
+        "tiles": sum(int(count) for _, count in lines),
+    }
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    processor = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        processor = names[0].partition(":")[2].strip() if names else processor
+    packages = ("totalfast", "TotalSegmentator", "nnunetv2", "torch", "numpy", "nibabel")
+    return {
+        "processor": processor,
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
+        "memory_gb": round(psutil.virtual_memory().total / 2**30),
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "versions": {name: version(name) for name in packages},
+    }
+
+
+def benchmark(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    """Run both programs in turn and compare what they leave."""
+    scan = make_scan(options.scan, scratch)
+    image = nib.load(scan)
+    hook = scratch / "hook"
+    hook.mkdir()
+    (hook / "sitecustomize.py").write_text(FORWARD_HOOK)
+    log = scratch / "forward.log"
+    base = {**os.environ, "TOTALSEG_HOME_DIR": str(options.home.absolute())}
+    hooked = {**base, "PYTHONPATH": str(hook), "TOTALFAST_FORWARD_LOG": str(log)}
+    name = "seg.nii.gz" if "-ml" in options.flags or "--ml" in options.flags else "seg"
+    result: dict[str, Any] = {
+        "case": options.name or f"{options.scan} {' '.join(options.flags)}",
+        "flags": options.flags,
+        "scan": {
+            "source": options.scan if options.scan.startswith("phantom:") else scan.name,
+            "shape": list(image.shape),
+            "spacing_mm": [round(float(mm), 4) for mm in image.header.get_zooms()[:3]],
+        },
+        "weights": "stand-in weights, not TotalSegmentator's (scripts/make_standin_weights.py)",
+        "machine": machine(),
+        "runs": {program: [] for program in PROGRAMS},
+    }
+    for repeat in range(options.repeats):
+        for program in PROGRAMS:
+            log.unlink(missing_ok=True)
+            folder = scratch / f"{program}-{repeat}"
+            figures = run(program, scan, folder / name, options.flags, hooked)
+            figures |= forward_seconds(log)
+            figures["outside_network_s"] = figures["wall_s"] - figures["network_s"]
+            result["runs"][program].append(figures)
+            print(program, {key: round(value, 2) for key, value in figures.items()}, flush=True)
+    compared = compare_folders(result["case"], scratch / "upstream-0", scratch / "totalfast-0")
+    result["voxels"] = compared.voxels
+    result["differing_voxels"] = compared.differing_voxels
+    result["other_differences"] = compared.problems
+    result["classes_present"] = compared.classes
+    result["boundary_cells"] = compared.boundary
+    result["median"] = {
+        program: {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+        for program, runs in result["runs"].items()
+    }
+    theirs, ours = result["median"]["upstream"], result["median"]["totalfast"]
+    result["ratios"] = {
+        "wall": theirs["wall_s"] / ours["wall_s"],
+        "outside_network": theirs["outside_network_s"] / ours["outside_network_s"],
+        "peak_memory_share": ours["peak_bytes"] / theirs["peak_bytes"],
+    }
+    return result
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("home", type=Path, help="TOTALSEG_HOME_DIR with stand-ins")
+    parser.add_argument("scan", help="a NIfTI file, or phantom:NXxNYxNZ:SXxSYxSZ")
+    parser.add_argument("--json", type=Path, required=True, help="write the figures here")
+    parser.add_argument("--name", help="what the case is called in tables")
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("flags", nargs="*", help="flags of both commands, after --")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="totalfast-benchmark-") as scratch:
+        result = benchmark(options, Path(scratch))
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps(result, indent=1) + "\n")
+    ratios = result["ratios"]
+    print(
+        f"{result['case']}: {ratios['wall']:.1f} times faster, "
+        f"{ratios['outside_network']:.1f} times outside the network, "
+        f"{ratios['peak_memory_share']:.0%} of the memory, "
+        f"{result['differing_voxels']} of {result['voxels']} voxels differ, "
+        f"{result['classes_present']} classes, {result['boundary_cells']:.1%} boundary cells"
+    )
+    return int(result["differing_voxels"] > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

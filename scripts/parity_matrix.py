@@ -1,0 +1,80 @@
+"""Run every parity case: the real TotalSegmentator command against totalfast, file by file.
+
+    python scripts/parity_matrix.py HOME [--only TEXT] [--json FILE]
+
+HOME holds tiny stand-in weights (scripts/make_standin_weights.py HOME --tiny). The public scans
+are found through TOTALFAST_TEST_DATA. Exit code 1 if anything differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tests.parity.matrix import (
+    MAXIMUM_BOUNDARY,
+    MINIMUM_CLASSES,
+    Case,
+    Comparison,
+    all_cases,
+    input_file,
+    run_pair,
+)
+
+
+def failures(case: Case, result: Comparison) -> list[str]:
+    """What makes a pair fail: differences, or a label map that proves little."""
+    found = list(result.problems)
+    if result.differing_voxels:
+        found.append(f"{result.differing_voxels} voxels differ")
+    if case.structured and (result.classes < MINIMUM_CLASSES or result.boundary > MAXIMUM_BOUNDARY):
+        found.append("the label map is not structured")
+    return found
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("home", type=Path, help="TOTALSEG_HOME_DIR with tiny stand-ins")
+    parser.add_argument("--only", default="", help="run the cases whose name contains this")
+    parser.add_argument("--json", type=Path, help="write the results here")
+    options = parser.parse_args()
+    rows, skipped, failed = [], [], 0
+    with tempfile.TemporaryDirectory(prefix="totalfast-parity-") as scratch:
+        scans = Path(scratch) / "scans"
+        scans.mkdir()
+        for number, case in enumerate(all_cases()):
+            if options.only not in case.name:
+                continue
+            scan = input_file(case.scan, scans)
+            if scan is None:
+                skipped.append(case.name)
+                continue
+            result = run_pair(case, scan, options.home, Path(scratch) / str(number))
+            problems = failures(case, result)
+            failed += bool(problems)
+            rows.append({**dataclasses.asdict(result), "failures": problems})
+            print(
+                f"{'FAIL' if problems else 'ok  '} {case.name:<34} "
+                f"{result.differing_voxels:>6} of {result.voxels:>10} voxels differ, "
+                f"{result.classes:>3} classes, {result.boundary:6.1%} boundary, "
+                f"{result.upstream_s:5.1f} s -> {result.totalfast_s:4.1f} s",
+                *problems[:3],
+                flush=True,
+            )
+    print(f"{len(rows)} pairs run, {failed} failed; skipped: {', '.join(skipped) or 'none'}")
+    if options.json:
+        for row in rows:
+            del row["totalfast_stdout"]
+        options.json.write_text(json.dumps({"pairs": rows, "skipped": skipped}, indent=1) + "\n")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

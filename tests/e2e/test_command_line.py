@@ -1,0 +1,171 @@
+"""The command as a user types it: what it prints, what it leaves, how it fails."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+
+@pytest.fixture
+def run(standin_home):
+    def run_command(*arguments, **environment):
+        return subprocess.run(
+            [sys.executable, "-m", "totalfast", *map(str, arguments)],
+            env={**os.environ, "TOTALSEG_HOME_DIR": str(standin_home), **environment},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=600,
+        )
+
+    return run_command
+
+
+@pytest.fixture(scope="session")
+def scan(tmp_path_factory):
+    values = np.random.default_rng(0).normal(0, 300, (40, 36, 30)).astype(np.int16)
+    path = tmp_path_factory.mktemp("scan") / "ct.nii.gz"
+    nib.save(nib.Nifti1Image(values, np.diag([-2.0, 2.0, 3.0, 1.0])), path)
+    return path
+
+
+@pytest.mark.parametrize("flags", [["--help"], ["--version"], ["-lt"], ["-lc"], ["-lc", "body"]])
+def test_what_needs_no_scan_imports_nothing_heavy(flags):
+    code = (
+        "import sys\nfrom totalfast.cli import main\n"
+        "try:\n    code = main(sys.argv[1:])\nexcept SystemExit as stop:\n    code = stop.code\n"
+        "heavy = {'torch', 'numpy', 'nibabel', 'scipy', 'nnunetv2'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *flags], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+def test_lists_are_upstreams(run):
+    from totalsegmentator.registry import format_classes_table, format_tasks_table
+
+    assert run("--list-tasks").stdout == format_tasks_table() + "\n"
+    assert run("--list-classes", "body").stdout == format_classes_table("body") + "\n"
+
+
+def test_masks_lines_and_a_last_line(run, scan, tmp_path):
+    done = run("-i", scan, "-o", tmp_path / "seg", "--fast", "-d", "cpu")
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "seg").glob("*.nii.gz"))) == 117
+    assert [path.name for path in tmp_path.iterdir()] == ["seg"]
+    lines = done.stdout.splitlines()
+    for expected in (
+        "If you use this tool please cite: https://pubs.rsna.org/doi/10.1148/ryai.230024",
+        "Using 'fast' option: resampling to lower resolution (3mm)",
+        "Resampling...",
+        "  Resampled in",
+        "Predicting...",
+        "  Predicted in",
+        "Saving segmentations...",
+        "  Saved in",
+    ):
+        assert any(line.startswith(expected) for line in lines), expected
+    assert lines[-1].startswith("Done in ")
+    assert lines[-1].endswith(f"117 masks in {tmp_path / 'seg'}")
+    assert "Predicting 1/1" in done.stderr
+    assert "100%" in done.stderr
+
+
+def test_quiet_prints_nothing(run, scan, tmp_path):
+    done = run("-i", scan, "-o", tmp_path / "s.nii.gz", "-ml", "--fastest", "-q", "-d", "cpu")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (tmp_path / "s.nii.gz").exists()
+
+
+def test_parts_are_announced_as_upstream_does(run, scan, tmp_path):
+    done = run("-i", scan, "-o", tmp_path / "s.nii.gz", "-ml", "-ta", "total_mr", "-d", "cpu")
+    assert "Predicting part 1 of 2 ...\n" in done.stdout
+    assert "Predicting part 2 of 2 ...\n" in done.stdout
+
+
+def test_skip_saving_leaves_nothing(run, scan, tmp_path):
+    done = run("-i", scan, "-o", tmp_path / "seg", "--fastest", "-ss", "-d", "cpu")
+    assert done.returncode == 0
+    assert list(tmp_path.iterdir()) == []
+    assert "nothing was saved" in done.stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["-i", "{scan}"], 2, "arguments are required for segmentation: -o"),
+        (["-i", "{folder}/none.nii.gz", "-o", "{folder}/s"], 1, "none.nii.gz does not exist"),
+        (["-i", "{scan}", "-o", "{folder}/s", "-ta", "lung_vessels"], 2, "not supported yet"),
+        (["-i", "{scan}", "-o", "{folder}/s", "-ta", "nonsense"], 2, "invalid choice"),
+        (["-i", "{scan}", "-o", "{folder}/s", "-rs", "liver"], 2, "roi_subset=['liver'] is not"),
+        (["-i", "{scan}", "-o", "{folder}/s", "-s"], 2, "statistics=True is not supported yet"),
+        (["-i", "{scan}", "-o", "{folder}/s", "-ot", "dicom_seg"], 2, "not supported yet"),
+        (["-i", "{scan}", "-o", "{folder}/s", "-ho"], 2, "not supported yet"),
+        (["-i", "{scan}", "-o", "{folder}/s", "-sl"], 2, "only works together with fast"),
+        (["-i", "{scan}", "-o", "{folder}/s", "-d", "tpu"], 2, "Invalid device type: 'tpu'"),
+        (["-i", "{scan}", "-o", "{folder}/s", "-ta", "breasts", "-f"], 2, "does not work with"),
+        (["-i", "{scan}", "-o", "{folder}", "-ml"], 1, "is a directory; with --ml"),
+        (["-i", "{scan}", "-o", "{folder}/s.txt", "-ml"], 1, "must end in .nii.gz"),
+        (["-i", "{scan}", "-o", "{scan}"], 1, "is a file; without --ml"),
+        (["-i", "{scan}", "-o", "{scan}/seg"], 1, "is a file, so"),
+    ],
+)
+def test_mistakes_are_named_and_leave_nothing(run, scan, tmp_path, arguments, code, message):
+    done = run(*(text.format(scan=scan, folder=tmp_path) for text in arguments))
+    assert done.returncode == code
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_termination_removes_what_is_half_written(standin_home, scan, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "totalfast", "-i", scan, "-o", tmp_path / "s", "-ff", "-d", "cpu"],
+        env={**os.environ, "TOTALSEG_HOME_DIR": str(standin_home)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    for line in process.stdout:
+        if line.startswith("Predicting"):
+            break
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 130
+    process.stdout.close()
+    assert list(tmp_path.rglob("*")) == []
+
+
+def test_no_file_but_the_results_and_no_child_process(standin_home, scan, tmp_path):
+    """Runs with no temporary folder and no shared memory to write to, and forbids new processes."""
+    code = (
+        "import sys\n"
+        "def forbid(event, arguments):\n"
+        "    if event in {'os.fork', 'os.posix_spawn', 'subprocess.Popen', 'os.exec'}:\n"
+        "        raise SystemExit(f'started a process: {event} {arguments}')\n"
+        "    if event == 'open' and isinstance(arguments[0], str) and arguments[1]:\n"
+        "        if set(arguments[1]) & set('wax+') and sys.argv[2] not in arguments[0]:\n"
+        "            raise SystemExit(f'wrote {arguments[0]}')\n"
+        "    if event in {'socket.connect', 'socket.getaddrinfo'}:\n"
+        "        raise SystemExit(f'used the network: {arguments}')\n"
+        "sys.addaudithook(forbid)\n"
+        "import totalfast\n"
+        "totalfast.segment(sys.argv[1], sys.argv[2], fast=True, device='cpu', quiet=True)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-B", "-c", code, scan, tmp_path / "seg"],
+        env={**os.environ, "TOTALSEG_HOME_DIR": str(standin_home)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "seg").iterdir())) == 117

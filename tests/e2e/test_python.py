@@ -1,0 +1,120 @@
+"""The Python call: sessions, threads, images in memory."""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+import totalfast
+from totalfast import session as session_module
+
+
+@pytest.fixture(autouse=True)
+def _standins(standin_home, monkeypatch):
+    monkeypatch.delenv("TOTALSEG_WEIGHTS_PATH", raising=False)
+    monkeypatch.setenv("TOTALSEG_HOME_DIR", str(standin_home))
+
+
+@pytest.fixture
+def scan():
+    values = np.random.default_rng(0).normal(0, 300, (40, 36, 30)).astype(np.int16)
+    return nib.Nifti1Image(values, np.diag([-2.0, 2.0, 3.0, 1.0]))
+
+
+QUICK = {"fastest": True, "device": "cpu", "quiet": True}
+
+
+def test_image_in_label_map_out(scan, tmp_path):
+    result = totalfast.segment(scan, **QUICK)
+    assert isinstance(result, nib.Nifti1Image)
+    assert result.shape == scan.shape
+    assert result.get_data_dtype() == np.uint8
+    np.testing.assert_array_equal(result.affine, scan.affine)
+    assert b"urinary_bladder" in result.header.extensions[0].get_content()
+    nib.save(scan, tmp_path / "scan.nii.gz")
+    from_file = totalfast.segment(tmp_path / "scan.nii.gz", tmp_path / "seg.nii", ml=True, **QUICK)
+    np.testing.assert_array_equal(result.dataobj, from_file.dataobj)
+    np.testing.assert_array_equal(nib.load(tmp_path / "seg.nii").dataobj, from_file.dataobj)
+
+
+def test_second_call_of_a_session_loads_nothing(scan, monkeypatch):
+    loads = []
+    load = session_module.load_model
+    monkeypatch.setattr(
+        session_module, "load_model", lambda *a, **k: loads.append(a) or load(*a, **k)
+    )
+    session = totalfast.Session(device="cpu")
+    first = session.segment(scan, fastest=True, quiet=True)
+    assert len(loads) == 1
+    second = session.segment(scan, fastest=True, quiet=True)
+    assert len(loads) == 1
+    np.testing.assert_array_equal(first.dataobj, second.dataobj)
+
+
+def test_two_threads_of_one_session_agree(scan):
+    session = totalfast.Session(device="cpu")
+    results, errors = [], []
+
+    def work():
+        try:
+            results.append(session.segment(scan, fastest=True, quiet=True))
+        except totalfast.TotalfastError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    np.testing.assert_array_equal(results[0].dataobj, results[1].dataobj)
+
+
+def test_a_failed_load_is_tried_again(scan, monkeypatch):
+    session = totalfast.Session(device="cpu")
+    load = session_module.load_model
+
+    def broken(*arguments, **keywords):
+        raise totalfast.WeightsError("damaged")
+
+    monkeypatch.setattr(session_module, "load_model", broken)
+    with pytest.raises(totalfast.WeightsError, match="damaged"):
+        session.segment(scan, fastest=True, quiet=True)
+    monkeypatch.setattr(session_module, "load_model", load)
+    assert session.segment(scan, fastest=True, quiet=True).shape == scan.shape
+
+
+def test_the_library_prints_nothing(scan, capsys):
+    totalfast.segment(scan, **QUICK)
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", "")
+
+
+def test_log_lines_are_upstreams(scan, caplog):
+    with caplog.at_level(logging.INFO, logger="totalfast"):
+        totalfast.segment(scan, **QUICK)
+    assert "Using 'fastest' option: resampling to lower resolution (6mm)" in caplog.messages
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_a_scan_of_few_slices_and_one_that_is_all_zero(split):
+    for shape in ((40, 36, 7), (40, 36, 1)):
+        scan = nib.Nifti1Image(np.zeros(shape, np.int16), np.diag([2.0, 2.0, 5.0, 1.0]))
+        result = totalfast.segment(scan, force_split=split, **QUICK)
+        assert result.shape == shape
+
+
+def test_unknown_keyword_and_wrong_values():
+    session = totalfast.Session(device="cpu")
+    with pytest.raises(totalfast.OptionError, match="unknown option 'fasst'"):
+        session.segment("x.nii.gz", fasst=True)
+    with pytest.raises(totalfast.OptionError, match="between 0 and 5, not 7"):
+        session.segment("x.nii.gz", resampling_order=7)
+    with pytest.raises(totalfast.UnsupportedError, match="model_size='small' is not supported"):
+        session.segment("x.nii.gz", model_size="small")
+    with pytest.raises(ValueError, match="Invalid device"):
+        totalfast.Session(device="tpu")

@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+from totalfast import ArgmaxPredictor, PredictionError
+from totalfast.sliding_window import plan_tiles, predict_labels, predict_logits
+from totalfast.weights import load_model
+
+SHAPES = [(40, 32, 48), (97, 70, 90), (21, 33, 47), (130, 20, 100)]
+
+
+@pytest.fixture(scope="module")
+def folder(standin_home):
+    return next((standin_home / "nnunet/results").glob("Dataset297*/*"))
+
+
+@pytest.fixture(scope="module")
+def predictors(folder):
+    pair = []
+    for kind in (nnUNetPredictor, ArgmaxPredictor):
+        predictor = kind(
+            tile_step_size=0.8, use_mirroring=False, device=torch.device("cpu"), allow_tqdm=False
+        )
+        predictor.initialize_from_trained_model_folder(str(folder), (0,))
+        pair.append(predictor)
+    return pair
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("step", [0.5, 0.8])
+def test_labels_and_logits_are_nnunets(predictors, shape, step):
+    theirs, ours = predictors
+    theirs.tile_step_size = ours.tile_step_size = step
+    image = torch.randn((1, *shape), generator=torch.Generator().manual_seed(0))
+    expected = theirs.predict_logits_from_preprocessed_data(image)
+    assert torch.equal(predict_logits(ours.model, image, step=step), expected)
+    labels = ours.predict_labels_from_preprocessed_data(image)
+    assert torch.equal(labels, expected.argmax(0).to(torch.uint8))
+    assert labels.dtype == torch.uint8
+
+
+def test_two_folds_are_averaged_in_half_precision_as_nnunet_does(folder, tmp_path):
+    import shutil
+
+    from totalfast.weights import read_checkpoint
+
+    copy = tmp_path / folder.name
+    shutil.copytree(folder, copy)
+    shutil.copytree(copy / "fold_0", copy / "fold_1")
+    second = dict(read_checkpoint(copy / "fold_1" / "checkpoint_final.pth"))
+    second["network_weights"] = {
+        name: value * 1.01 for name, value in second["network_weights"].items()
+    }
+    (copy / "fold_1" / "checkpoint_final.pth").unlink()
+    torch.save(second, copy / "fold_1" / "checkpoint_final.pth")
+    image = torch.randn((1, 50, 40, 48), generator=torch.Generator().manual_seed(1))
+    theirs = nnUNetPredictor(use_mirroring=False, device=torch.device("cpu"), allow_tqdm=False)
+    theirs.initialize_from_trained_model_folder(str(copy), None)
+    expected = theirs.predict_logits_from_preprocessed_data(image)
+    model = load_model(copy, folds=None, device=torch.device("cpu"))
+    assert len(model.networks) == 2
+    assert torch.equal(predict_logits(model, image, step=0.5), expected)
+    assert torch.equal(predict_labels(model, image, step=0.5), expected.argmax(0).to(torch.uint8))
+
+
+def test_overflow_is_an_error_and_settings_are_restored(predictors):
+    threads = torch.get_num_threads()
+    with pytest.raises(PredictionError, match="overflowed float16"):
+        broken = predictors[1].model
+        layer = broken.networks[0].decoder.seg_layers[-1]
+        bias = layer.bias.detach().clone()
+        try:
+            with torch.no_grad():
+                layer.bias.add_(1e6)
+            predict_labels(broken, torch.zeros((1, 40, 32, 48)), step=0.5)
+        finally:
+            with torch.no_grad():
+                layer.bias.copy_(bias)
+    assert torch.get_num_threads() == threads
+
+
+def test_tiles_by_hand():
+    tiles = plan_tiles((30, 128, 200), (64, 64, 64), 0.5)
+    assert tiles.below == (17, 0, 0)
+    assert tiles.above == (17, 0, 0)
+    assert tiles.starts == ((0,), (0, 32, 64), (0, 27, 54, 82, 109, 136))
+    assert tiles.count == 18
+
+
+def test_each_tile_is_reported(predictors):
+    seen = []
+    predict_labels(
+        predictors[1].model, torch.zeros((1, 60, 40, 48)), step=0.5, on_tile=lambda: seen.append(1)
+    )
+    assert len(seen) == plan_tiles((60, 40, 48), predictors[1].model.patch_size, 0.5).count

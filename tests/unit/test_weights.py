@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from totalfast import WeightsError
+from totalfast.weights import builds_from_plans, find_model, load_model, read_checkpoint
+
+
+class Exploit:
+    def __reduce__(self):
+        return (pytest.fail, ("code from a checkpoint was run",))
+
+
+def test_checkpoint_with_numpy_numbers_of_the_training_log_is_read(tmp_path):
+    log = {"mean_fg_dice": [np.float64(0.8), np.float32(0.5)], "epochs": np.int64(3)}
+    torch.save({"network_weights": {"a": torch.ones(3)}, "logging": log}, tmp_path / "c.pth")
+    assert read_checkpoint(tmp_path / "c.pth")["logging"] == log
+
+
+def test_checkpoint_that_runs_code_is_refused_and_not_run(tmp_path):
+    torch.save({"network_weights": {}, "logging": Exploit()}, tmp_path / "c.pth")
+    with pytest.raises(WeightsError, match="holds more than weights"):
+        read_checkpoint(tmp_path / "c.pth")
+
+
+def test_old_format_that_runs_code_is_refused_too(tmp_path):
+    torch.save({"x": Exploit()}, tmp_path / "c.pth", _use_new_zipfile_serialization=False)
+    with pytest.raises(WeightsError, match="holds more than weights"):
+        read_checkpoint(tmp_path / "c.pth")
+
+
+def test_old_format_with_weights_is_read(tmp_path):
+    torch.save({"a": torch.ones(3)}, tmp_path / "c.pth", _use_new_zipfile_serialization=False)
+    assert read_checkpoint(tmp_path / "c.pth")["a"].sum() == 3
+
+
+def test_damaged_and_foreign_files(tmp_path):
+    (tmp_path / "text.pth").write_text("hello")
+    (tmp_path / "pickle.pth").write_bytes(pickle.dumps(Exploit()))
+    torch.save({"a": torch.ones(30000)}, tmp_path / "cut.pth")
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "cut.pth").read_bytes()[:5000])
+    for name in ("text.pth", "pickle.pth", "cut.pth"):
+        with pytest.raises(WeightsError):
+            read_checkpoint(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "expected"),
+    [
+        ("nnUNetTrainer", True),
+        ("nnUNetTrainerNoMirroring", True),
+        ("nnUNetTrainer_4000epochs_NoMirroring", True),
+        ("nnUNetTrainer_DASegOrd0_NoMirroring", True),
+        ("nnUNetTrainerBN", False),
+        ("nnUNetTrainerSkeletonRecall", False),
+        ("unheard_of", False),
+    ],
+)
+def test_trainers_that_leave_the_architecture_to_the_plans(trainer, expected):
+    assert builds_from_plans(trainer) is expected
+
+
+def test_reading_the_trainers_agrees_with_importing_them():
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+    for name in (
+        "nnUNetTrainerNoMirroring",
+        "nnUNetTrainer_4000epochs_NoMirroring",
+        "nnUNetTrainer_2000epochs_NoMirroring",
+        "nnUNetTrainer_DASegOrd0",
+        "nnUNetTrainer_DASegOrd0_NoMirroring",
+        "nnUNetTrainerBN",
+    ):
+        found = recursive_find_trainer_class_by_name(name)
+        own = found.build_network_architecture is nnUNetTrainer.build_network_architecture
+        assert builds_from_plans(name) is own
+
+
+def test_network_is_the_one_that_nnunet_builds_and_loads(standin_home):
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+    folder = next((standin_home / "nnunet/results").glob("Dataset297*/*"))
+    expected = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
+    expected.initialize_from_trained_model_folder(str(folder), (0,))
+    found = load_model(folder, folds=(0,), device=torch.device("cpu"))
+    assert str(found.networks[0]) == str(expected.network)
+    state = found.networks[0].state_dict()
+    assert state.keys() == expected.network.state_dict().keys()
+    for name, value in expected.network.state_dict().items():
+        assert torch.equal(state[name], value)
+
+
+def test_missing_files_are_named(standin_home, tmp_path, monkeypatch):
+    folder = next((standin_home / "nnunet/results").glob("Dataset297*/*"))
+    with pytest.raises(WeightsError, match=r"fold_7.checkpoint_final\.pth"):
+        load_model(folder, folds=(7,), device=torch.device("cpu"))
+    with pytest.raises(WeightsError, match=r"plans\.json"):
+        load_model(tmp_path, folds=(0,), device=torch.device("cpu"))
+    monkeypatch.delenv("TOTALSEG_WEIGHTS_PATH", raising=False)
+    monkeypatch.setenv("TOTALSEG_HOME_DIR", str(standin_home))
+    with pytest.raises(WeightsError, match="is incomplete"):
+        find_model(297, trainer="other", plans="nnUNetPlans", configuration="3d_fullres")
+
+
+def test_failed_download_says_where_the_model_belongs(tmp_path, monkeypatch):
+    import requests
+
+    def no_network(*args, **kwargs):
+        raise requests.ConnectionError("no network")
+
+    monkeypatch.setattr(requests, "get", no_network)
+    monkeypatch.setenv("TOTALSEG_WEIGHTS_PATH", str(tmp_path))
+    with pytest.raises(WeightsError, match=r"Dataset297.* can't be downloaded: no network"):
+        find_model(297, trainer="t", plans="p", configuration="c")

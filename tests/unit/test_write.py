@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import gzip
+import subprocess
+
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK
+
+from totalfast import OutputError
+from totalfast.stages.write import PendingFiles, label_image, write_labels, write_masks
+
+NAMES = {1: "liver", 2: "spleen", 7: "heart", 255: "absent"}
+
+
+@pytest.fixture
+def header():
+    scan = nib.Nifti1Image(np.zeros((31, 20, 43), np.int16), np.diag([-0.7, 0.8, 2.5, 1.0]))
+    scan.header.set_qform(scan.affine, code=1)
+    scan.header.set_xyzt_units("mm", "sec")
+    scan.header["descrip"] = b"a scan"
+    scan.header.set_slope_inter(2.0, 5.0)
+    return scan.header
+
+
+@pytest.fixture
+def labels():
+    made = np.zeros((31, 20, 43), np.uint8, order="F")
+    made[3:20, 4:9, 10:30] = 1
+    made[3:9, 10:19, 0:43] = 2
+    made[30, 19, 42] = 7
+    return made
+
+
+def image_of(labels, header):
+    return label_image(labels, affine=header.get_best_affine(), header=header, names=NAMES)
+
+
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
+def test_label_map_is_the_file_that_nibabel_writes(labels, header, tmp_path, ending):
+    image = image_of(labels, header)
+    nib.save(image, tmp_path / f"expected{ending}")
+    with PendingFiles() as files:
+        write_labels(image, tmp_path / f"found{ending}", files=files, threads=2)
+    expected, found = ((tmp_path / f"{name}{ending}").read_bytes() for name in ("expected", "found"))
+    if ending == ".nii.gz":
+        expected, found = gzip.decompress(expected), gzip.decompress(found)
+    assert found == expected
+
+
+def test_masks_are_the_files_that_nibabel_writes(labels, header, tmp_path):
+    with PendingFiles() as files:
+        write_masks(
+            image_of(labels, header), NAMES, folder=tmp_path / "new" / "seg", files=files, threads=2
+        )
+    folder = tmp_path / "new" / "seg"
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        f"{name}.nii.gz" for name in NAMES.values()
+    )
+    for label, name in NAMES.items():
+        mask = label_image(
+            (labels == label).astype(np.uint8),
+            affine=header.get_best_affine(),
+            header=header,
+            names=None,
+        )
+        nib.save(mask, tmp_path / "expected.nii.gz")
+        expected = gzip.decompress((tmp_path / "expected.nii.gz").read_bytes())
+        assert gzip.decompress((folder / f"{name}.nii.gz").read_bytes()) == expected
+        read = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(folder / f"{name}.nii.gz")))
+        np.testing.assert_array_equal(read.T, labels == label)
+        subprocess.run(["gzip", "-t", folder / f"{name}.nii.gz"], check=True)
+
+
+def test_label_map_in_c_order(header, tmp_path):
+    labels = np.random.default_rng(0).integers(0, 9, (31, 20, 43)).astype(np.uint8)
+    with PendingFiles() as files:
+        write_labels(image_of(labels, header), tmp_path / "seg.nii.gz", files=files, threads=1)
+    np.testing.assert_array_equal(nib.load(tmp_path / "seg.nii.gz").dataobj, labels)
+
+
+def test_files_appear_together_or_not_at_all(tmp_path):
+    (tmp_path / "b").write_text("old")
+    with pytest.raises(RuntimeError, match="stop"), PendingFiles() as files:
+        files.path(tmp_path / "a").write_text("half")
+        files.path(tmp_path / "b").write_text("half")
+        raise RuntimeError("stop")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"b": "old"}
+    with PendingFiles() as files:
+        files.path(tmp_path / "a").write_text("whole")
+        assert not (tmp_path / "a").exists()
+    assert (tmp_path / "a").read_text() == "whole"
+
+
+def test_disk_errors_become_output_errors_and_leave_nothing(tmp_path):
+    with pytest.raises(OutputError, match="No space left"), PendingFiles() as files:
+        files.path(tmp_path / "a").write_text("half")
+        raise OSError(28, "No space left on device", "a")
+    assert list(tmp_path.iterdir()) == []
