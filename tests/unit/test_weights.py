@@ -38,6 +38,7 @@ def test_old_format_with_weights_is_read(tmp_path):
     assert read_checkpoint(tmp_path / "c.pth")["a"].sum() == 3
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")
 def test_damaged_and_foreign_files(tmp_path):
     (tmp_path / "text.pth").write_text("hello")
     (tmp_path / "pickle.pth").write_bytes(pickle.dumps(Exploit()))

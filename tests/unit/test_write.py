@@ -43,7 +43,8 @@ def test_label_map_is_the_file_that_nibabel_writes(labels, header, tmp_path, end
     nib.save(image, tmp_path / f"expected{ending}")
     with PendingFiles() as files:
         write_labels(image, tmp_path / f"found{ending}", files=files, threads=2)
-    expected, found = ((tmp_path / f"{name}{ending}").read_bytes() for name in ("expected", "found"))
+    expected = (tmp_path / f"expected{ending}").read_bytes()
+    found = (tmp_path / f"found{ending}").read_bytes()
     if ending == ".nii.gz":
         expected, found = gzip.decompress(expected), gzip.decompress(found)
     assert found == expected

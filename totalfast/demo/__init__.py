@@ -1,0 +1,1 @@
+"""Made data to try totalfast with: no patient, no download."""
