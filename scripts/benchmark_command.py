@@ -248,8 +248,10 @@ def main() -> int:
     parser.add_argument("--json", type=Path, required=True, help="write the figures here")
     parser.add_argument("--name", help="what the case is called in tables")
     parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("flags", nargs="*", help="flags of both commands, after --")
-    options = parser.parse_args()
+    arguments = sys.argv[1:]
+    split = arguments.index("--") if "--" in arguments else len(arguments)
+    options = parser.parse_args(arguments[:split])
+    options.flags = arguments[split + 1 :]  # flags of both commands
     with tempfile.TemporaryDirectory(prefix="totalfast-benchmark-") as scratch:
         result = benchmark(options, Path(scratch))
     options.json.parent.mkdir(parents=True, exist_ok=True)

@@ -117,6 +117,7 @@ def run(
             save(result, output, image=image, task=task, options=options)
             what = "label map" if options.ml else f"{len(task.classes)} masks"
             saved = f"{what} in {output}"
+        progress.advance(work.save)
     logger.info("Done in %.1f s: %s", time.perf_counter() - began, saved)
     return result
 

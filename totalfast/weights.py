@@ -13,6 +13,7 @@ import json
 import logging
 import pickle
 import re
+import threading
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_NAME = "checkpoint_final.pth"
+
+_LOADING = threading.Lock()
+"""Torch's list of safe types and Python's warning filters belong to the whole process."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -134,6 +138,16 @@ def load_model(
     WeightsError
         If something is missing, unreadable, or holds more than weights.
     """
+    with _LOADING:
+        return _load(folder, folds, device, checkpoint_name)
+
+
+def _load(
+    folder: Path,
+    folds: Sequence[int | str] | None,
+    device: torch.device,
+    checkpoint_name: str,
+) -> Model:
     plans_manager_class, determine_num_input_channels = _import_nnunet()
     plans = plans_manager_class(_read_json(folder / "plans.json"))
     dataset = _read_json(folder / "dataset.json")
