@@ -4,7 +4,7 @@
 
 Both commands run in turn on the same scan with the same weights (HOME: stand-ins made by
 scripts/make_standin_weights.py). Recorded for each: wall and CPU seconds and the peak memory of
-the whole process tree (sum of PSS, so that shared pages count once, sampled ten times a second),
+the whole process tree (sum of PSS, so that shared pages count once, sampled five times a second),
 seconds inside the network's forward pass (a hook on the architecture's class, loaded into both
 programs through sitecustomize), and the voxels that differ. SCAN may be
 "phantom:NXxNYxNZ:SXxSYxSZ": a made CT of that many voxels and that spacing in mm.
@@ -33,6 +33,9 @@ import psutil
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tests.parity.matrix import compare_folders
+
+SAMPLE_S = 0.2
+"""Reading the PSS stops the process for a moment, so not more often than needed."""
 
 PROGRAMS = {"upstream": "totalsegmentator.bin.TotalSegmentator", "totalfast": "totalfast"}
 
@@ -131,7 +134,7 @@ class Watch:
                 except psutil.Error:
                     continue
             self.peak_bytes = max(self.peak_bytes, total)
-            time.sleep(0.1)
+            time.sleep(SAMPLE_S)
 
 
 def run(

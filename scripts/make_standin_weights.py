@@ -122,8 +122,8 @@ MODELS: dict[int, Model] = {
     343: _ct("class_map", "trunk_cavities"),
 }
 
-TINY_PATCH_ZYX = (32, 24, 40)
-TINY_STAGES, TINY_BASE_FEATURES = 3, 16
+TINY_PATCH_ZYX = (72, 72, 64)
+TINY_STAGES, TINY_BASE_FEATURES = 3, 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

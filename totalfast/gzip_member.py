@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from typing import TypeAlias
 
-
     Buffer: TypeAlias = bytes | memoryview
 
 LEVEL = 1

@@ -53,4 +53,5 @@ class Progress:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self._bar.refresh()
         self._bar.close()

@@ -116,7 +116,7 @@ def predict_labels(
         if model.labels.has_regions:
             found = torch.as_tensor(model.labels.convert_logits_to_segmentation(logits))
         else:
-            found = logits.argmax(0)
+            found = _first_maximum(logits)
         labels[start : start + found.shape[0]] = found.to("cpu", labels.dtype)
     return labels
 
@@ -167,6 +167,29 @@ def _final_logits(
         yield from window.advance(tiles.padded_shape[0])
 
 
+def _first_maximum(logits: torch.Tensor) -> torch.Tensor:
+    """Return ``logits.argmax(0)``: the first maximum wins, NaN before all.
+
+    On the CPU torch's ``max`` does the same three times faster, and faster still in float32.
+    """
+    if logits.device.type == "cpu":
+        return logits.float().max(0).indices
+    return logits.argmax(0)
+
+
+def _add(total: torch.Tensor, logits: torch.Tensor) -> None:
+    """Add float16 or float32 ``logits`` to the float16 ``total``, in place, rounding once.
+
+    ``total += logits`` with two dtypes is the same sum; a channel at a time in float32 avoids
+    torch's slow loop for mixed dtypes.
+    """
+    if logits.dtype == total.dtype:
+        total += logits
+        return
+    for channel, own in zip(total, logits, strict=True):
+        channel.copy_(channel.float().add_(own))
+
+
 class _RollingWindow:
     """Accumulators as deep as one tile, moved along z; slices that leave it are final."""
 
@@ -197,7 +220,7 @@ class _RollingWindow:
         for network, total in zip(self.model.networks, self.sums, strict=True):
             logits = network(batch)[0].to(total.device)
             logits *= self.gaussian
-            total[place] += logits
+            _add(total[place], logits)
         self.weight[place[1:]] += self.gaussian
 
     def advance(self, start: int) -> Iterator[tuple[int, torch.Tensor]]:
@@ -225,7 +248,9 @@ class _RollingWindow:
         folds = []
         for total in self.sums:
             logits = torch.div(total[part], self.weight[part[1:]])
-            if torch.any(torch.isinf(logits)):
+            # A finite sum tells that all are finite, at a tenth of the price.
+            finite = torch.isfinite(logits.sum(dtype=torch.float32))
+            if not finite and torch.any(torch.isinf(logits)):
                 raise PredictionError(
                     f"a logit of {self.model.folder.parent.name} overflowed float16. "
                     "The image's intensities may be far outside of what the model was trained on."

@@ -5,7 +5,13 @@ import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from totalfast import ArgmaxPredictor, PredictionError
-from totalfast.sliding_window import plan_tiles, predict_labels, predict_logits
+from totalfast.sliding_window import (
+    _add,
+    _first_maximum,
+    plan_tiles,
+    predict_labels,
+    predict_logits,
+)
 from totalfast.weights import load_model
 
 SHAPES = [(32, 24, 40), (70, 30, 55), (21, 33, 47)]
@@ -95,3 +101,20 @@ def test_each_tile_is_reported(predictors):
         predictors[1].model, torch.zeros((1, 50, 24, 48)), step=0.5, on_tile=lambda: seen.append(1)
     )
     assert len(seen) == plan_tiles((50, 24, 48), predictors[1].model.patch_size, 0.5).count
+
+
+def test_first_maximum_is_argmax_with_ties_signed_zeros_and_nan():
+    values = torch.tensor([0.0, -0.0, 1.0, 1.0, -2.0, float("nan"), float("nan"), 6e-8])
+    logits = values[torch.randint(0, len(values), (40, 50, 60))].half()
+    assert torch.equal(_first_maximum(logits), logits.argmax(0))
+    few = torch.tensor([0.5, 0.25]).half()[torch.randint(0, 2, (40, 50, 60))]
+    assert torch.equal(_first_maximum(few), few.argmax(0))
+
+
+def test_adding_by_channel_rounds_as_torchs_mixed_addition_does():
+    total = torch.randn(5, 30, 40, 50).half()
+    logits = torch.randn(5, 30, 20, 50) * 10.0 ** torch.randint(-8, 4, (5, 30, 20, 50))
+    expected = total.clone()
+    expected[:, :, 3:23] += logits
+    _add(total[:, :, 3:23], logits)
+    assert torch.equal(total, expected)
