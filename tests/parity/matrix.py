@@ -130,7 +130,8 @@ class Case:
     flags: tuple[str, ...] = ()
     in_ci: bool = False
     structured: bool = True
-    """Whether the label map must show structure: not for MR models, thin scans and few classes."""
+    """Whether the label map must show structure. Not asked of tasks with few classes, of one slice,
+    of small public scans, nor of five tiny models merged at 1.5 mm, whose borders cross."""
 
     @property
     def name(self) -> str:
@@ -155,6 +156,13 @@ MADE = (
     "one-slice",
     "many-tiles",
 )
+ONE_WORKER = ("-ns", "1")
+"""Upstream starts one export process a model instead of six, each of which imports torch; its
+results are the same, and the matrix takes a third of the time."""
+
+SIX_WORKERS = {("ct", ("--fast",)), ("lps", ("-ta", "body"))}
+"""Cases that run with upstream's defaults all the same."""
+
 PUBLIC = {"ct": "example_ct_sm.nii.gz", "mr": "example_mr_sm.nii.gz"}
 """Scans of TotalSegmentator's own tests, in the folder that TOTALFAST_TEST_DATA names."""
 
@@ -182,12 +190,11 @@ def all_cases() -> list[Case]:
         for fast in (False, True):
             flags = ("--fast", "-ml") if fast else ("-ml",)
             in_ci = (scan, fast) in IN_CI_BY_INPUT
-            cases.append(Case(scan, flags, in_ci=in_ci, structured=scan != "one-slice"))
+            cases.append(Case(scan, flags, in_ci=in_ci, structured=fast and scan != "one-slice"))
     modes: list[tuple[tuple[str, ...], bool]] = [
         (("--fastest", "-ml"), True),
         (("--fast",), False),
         (("--fast", "-ml", "-sl"), True),
-        (("--fast", "-ml", "-fs"), True),
         (("--fast", "-ml", "-ro", "0"), False),
         (("--fast", "-ml", "-ro", "3"), True),
     ]
@@ -203,13 +210,15 @@ def all_cases() -> list[Case]:
         ("-ta", "vertebrae_body", "-ml"),
         ("-ta", "breasts"),
         ("-ta", "trunk_cavities"),
+        ("-ta", "trunk_cavities", "-ml", "-fs"),
         ("-ta", "total_v3", "-ml"),
         ("-ta", "total_v3", "--fast", "-ml"),
     ]
-    in_ci_tasks = (("-ta", "body"), ("-ta", "trunk_cavities"))
+    in_ci_tasks = (("-ta", "body"), ("-ta", "trunk_cavities", "-ml", "-fs"))
     for flags in tasks:
         cases.append(Case("lps", flags, in_ci=flags in in_ci_tasks, structured=False))
-        cases.append(Case("ct", flags, structured=False))
+        if "-fs" not in flags:  # upstream fails where a third has fewer than 19 slices
+            cases.append(Case("ct", flags, structured=False))
     unique = {case.name: case for case in reversed(cases)}
     return [case for case in cases if unique[case.name] is case]
 
@@ -246,13 +255,14 @@ def run_pair(case: Case, scan: Path, home: Path, folder: Path) -> Comparison:
     environment = {**os.environ, "TOTALSEG_HOME_DIR": str(home), "PYTHONWARNINGS": "ignore"}
     environment.pop("TOTALSEG_WEIGHTS_PATH", None)
     outputs, seconds, texts = {}, {}, {}
+    workers = () if (case.scan, case.flags) in SIX_WORKERS else ONE_WORKER
     for program in ("totalsegmentator.bin.TotalSegmentator", "totalfast"):
         output = folder / program.split(".")[0]
         target = output / ("seg.nii.gz" if case.ml else "seg")
         command = [sys.executable, "-m", program, "-i", scan, "-o", target, "-d", "cpu"]
         began = time.perf_counter()
         done = subprocess.run(
-            [*command, *case.flags],
+            [*command, *case.flags, *workers],
             env=environment,
             capture_output=True,
             text=True,
