@@ -115,3 +115,10 @@ def test_text_with_a_nifti_name(tmp_path):
     (tmp_path / "scan.nii.gz").write_text("not a scan")
     with pytest.raises(InputError, match=r"scan\.nii\.gz"):
         read_image(tmp_path / "scan.nii.gz")
+
+
+def test_gzip_of_several_members_as_bgzip_and_pigz_make_it(tmp_path):
+    path = saved(tmp_path / "scan.nii.gz", np.arange(6000, dtype=np.int16).reshape(10, 20, 30))
+    whole = gzip.decompress(path.read_bytes())
+    path.write_bytes(gzip.compress(whole[:500]) + gzip.compress(whole[500:]))
+    np.testing.assert_array_equal(read_image(path).stored.ravel(), np.arange(6000))
