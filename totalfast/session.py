@@ -9,14 +9,15 @@ import functools
 import logging
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from totalfast.errors import OptionError, TotalfastError
+from totalfast.errors import OptionError
 from totalfast.options import Options, check_output, validate_device
 from totalfast.weights import find_model, load_model
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Callable
 
     import nibabel as nib
     import torch
@@ -54,8 +55,6 @@ class Session:
         **keywords: Any,  # noqa: ANN401 - typed by totalfast.segment
     ) -> nib.Nifti1Image:
         """Segment one scan; the arguments are those of ``totalfast.segment``."""
-        from pathlib import Path
-
         from totalfast.pipeline import run
 
         options = Options.from_keywords({"device": self.device, **keywords})
@@ -83,7 +82,7 @@ class Session:
         return known
 
 
-def _in_thread(load: Any) -> Future[Model]:  # noqa: ANN401
+def _in_thread(load: Callable[[], Model]) -> Future[Model]:
     pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="totalfast-load")
     future: Future[Model] = pool.submit(load)
     pool.shutdown(wait=False)
@@ -124,6 +123,3 @@ def select_device(name: str) -> torch.device:
         logger.info("Invalid GPU config, running on the CPU")
         return torch.device("cpu")
     return torch.device("cuda", index)
-
-
-__all__ = ["Session", "TotalfastError", "default_session", "select_device"]

@@ -156,5 +156,7 @@ def _inflate(path: Path, proxy: Any) -> NDArray[Any]:  # noqa: ANN401 - nibabel 
     offset, size = int(proxy.offset), math.prod(proxy.shape) * proxy.dtype.itemsize
     if len(content) < offset + size:
         raise EOFError(f"it ends after {max(len(content) - offset, 0)} of {size} bytes of voxels")
-    voxels = np.frombuffer(content, proxy.dtype, offset=offset, count=math.prod(proxy.shape))
-    return voxels.reshape(proxy.shape, order="F")
+    voxels: NDArray[Any] = np.frombuffer(
+        content, proxy.dtype, offset=offset, count=math.prod(proxy.shape)
+    ).reshape(proxy.shape, order="F")
+    return voxels
