@@ -23,7 +23,7 @@ from totalfast.sliding_window import plan_tiles
 from totalfast.stages.clean import clean_labels, skin_mask
 from totalfast.stages.merge import merge_part, thirds, wants_split, whole
 from totalfast.stages.predict import predict_part
-from totalfast.stages.read import read_image
+from totalfast.stages.read import open_scan, read_image
 from totalfast.stages.resample import to_model_grid
 from totalfast.stages.write import PendingFiles, label_image, write_labels, write_masks
 
@@ -71,6 +71,7 @@ def run(
     """
     began = time.perf_counter()
     task = options.resolved_task()
+    scan = open_scan(source)  # before models are looked for, or even downloaded
     if task.resolution != "default" and task.spacing_mm is not None:
         logger.info(
             "Using '%s' option: resampling to lower resolution (%dmm)",
@@ -80,7 +81,7 @@ def run(
     models = [session.load(task, part, device=options.device) for part in task.parts]
     with Progress(disable=options.quiet) as progress:
         progress.stage("Reading")
-        image = read_image(source)
+        image = read_image(scan)
         work = Work.of(image, task, device=options.device)
         progress.expect(work.total)
         progress.advance(work.read)

@@ -118,3 +118,13 @@ def test_unknown_keyword_and_wrong_values():
         session.segment("x.nii.gz", model_size="small")
     with pytest.raises(ValueError, match="Invalid device"):
         totalfast.Session(device="tpu")
+
+
+def test_a_missing_scan_is_noticed_before_a_model_is_downloaded(tmp_path, monkeypatch):
+    monkeypatch.setenv("TOTALSEG_WEIGHTS_PATH", str(tmp_path / "empty"))
+    monkeypatch.setattr(
+        "totalfast.upstream.download_weights", lambda model_id: pytest.fail("downloaded a model")
+    )
+    with pytest.raises(totalfast.InputError, match=r"nothere\.nii\.gz does not exist"):
+        totalfast.segment(tmp_path / "nothere.nii.gz", **QUICK)
+    assert list(tmp_path.iterdir()) == []

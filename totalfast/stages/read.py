@@ -64,8 +64,8 @@ class ScannerImage:
         return replace(self, stored=nothing)
 
 
-def read_image(source: str | Path | nib.Nifti1Image) -> ScannerImage:
-    """Read a 3-D scan without copying it to float64.
+def open_scan(source: str | Path | nib.Nifti1Image) -> nib.Nifti1Image:
+    """Open a scan and check its header; no voxel is read.
 
     Parameters
     ----------
@@ -79,11 +79,8 @@ def read_image(source: str | Path | nib.Nifti1Image) -> ScannerImage:
     UnsupportedError
         If it is of another format.
     """
-    if isinstance(source, SpatialImage):
-        image, name = source, "the input image"
-    else:
-        path = Path(source)
-        image, name = _open(path), path.name
+    image = source if isinstance(source, SpatialImage) else _open(Path(source))
+    name = _name(image)
     dtype = image.get_data_dtype()
     if dtype.fields is not None or dtype.kind not in "iufb":
         raise InputError(
@@ -100,6 +97,18 @@ def read_image(source: str | Path | nib.Nifti1Image) -> ScannerImage:
         )
     if 0 in image.shape:
         raise InputError(f"{name} is empty: its shape is {image.shape}.")
+    return image
+
+
+def _name(image: nib.Nifti1Image) -> str:
+    filename = image.get_filename()
+    return Path(filename).name if filename else "the input image"
+
+
+def read_image(source: str | Path | nib.Nifti1Image) -> ScannerImage:
+    """Read a 3-D scan without copying it to float64; source and errors are ``open_scan``'s."""
+    image = open_scan(source)
+    name = _name(image)
     stored, slope, intercept = _stored_voxels(image, name)
     header = image.header
     if stored.ndim == 4:
