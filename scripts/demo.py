@@ -2,9 +2,9 @@
 
     python scripts/demo.py [--output totalfast-demo]
 
-Leaves the CT, one mask a structure and the label map in the output folder, and compares them with
-the phantom's truth. The weights are tiny stand-ins fitted to another phantom, not
-TotalSegmentator's: the masks show that the whole way works, not how good the real models are.
+Leaves the CT, one mask a structure and the label map in the output folder. The weights are tiny
+stand-ins fitted to another phantom, not TotalSegmentator's: the masks show that the whole way works,
+not how good the real models are.
 """
 
 from __future__ import annotations
@@ -57,16 +57,14 @@ def main() -> None:
     labels = np.asarray(nib.load(folder / "segmentation.nii.gz").dataobj)
     voxel_ml = float(np.prod(np.abs(np.diag(phantom.affine)[:3]))) / 1000
     names = CLASS_MAPS["total"]
-    sizes = np.bincount(phantom.labels.ravel(), minlength=max(names) + 1)
-    print(f"\n{'structure':<28}{'volume ml':>10}{'truth ml':>10}{'Dice':>7}")
+    sizes = np.bincount(labels.ravel(order="F"), minlength=max(names) + 1)
+    print(f"\n{'label':<28}{'volume ml':>10}")
     for label in sorted(names, key=lambda label: -sizes[label])[:SHOWN]:
-        found, truth = labels == label, phantom.labels == label
-        dice = 2 * np.count_nonzero(found & truth) / max(int(found.sum() + truth.sum()), 1)
-        volume, true_volume = found.sum() * voxel_ml, truth.sum() * voxel_ml
-        print(f"{names[label]:<28}{volume:>10.1f}{true_volume:>10.1f}{dice:>7.2f}")
+        print(f"{names[label]:<28}{sizes[label] * voxel_ml:>10.1f}")
     print(
         "\nThese are stand-in weights (a random network whose last layer was fitted to another "
-        f"phantom),\nnot TotalSegmentator's models. Files: {folder}/. For a real scan:\n\n"
+        "phantom),\nnot TotalSegmentator's models: the labels are shapes, not the organs that they "
+        f"are named after.\nFiles: {folder}/. For a real scan:\n\n"
         "    totalfast -i ct.nii.gz -o segmentations --fast\n"
     )
 

@@ -33,16 +33,20 @@ def standin_home(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _nothing_left_behind(tmp_path):
-    """Fail on leaked temporary files, child processes and changed torch settings."""
-    temporary = Path(tempfile.gettempdir())
-    before = set(temporary.iterdir())
+def _nothing_left_behind(tmp_path_factory, monkeypatch):
+    """Fail on leaked temporary files, child processes and changed torch settings.
+
+    Temporary files, those of started commands too, go to a folder of the test's own, so that other
+    programs on the machine do not matter.
+    """
+    temporary = tmp_path_factory.mktemp("temporary")
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    monkeypatch.setattr(tempfile, "tempdir", None)
     torch = sys.modules.get("torch")
     settings = _torch_settings(torch) if torch else None
     yield
-    leaked = {path.name for path in set(temporary.iterdir()) - before}
-    leaked = {name for name in leaked if not name.startswith(("pytest-", "torchinductor_"))}
-    assert not leaked, f"left in {temporary}: {leaked}"
+    leaked = [path.name for path in temporary.iterdir() if not path.match("torchinductor_*")]
+    assert not leaked, f"left in the temporary folder: {leaked}"
     assert not multiprocessing.active_children()
     if settings:
         assert _torch_settings(torch) == settings
