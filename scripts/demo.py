@@ -3,8 +3,8 @@
     python scripts/demo.py [--output totalfast-demo]
 
 Leaves the CT, one mask a structure and the label map in the output folder. The weights are tiny
-stand-ins fitted to another phantom, not TotalSegmentator's: the masks show that the whole way works,
-not how good the real models are.
+stand-ins fitted to another phantom, not TotalSegmentator's: the masks show that the whole way
+works, not how good the real models are.
 """
 
 from __future__ import annotations
