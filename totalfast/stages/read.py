@@ -33,8 +33,6 @@ class ScannerImage:
 
     Parameters
     ----------
-    name
-        What messages call it.
     stored
         (x, y, z), the file's dtype, unscaled.
     slope, intercept
@@ -45,7 +43,6 @@ class ScannerImage:
         The NIfTI header that results are written with.
     """
 
-    name: str
     stored: NDArray[Any]
     slope: float
     intercept: float
@@ -117,9 +114,7 @@ def read_image(source: str | Path | nib.Nifti1Image) -> ScannerImage:
         header = nib.Nifti1Image(np.zeros((1, 1, 1), np.uint8), image.affine).header
         header.set_data_shape(stored.shape)
     grid = Grid(shape=stored.shape, affine=np.asarray(image.affine, dtype=np.float64))
-    return ScannerImage(
-        name=name, stored=stored, slope=slope, intercept=intercept, grid=grid, header=header
-    )
+    return ScannerImage(stored=stored, slope=slope, intercept=intercept, grid=grid, header=header)
 
 
 def _open(path: Path) -> nib.Nifti1Image:

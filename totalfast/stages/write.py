@@ -19,7 +19,7 @@ from totalfast.gzip_member import Piece, compress, join, member, zeros
 from totalfast.upstream import label_table_xml
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
     from types import TracebackType
 
@@ -119,7 +119,6 @@ def write_masks(
     folder: Path,
     files: PendingFiles,
     threads: int,
-    on_mask: Callable[[str], None] = lambda name: None,
 ) -> None:
     """Write one 0/1 mask a class, ``{folder}/{name}.nii.gz``.
 
@@ -135,8 +134,6 @@ def write_masks(
         Where the files are registered.
     threads
         Masks that are made at a time.
-    on_mask
-        Called with each finished class.
     """
     labels = np.asfortranarray(image.dataobj)
     plain = nib.Nifti1Image(image.dataobj, image.affine, image.header)
@@ -144,18 +141,16 @@ def write_masks(
     head = compress(_header_bytes(plain))
     present = _present_labels(labels, threads)
 
-    def write(item: tuple[int, str]) -> str:
+    def write(item: tuple[int, str]) -> None:
         label, name = item
         pieces = join([head, *_mask_pieces(labels, label, present[:, label])])
         files_path = targets[name]
         with files_path.open("wb") as stream:
             stream.writelines(member(pieces))
-        return name
 
     targets = {name: files.path(folder / f"{name}.nii.gz") for name in names.values()}
     with ThreadPoolExecutor(max_workers=threads) as pool:
-        for name in pool.map(write, names.items()):
-            on_mask(name)
+        list(pool.map(write, names.items()))
 
 
 def _present_labels(labels: NDArray[np.uint8], threads: int) -> NDArray[np.bool_]:
