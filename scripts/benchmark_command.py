@@ -3,8 +3,9 @@
     python scripts/benchmark_command.py HOME SCAN --json FILE [--repeats N] [-- FLAGS ...]
 
 Both commands run in turn on the same scan with the same weights (HOME: stand-ins made by
-scripts/make_standin_weights.py). Recorded for each: wall and CPU seconds and the peak memory of
-the whole process tree (sum of PSS, so that shared pages count once, sampled five times a second),
+scripts/make_standin_weights.py). Recorded for each: wall and CPU seconds; in one run more, because
+sampling slows a process down, the peak memory of the whole process tree (sum of PSS, so that
+shared pages count once, sampled five times a second);
 seconds inside the network's forward pass (a hook on the architecture's class, loaded into both
 programs through sitecustomize), and the voxels that differ. SCAN may be
 "phantom:NXxNYxNZ:SXxSYxSZ": a made CT of that many voxels and that spacing in mm.
@@ -138,9 +139,15 @@ class Watch:
 
 
 def run(
-    program: str, scan: Path, target: Path, flags: list[str], environment: dict[str, str]
+    program: str,
+    scan: Path,
+    target: Path,
+    flags: list[str],
+    environment: dict[str, str],
+    *,
+    watched: bool,
 ) -> dict[str, float]:
-    """Run one command; return wall and CPU seconds and peak bytes of its process tree."""
+    """Run one command; return wall and CPU seconds, or peak bytes of its process tree."""
     before = os.times()
     began = time.perf_counter()
     process = subprocess.Popen(
@@ -149,16 +156,18 @@ def run(
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
     )
-    watch = Watch(process)
+    watch = Watch(process) if watched else None
     _, errors = process.communicate()
     wall = time.perf_counter() - began
     if process.returncode:
         raise RuntimeError(f"{program} failed: {errors.decode()[-2000:]}")
+    if watch is not None:
+        return {"peak_bytes": watch.peak_bytes}
     after = os.times()
     cpu = (
         after.children_user + after.children_system - before.children_user - before.children_system
     )
-    return {"wall_s": wall, "cpu_s": cpu, "peak_bytes": watch.peak_bytes}
+    return {"wall_s": wall, "cpu_s": cpu}
 
 
 def forward_seconds(log: Path) -> dict[str, float]:
@@ -219,11 +228,18 @@ def benchmark(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         for program in PROGRAMS:
             log.unlink(missing_ok=True)
             folder = scratch / f"{program}-{repeat}"
-            figures = run(program, scan, folder / name, options.flags, hooked)
+            target = folder / name
+            figures = run(program, scan, target, options.flags, hooked, watched=False)
             figures |= forward_seconds(log)
             figures["outside_network_s"] = figures["wall_s"] - figures["network_s"]
             result["runs"][program].append(figures)
             print(program, {key: round(value, 2) for key, value in figures.items()}, flush=True)
+    peaks = {
+        program: run(
+            program, scan, scratch / f"{program}-watched" / name, options.flags, base, watched=True
+        )["peak_bytes"]
+        for program in PROGRAMS
+    }
     compared = compare_folders(result["case"], scratch / "upstream-0", scratch / "totalfast-0")
     result["voxels"] = compared.voxels
     result["differing_voxels"] = compared.differing_voxels
@@ -232,6 +248,7 @@ def benchmark(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     result["boundary_cells"] = compared.boundary
     result["median"] = {
         program: {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+        | {"peak_bytes": peaks[program]}
         for program, runs in result["runs"].items()
     }
     theirs, ours = result["median"]["upstream"], result["median"]["totalfast"]

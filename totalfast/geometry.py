@@ -111,41 +111,78 @@ def to_canonical(array: NDArray[np.generic], grid: Grid) -> NDArray[np.generic]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearWeights:
-    """Where each target sample of one axis lies between its two source samples."""
+    """Where each target sample of one axis lies between its two source samples.
+
+    ``corners`` is 1 if only the lower one counts: nearest-neighbour along this axis.
+    """
 
     lower: NDArray[np.intp]
     upper: NDArray[np.intp]
     lower_weight: NDArray[np.float64]
     upper_weight: NDArray[np.float64]
+    corners: int = 2
 
 
-def sample_positions(source_size: int, target_size: int) -> NDArray[np.float64]:
-    """Source coordinate of each target voxel of one axis; the corner voxels coincide.
+CORNERS, CENTERS = "corners", "centers"
+"""Who resamples: scipy.ndimage.zoom makes the corner voxels coincide (TotalSegmentator); with
+grid_mode, as in skimage, the outer edges of the corner voxels do (nnU-Net)."""
+
+
+def sample_positions(
+    source_size: int, target_size: int, coordinates: str = CORNERS
+) -> NDArray[np.float64]:
+    """Source coordinate of each target voxel of one axis.
 
     Notes
     -----
-    scipy.ndimage.zoom (grid_mode=False): ``c = j * ((n - 1) / (m - 1))``, in float64 and in this
-    order of operations; the factor is 1 if the target has one voxel.
+    scipy.ndimage.zoom, in float64 and in this order of operations. "corners" is grid_mode=False:
+    ``c = j * ((n - 1) / (m - 1))``, the factor is 1 if the target has one voxel. "centers" is
+    grid_mode=True: ``c = (j + 0.5) * (n / m) - 0.5``, which at the edges is outside of the source.
     """
+    target = np.arange(target_size, dtype=np.float64)
+    if coordinates == CENTERS:
+        return (target + 0.5) * (source_size / target_size) - 0.5
     factor = (source_size - 1) / (target_size - 1) if target_size > 1 else 1.0
-    return np.arange(target_size, dtype=np.float64) * factor
+    return target * factor
 
 
-def nearest_indices(source_size: int, target_size: int) -> NDArray[np.intp]:
+def nearest_indices(
+    source_size: int, target_size: int, coordinates: str = CORNERS
+) -> NDArray[np.intp]:
     """Source index of each target voxel of one axis, as scipy.ndimage.zoom(order=0) picks it."""
-    positions = np.floor(sample_positions(source_size, target_size) + 0.5).astype(np.intp)
-    return np.minimum(positions, source_size - 1)
+    positions = sample_positions(source_size, target_size, coordinates)
+    return np.clip(np.floor(positions + 0.5).astype(np.intp), 0, source_size - 1)
 
 
-def linear_weights(source_size: int, target_size: int) -> LinearWeights:
-    """Neighbours and weights of each target voxel, as scipy.ndimage.zoom(order=1) has them."""
-    positions = sample_positions(source_size, target_size)
+def linear_weights(source_size: int, target_size: int, coordinates: str = CORNERS) -> LinearWeights:
+    """Neighbours and weights of each target voxel, as scipy.ndimage.zoom(order=1) has them.
+
+    Beyond the edge (mode="nearest") both neighbours are the edge voxel, with unequal weights.
+    """
+    return interpolation_weights(
+        sample_positions(source_size, target_size, coordinates), source_size
+    )
+
+
+def interpolation_weights(positions: NDArray[np.float64], source_size: int) -> LinearWeights:
+    """Neighbours and weights at given source coordinates."""
     start = np.floor(positions)
     lower_weight = 1.0 - (positions - start)
     lower = start.astype(np.intp)
     return LinearWeights(
-        lower=np.minimum(lower, source_size - 1),
-        upper=np.minimum(lower + 1, source_size - 1),
+        lower=np.clip(lower, 0, source_size - 1),
+        upper=np.clip(lower + 1, 0, source_size - 1),
         lower_weight=lower_weight,
         upper_weight=1.0 - lower_weight,
+    )
+
+
+def nearest_weights(
+    source_size: int, target_size: int, coordinates: str = CORNERS
+) -> LinearWeights:
+    """``nearest_indices`` in the form of ``linear_weights``."""
+    index = nearest_indices(source_size, target_size, coordinates)
+    one = np.ones(target_size)
+    return LinearWeights(
+        lower=index, upper=index, lower_weight=one, upper_weight=0 * one, corners=1
     )

@@ -7,7 +7,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from totalfast import ArgmaxPredictor, PredictionError
 from totalfast.sliding_window import (
     _add,
-    _first_maximum,
+    first_maximum,
     plan_tiles,
     predict_labels,
     predict_logits,
@@ -103,12 +103,12 @@ def test_each_tile_is_reported(predictors):
     assert len(seen) == plan_tiles((50, 24, 48), predictors[1].model.patch_size, 0.5).count
 
 
-def test_first_maximum_is_argmax_with_ties_signed_zeros_and_nan():
+def testfirst_maximum_is_argmax_with_ties_signed_zeros_and_nan():
     values = torch.tensor([0.0, -0.0, 1.0, 1.0, -2.0, float("nan"), float("nan"), 6e-8])
     logits = values[torch.randint(0, len(values), (40, 50, 60))].half()
-    assert torch.equal(_first_maximum(logits), logits.argmax(0))
+    assert torch.equal(first_maximum(logits), logits.argmax(0))
     few = torch.tensor([0.5, 0.25]).half()[torch.randint(0, 2, (40, 50, 60))]
-    assert torch.equal(_first_maximum(few), few.argmax(0))
+    assert torch.equal(first_maximum(few), few.argmax(0))
 
 
 def test_adding_by_channel_rounds_as_torchs_mixed_addition_does():

@@ -480,7 +480,7 @@ def _draw_rib_cage(canvas: _Canvas) -> None:
                 f"rib_{word}_{number}",
                 path,
                 5.6 * thin,
-                flat=(0.72, 0.72, 1),
+                flat=(0.8, 0.8, 1.3),
                 jitter_mm=0.8,
                 **bone,
             )

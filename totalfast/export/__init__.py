@@ -1,7 +1,242 @@
-"""From labels on the network's grid to labels on the scanner's grid."""
+"""From logits at network resolution to labels on another grid.
+
+One module a strategy: ``nearest`` takes the argmax and then one gather, ``linear`` is exactly the
+argmax of all logits resampled linearly, ``plans`` calls the resampling that a model's plans name.
+``export_labels`` is the one function that calls them.
+"""
 
 from __future__ import annotations
 
-from totalfast.export.nearest import nearest_to_scanner_grid
+import functools
+import logging
+import os
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["nearest_to_scanner_grid"]
+import numpy as np
+
+from totalfast.errors import OptionError
+from totalfast.export.nearest import first_maximum, gather, nearest_to_scanner_grid
+from totalfast.geometry import CENTERS, CORNERS, LinearWeights, linear_weights, nearest_weights
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import torch
+    from numpy.typing import NDArray
+
+__all__ = [
+    "METHODS",
+    "choose_method",
+    "export_labels",
+    "label_dtype",
+    "nearest_to_scanner_grid",
+    "resampling_axes",
+    "separate_axis",
+    "usable_cores",
+]
+
+logger = logging.getLogger(__name__)
+
+METHODS = ("auto", "nearest", "linear", "plans")
+
+SLICES_A_BATCH = 8
+"""Source slices whose argmax is taken at a time."""
+
+
+def export_labels(
+    logits: torch.Tensor | NDArray[np.floating],
+    shape: Sequence[int],
+    *,
+    method: str = "auto",
+    coordinates: str = CENTERS,
+    spacing: Sequence[float] | None = None,
+    new_spacing: Sequence[float] | None = None,
+    force_separate_z: bool | None = None,
+    resampling: Callable[..., Any] | None = None,
+    regions: Sequence[int] | None = None,
+    labels: int | None = None,
+    threads: int | None = None,
+) -> NDArray[np.unsignedinteger]:
+    """Labels of a target grid from the logits of a source grid.
+
+    Parameters
+    ----------
+    logits
+        float16, float32 or float64, (classes, z, y, x), on any device.
+    shape
+        Target (z, y, x); may be smaller or larger than the source along each axis.
+    method
+        "nearest": the argmax, then the nearest source voxel. "linear": the argmax of all logits
+        resampled linearly, each rounded to the logits' dtype, as nnU-Net does it with order 1 and
+        order_z 0. "plans": the argmax of the logits that ``resampling`` returns. "auto": the
+        cheapest whose result equals upstream's (``choose_method``).
+    coordinates
+        "corners" if the image was resampled by scipy.ndimage.zoom (TotalSegmentator), "centers"
+        if by nnU-Net or skimage (half-pixel centres).
+    spacing, new_spacing
+        mm along (z, y, x) of source and target. With "linear" and "centers" they decide whether
+        the coarse axis is resampled separately, by nearest neighbour; "plans" hands them on.
+    force_separate_z
+        nnU-Net's option for "linear"; None decides by the spacings.
+    resampling
+        nnU-Net's ``configuration.resampling_fn_probabilities``, for "plans" and "auto".
+    regions
+        For a region-based model, the label of each channel (``regions_class_order``).
+    labels
+        Number of foreground labels, if that is not the number of channels less one; from 255 on
+        the result is uint16.
+    threads
+        Default: the cores that this process may use.
+
+    Returns
+    -------
+        uint8 or uint16, (z, y, x), on the CPU.
+
+    Raises
+    ------
+    OptionError
+        If an argument is not as described.
+
+    Notes
+    -----
+    Of equal logits the smaller label wins; NaN wins over numbers, as in torch's argmax.
+    """
+    import torch
+
+    tensor = torch.as_tensor(logits)
+    if tensor.ndim != 4 or 0 in tensor.shape:
+        raise OptionError(f"logits must be (classes, z, y, x), not {tuple(tensor.shape)}.")
+    shape = tuple(int(n) for n in shape)
+    if len(shape) != 3 or min(shape) < 0:
+        raise OptionError(f"shape must be three sizes (z, y, x), not {shape}.")
+    if coordinates not in (CORNERS, CENTERS):
+        raise OptionError(f"coordinates must be 'corners' or 'centers', not '{coordinates}'.")
+    if method == "auto":
+        method = choose_method(resampling, coordinates=coordinates)
+    if regions is not None and len(regions) != tensor.shape[0]:
+        raise OptionError(f"{len(regions)} regions do not fit {tensor.shape[0]} channels.")
+    threads = threads or usable_cores()
+    dtype = label_dtype(tensor.shape[0] - 1 if labels is None else labels)
+    out = np.empty(shape, dtype=dtype)
+    if out.size == 0:
+        return out
+
+    source = tuple(tensor.shape[1:])
+    if method == "nearest" or (method != "plans" and source == shape):
+        found = argmax(tensor, dtype=dtype, regions=regions)
+        axes = [
+            nearest_weights(n, m, coordinates).lower for n, m in zip(source, shape, strict=True)
+        ]
+        return found if source == shape else gather(found, axes, threads=threads)
+    if method == "linear":
+        from totalfast.export.linear import LinearExport
+
+        separate = None
+        if coordinates == CENTERS:
+            separate = separate_axis(spacing, new_spacing, force_separate_z)
+        linear = LinearExport(
+            resampling_axes(source, shape, coordinates, separate),
+            out,
+            rounded_to=str(tensor.dtype).removeprefix("torch."),
+            threads=threads,
+            regions=regions,
+        )
+        for start in range(0, source[0], SLICES_A_BATCH):
+            linear.add(start, tensor[:, start : start + SLICES_A_BATCH])
+        return out
+    if method == "plans":
+        from totalfast.export.plans import resampled_maximum
+
+        if resampling is None:
+            raise OptionError("method 'plans' needs the plans' resampling function.")
+        best = resampled_maximum(
+            tensor.cpu(),
+            shape,
+            lambda channel: resampling(channel, shape, spacing, new_spacing),
+            threads=threads,
+            regions=regions,
+        )
+        return best.astype(dtype, copy=False)
+    raise OptionError(f"method must be one of {', '.join(METHODS)}, not '{method}'.")
+
+
+def choose_method(resampling: Callable[..., Any] | None, *, coordinates: str) -> str:
+    """Return the cheapest method whose result equals upstream's.
+
+    Parameters
+    ----------
+    resampling
+        What the plans name for probabilities; None if only ``coordinates`` tell who resamples.
+    coordinates
+        "corners": TotalSegmentator resamples the label map. "centers": nnU-Net resamples logits.
+    """
+    if coordinates == CORNERS:
+        return "nearest"
+    if resampling is None:
+        return "linear"
+    options = getattr(resampling, "keywords", {})
+    function = getattr(resampling, "func", resampling)
+    linear = (
+        getattr(function, "__name__", "") == "resample_data_or_seg_to_shape"
+        and getattr(function, "__module__", "").startswith("nnunetv2.")
+        and not options.get("is_seg", False)
+        and options.get("order", 3) == 1
+        and options.get("order_z", 0) == 0
+    )
+    return "linear" if linear else "plans"
+
+
+def label_dtype(foreground_labels: int) -> type[np.unsignedinteger]:
+    """Return uint8, or uint16 from 255 foreground labels on (nnU-Net, export_prediction.py)."""
+    return np.uint8 if foreground_labels < 255 else np.uint16
+
+
+def resampling_axes(
+    source: Sequence[int], target: Sequence[int], coordinates: str, separate: int | None
+) -> list[LinearWeights]:
+    """Weights of each axis: linear, but nearest-neighbour along the ``separate`` one."""
+    return [
+        (nearest_weights if axis == separate else linear_weights)(n, m, coordinates)
+        for axis, (n, m) in enumerate(zip(source, target, strict=True))
+    ]
+
+
+def argmax(
+    logits: torch.Tensor, *, dtype: type[np.unsignedinteger], regions: Sequence[int] | None
+) -> NDArray[np.unsignedinteger]:
+    """Labels at the logits' own resolution, (z, y, x), on the CPU."""
+    import torch
+
+    found = np.zeros(tuple(logits.shape[1:]), dtype=dtype)
+    for start in range(0, logits.shape[1], SLICES_A_BATCH):
+        slab = logits[:, start : start + SLICES_A_BATCH]
+        part = found[start : start + SLICES_A_BATCH]
+        if regions is None:
+            part[...] = first_maximum(slab).cpu().numpy()
+            continue
+        inside = (torch.sigmoid(slab.float()) > 0.5).cpu().numpy()
+        for label, mask in zip(regions, inside, strict=True):
+            part[mask] = label
+    return found
+
+
+def separate_axis(
+    spacing: Sequence[float] | None,
+    new_spacing: Sequence[float] | None,
+    force_separate_z: bool | None,
+) -> int | None:
+    """The axis that nnU-Net resamples by nearest neighbour, by its own rule."""
+    if spacing is None or new_spacing is None:
+        return None
+    from nnunetv2.preprocessing.resampling.default_resampling import determine_do_sep_z_and_axis
+
+    separate, axis = determine_do_sep_z_and_axis(force_separate_z, spacing, new_spacing)
+    return int(axis) if separate else None
+
+
+@functools.cache
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""One nearest-neighbour gather back to the scanner grid, fused with flips and axis permutation.
+"""One nearest-neighbour gather to another grid; to the scanner's, fused with flips.
 
 Knows label maps and grids; knows nothing of tasks, files or networks.
 """
@@ -13,7 +13,43 @@ import numpy as np
 from totalfast.geometry import Grid, nearest_indices
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
     from numpy.typing import NDArray
+
+
+def first_maximum(logits: torch.Tensor) -> torch.Tensor:
+    """Return ``logits.argmax(0)``: the first maximum wins, NaN before all.
+
+    On the CPU torch's ``max`` does the same three times faster, and faster still in float32.
+    """
+    if logits.device.type == "cpu":
+        return logits.float().max(0).indices
+    return logits.argmax(0)
+
+
+def gather(
+    labels: NDArray[np.unsignedinteger], indices: Sequence[NDArray[np.intp]], *, threads: int
+) -> NDArray[np.unsignedinteger]:
+    """Pick source voxels: ``labels[z[:, None, None], y[:, None], x]``, slice by slice in threads.
+
+    Neighbouring target slices that come from one source slice are gathered once and copied.
+    """
+    z, y, x = indices
+    out = np.empty((len(z), len(y), len(x)), dtype=labels.dtype)
+
+    def fill(run: NDArray[np.intp]) -> None:
+        first = run[0]
+        rows = labels[z[first]][:, x]
+        np.take(rows, y, axis=0, out=out[first])
+        for other in run[1:]:
+            out[other] = out[first]
+
+    runs = np.split(np.arange(len(z)), np.flatnonzero(np.diff(z)) + 1)
+    with ThreadPoolExecutor(max_workers=threads) as pool:
+        list(pool.map(fill, runs))
+    return out
 
 
 def nearest_to_scanner_grid(
@@ -37,8 +73,7 @@ def nearest_to_scanner_grid(
     Notes
     -----
     Index rule of scipy.ndimage.zoom(order=0) (TotalSegmentator 2.18.0, resampling.py), then
-    nibabel's orientation transform. Neighbouring output slices that come from one model slice are
-    gathered once and copied.
+    nibabel's orientation transform.
     """
     canonical = scanner.canonical().shape
     orientation = scanner.orientation
@@ -47,15 +82,6 @@ def nearest_to_scanner_grid(
         nearest_indices(labels.shape[2 - int(axis)], canonical[int(axis)])[:: int(direction)]
         for axis, direction in orientation
     )
-    out = np.empty(scanner.shape, dtype=labels.dtype, order="F")
-
-    def fill(run: NDArray[np.intp]) -> None:
-        first = run[0]
-        out[:, :, first] = source[:, :, z[first]].T[y[:, None], x].T
-        for other in run[1:]:
-            out[:, :, other] = out[:, :, first]
-
-    runs = np.split(np.arange(len(z)), np.flatnonzero(np.diff(z)) + 1)
-    with ThreadPoolExecutor(max_workers=threads) as pool:
-        list(pool.map(fill, runs))
+    # A Fortran-ordered (x, y, z) array is a C-ordered (z, y, x) one, transposed.
+    out: NDArray[np.unsignedinteger] = gather(source.T, (z, y, x), threads=threads).T
     return out

@@ -1,24 +1,43 @@
-"""Run one model on a model image: labels on the model grid.
+"""Run one model on a model image: labels on the model grid, or straight on a finer one.
 
-Knows models and label maps; knows nothing of files or scanner grids.
+Knows models and label maps; knows nothing of files or orientations.
 """
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from totalfast.sliding_window import inference_settings, predict_labels, predict_logits
+from totalfast.export import (
+    choose_method,
+    export_labels,
+    label_dtype,
+    resampling_axes,
+    separate_axis,
+    usable_cores,
+)
+from totalfast.geometry import CENTERS, interpolation_weights, sample_positions
+from totalfast.sliding_window import (
+    final_logits,
+    inference_settings,
+    predict_labels,
+    predict_logits,
+)
 from totalfast.stages.normalise import to_network_image
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    import torch
     from numpy.typing import NDArray
 
+    from totalfast.geometry import LinearWeights
     from totalfast.stages.normalise import NetworkImage
     from totalfast.weights import Model
+
+logger = logging.getLogger(__name__)
 
 
 def predict_part(
@@ -28,6 +47,7 @@ def predict_part(
     model: Model,
     step: float,
     on_tile: Callable[[], None],
+    linear_to: tuple[int, int, int] | None = None,
 ) -> NDArray[np.unsignedinteger]:
     """Label every voxel of a model image with one model.
 
@@ -43,6 +63,10 @@ def predict_part(
         Tile step as a share of the tile size.
     on_tile
         Called after each tile.
+    linear_to
+        Shape (z, y, x) of a grid over the same field of view, corner voxels coinciding. The
+        logits are interpolated there, and the labels are that grid's. None: the model grid's
+        labels, equal to nnU-Net's.
 
     Returns
     -------
@@ -52,39 +76,97 @@ def predict_part(
 
     image = to_network_image(voxels, spacing_mm=spacing_mm, model=model)
     tensor = torch.from_numpy(image.voxels)
-    if image.was_resampled:
-        return _resampled_labels(image, tensor, model, step, on_tile)
-    found = predict_labels(model, tensor, step=step, on_tile=on_tile).numpy()
-    labels = np.zeros(image.full_shape, dtype=found.dtype)
-    labels[image.box] = found
+    shape: tuple[int, ...] = image.full_shape
+    box: tuple[slice, ...] = image.box
+    if linear_to is not None:
+        shape = tuple(linear_to[axis] for axis in model.plans.transpose_forward)
+        box, axes = _axes_to(shape, image)
+        found = _linear(model, tensor, axes, step=step, on_tile=on_tile)
+    elif image.was_resampled:
+        found = _resampled(image, tensor, model, step=step, on_tile=on_tile)
+    else:
+        found = predict_labels(model, tensor, step=step, on_tile=on_tile).numpy()
+    labels = np.zeros(shape, dtype=found.dtype)
+    labels[box] = found
     restored: NDArray[np.unsignedinteger] = labels.transpose(model.plans.transpose_backward)
     return restored
 
 
-def _resampled_labels(
-    image: NetworkImage,
-    tensor: object,
+def _axes_to(
+    shape: tuple[int, ...], image: NetworkImage
+) -> tuple[tuple[slice, ...], list[LinearWeights]]:
+    """Where the network image lies in a grid of ``shape``, and how to interpolate it there.
+
+    The steps from the network grid (half-pixel centres) over the box in the model grid to the
+    target (corners) are all straight lines, so they are one interpolation.
+    """
+    box, axes = [], []
+    for axis, part in enumerate(image.box):
+        positions = sample_positions(image.full_shape[axis], shape[axis]) - part.start
+        size = part.stop - part.start
+        inside = np.flatnonzero((positions >= -0.5) & (positions < size - 0.5))
+        first, last = (int(inside[0]), int(inside[-1]) + 1) if inside.size else (0, 0)
+        positions = positions[first:last]
+        own = image.voxels.shape[axis + 1]
+        if own != size:
+            positions = (positions + 0.5) * (own / size) - 0.5
+        box.append(slice(first, last))
+        axes.append(interpolation_weights(positions, own))
+    return tuple(box), axes
+
+
+def _linear(
     model: Model,
+    tensor: torch.Tensor,
+    axes: Sequence[LinearWeights],
+    *,
     step: float,
     on_tile: Callable[[], None],
 ) -> NDArray[np.unsignedinteger]:
-    """Where the plans' spacing gives another grid: nnU-Net's own export, on all logits."""
-    from nnunetv2.inference.export_prediction import (
-        convert_predicted_logits_to_segmentation_with_correct_shape as export,
-    )
+    """Interpolate logits slice by slice, as they leave the sliding window."""
+    from totalfast.export.linear import LinearExport
 
-    logits = predict_logits(model, tensor, step=step, on_tile=on_tile)  # type: ignore[arg-type]
-    spacing = [0.0, 0.0, 0.0]
-    for position, axis in enumerate(model.plans.transpose_forward):
-        spacing[axis] = image.spacing_mm[position]
-    properties = {
-        "spacing": spacing,
-        "shape_before_cropping": image.full_shape,
-        "shape_after_cropping_and_before_resampling": image.cropped_shape,
-        "bbox_used_for_cropping": [[part.start, part.stop] for part in image.box],
-    }
+    out = np.zeros(
+        tuple(len(axis.lower) for axis in axes),
+        dtype=label_dtype(len(model.labels.foreground_labels)),
+    )
+    regions = model.labels.regions_class_order if model.labels.has_regions else None
+    export = LinearExport(axes, out, rounded_to="float16", threads=usable_cores(), regions=regions)
+    for start, slab in final_logits(model, tensor, step=step, on_tile=on_tile):
+        export.add(start, slab)
+    return out
+
+
+def _resampled(
+    image: NetworkImage,
+    tensor: torch.Tensor,
+    model: Model,
+    *,
+    step: float,
+    on_tile: Callable[[], None],
+) -> NDArray[np.unsignedinteger]:
+    """Where the plans' spacing gives another grid: nnU-Net's export, without its memory."""
+    resampling = model.configuration.resampling_fn_probabilities
+    method = choose_method(resampling, coordinates=CENTERS)
+    logger.debug("  logits are resampled by the plans' rule: export '%s'", method)
+    # As nnU-Net has it: the plans' spacing is what the logits have, whatever rounding made of it.
+    current = [float(mm) for mm in model.configuration.spacing]
+    if len(current) < len(image.cropped_shape):
+        current = [image.spacing_mm[0], *current]
+    if method == "linear":
+        options = resampling.keywords
+        separate = separate_axis(current, image.spacing_mm, options.get("force_separate_z", False))
+        axes = resampling_axes(tensor.shape[1:], image.cropped_shape, CENTERS, separate)
+        return _linear(model, tensor, axes, step=step, on_tile=on_tile)
+    logits = predict_logits(model, tensor, step=step, on_tile=on_tile)
     with inference_settings(model.device):
-        labels: NDArray[np.unsignedinteger] = export(
-            logits, model.plans, model.configuration, model.labels, properties
+        return export_labels(
+            logits,
+            image.cropped_shape,
+            method="plans",
+            resampling=resampling,
+            spacing=current,
+            new_spacing=image.spacing_mm,
+            regions=model.labels.regions_class_order if model.labels.has_regions else None,
+            labels=len(model.labels.foreground_labels),
         )
-    return labels

@@ -1,0 +1,197 @@
+"""Exactly the argmax of linearly resampled logits, without ever resampling all of them.
+
+One responsibility: labels on a target grid from the logits on a source grid. Knows tensors and
+per-axis interpolation weights; knows nothing of models, files or orientations.
+
+The result equals nnU-Net's export with ``order=1`` and ``order_z=0`` bit for bit: each class is
+interpolated in float64 and in scipy.ndimage.zoom's order of operations, rounded to the logits'
+own dtype, and the first maximum wins. What makes it fast is what needs no interpolation. Linear
+interpolation is a convex combination, so between eight neighbouring samples (a *cell*) class k can
+only lose to class j
+
+- if ``j < k`` and ``logit_j >= logit_k`` at all eight corners: rounding is monotonic, and a tie
+  goes to the smaller label; or
+- if ``logit_j - logit_k`` exceeds, at every corner, the spacing of the rounded dtype at the
+  cell's largest magnitude of both, so that rounding can't make the two equal.
+
+In most cells one class beats all others, and the cell is filled with it.
+"""
+
+from __future__ import annotations
+
+import functools
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    import torch
+    from numpy.typing import NDArray
+
+    from totalfast.geometry import LinearWeights
+
+MANTISSA_BITS = {"float16": (10, -14), "float32": (23, -126), "float64": (52, -1022)}
+"""Stored mantissa bits and smallest normal exponent of the dtypes that logits come in."""
+
+
+class _Plane(NamedTuple):
+    """One source slice: its logits, and per voxel what decides most cells."""
+
+    logits: NDArray[Any]
+    """float32 or float64, (classes, y, x)."""
+    label: NDArray[np.uint16]
+    """First maximum."""
+    lead: NDArray[Any]
+    """How far the maximum is ahead of every smaller label; infinite for label 0."""
+    magnitude: NDArray[Any]
+    """Largest absolute logit."""
+
+
+class LinearExport:
+    """Takes the source slices in order and fills the target slices that they complete.
+
+    Parameters
+    ----------
+    axes
+        Neighbours and weights of every target voxel along z, y and x.
+    out
+        Filled: unsigned integers, (z, y, x); its shape is that of ``axes``.
+    rounded_to
+        "float16", "float32" or "float64": what nnU-Net's array of resampled logits would hold.
+    threads
+        Parts of a slice that are worked on at a time.
+    regions
+        For region-based models, the label of each channel in the order they are painted; None
+        takes the first maximum.
+    """
+
+    def __init__(
+        self,
+        axes: Sequence[LinearWeights],
+        out: NDArray[np.unsignedinteger],
+        *,
+        rounded_to: str,
+        threads: int,
+        regions: Sequence[int] | None = None,
+    ) -> None:
+        # Imported here: numba takes a second that exports to the nearest voxel need not wait for.
+        from totalfast.export import cells
+
+        self._cells = cells
+        self._axes = axes
+        self._out = out
+        self._bits, self._low = MANTISSA_BITS[rounded_to]
+        self._threads = max(threads, 1)
+        self._threshold = region_threshold(rounded_to)
+        self._regions = None if regions is None else np.asarray(regions, dtype=np.uint16)
+        self._runs_y, self._runs_x = (_runs(axis) for axis in axes[1:])
+        self._planes: dict[int, _Plane] = {}
+        needed: dict[int, list[int]] = {}
+        for row, last in enumerate(np.maximum(axes[0].lower, axes[0].upper)):
+            needed.setdefault(int(last), []).append(row)
+        self._rows_of = needed
+        self._used = {int(k) for axis in (axes[0].lower, axes[0].upper) for k in axis}
+
+    def add(self, first: int, slab: torch.Tensor) -> None:
+        """Take slices ``first, first + 1, ...``: logits (classes, slices, y, x), any device."""
+        import torch
+
+        with ThreadPoolExecutor(max_workers=self._threads) as pool:
+            for offset in range(slab.shape[1]):
+                index = first + offset
+                if index not in self._used:
+                    continue
+                plane = slab[:, offset].to("cpu")
+                wide = torch.float64 if plane.dtype == torch.float64 else torch.float32
+                logits = plane.to(wide).contiguous().numpy()
+                self._planes[index] = self._summary(logits, pool)
+                self._planes = {k: self._planes[k] for k in self._planes if k >= index - 1}
+                for rows in _groups(self._rows_of.get(index, []), self._axes[0]):
+                    self._fill(rows, pool)
+
+    def _summary(self, logits: NDArray[Any], pool: ThreadPoolExecutor) -> _Plane:
+        shape = logits.shape[1:]
+        label = np.empty(shape, dtype=np.uint16)
+        lead, magnitude = np.empty(shape, logits.dtype), np.empty(shape, logits.dtype)
+        if self._regions is None:
+            list(
+                pool.map(
+                    lambda rows: self._cells.summarise(
+                        logits[:, rows], label[rows], lead[rows], magnitude[rows]
+                    ),
+                    _parts(shape[0], self._threads),
+                )
+            )
+        return _Plane(logits, label, lead, magnitude)
+
+    def _fill(self, rows: list[int], pool: ThreadPoolExecutor) -> None:
+        z = self._axes[0]
+        lower, upper = int(z.lower[rows[0]]), int(z.upper[rows[0]])
+        planes = (self._planes[lower], self._planes[upper])
+        out = self._out[rows[0] : rows[-1] + 1]
+        weights_z = np.stack([z.lower_weight[rows], z.upper_weight[rows]])
+
+        def fill(part: slice) -> None:
+            common = (
+                weights_z, z.corners, _arrays(self._axes[1]), self._runs_y[part],
+                _arrays(self._axes[2]), self._runs_x, self._bits, self._low, out,
+            )  # fmt: skip
+            if self._regions is None:
+                self._cells.fill_labels(planes[0], planes[1], *common)
+            else:
+                self._cells.fill_regions(
+                    planes[0].logits, planes[1].logits, self._regions, self._threshold, *common
+                )
+
+        list(pool.map(fill, _parts(len(self._runs_y), 2 * self._threads)))
+
+
+def _arrays(axis: LinearWeights) -> tuple[Any, ...]:
+    return axis.lower, axis.upper, axis.lower_weight, axis.upper_weight, axis.corners
+
+
+def _runs(axis: LinearWeights) -> NDArray[np.intp]:
+    """(cells, 2): first and last + 1 target voxel of each run with the same neighbours."""
+    same = (np.diff(axis.lower) == 0) & (np.diff(axis.upper) == 0)
+    starts = np.concatenate([[0], np.flatnonzero(~same) + 1])
+    return np.stack([starts, np.append(starts[1:], len(axis.lower))], axis=1).astype(np.intp)
+
+
+def _groups(rows: list[int], axis: LinearWeights) -> Iterator[list[int]]:
+    """Split target slices into neighbours that lie between the same source slices."""
+    group: list[int] = []
+    for row in rows:
+        if group and (row != group[-1] + 1 or axis.lower[row] != axis.lower[group[-1]]):
+            yield group
+            group = []
+        group.append(row)
+    if group:
+        yield group
+
+
+def _parts(count: int, parts: int) -> Iterator[slice]:
+    bounds = np.linspace(0, count, min(parts, count) + 1).astype(int)
+    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+        yield slice(int(start), int(stop))
+
+
+@functools.cache
+def region_threshold(dtype: str) -> float:
+    """Smallest logit whose float32 sigmoid exceeds 0.5: what nnU-Net paints a region for."""
+    import torch
+
+    kind, bits = {"float16": (np.float16, np.int16), "float32": (np.float32, np.int32)}[
+        "float16" if dtype == "float16" else "float32"
+    ]
+    lowest, highest = 0, int(np.ones((), kind).view(bits))
+    while highest - lowest > 1:
+        middle = (lowest + highest) // 2
+        value = float(np.array(middle, bits).view(kind))
+        if float(torch.sigmoid(torch.tensor(value))) > 0.5:
+            highest = middle
+        else:
+            lowest = middle
+    return float(np.array(highest, bits).view(kind))
