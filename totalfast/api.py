@@ -58,6 +58,7 @@ def segment(
     resampling_order: int = 1,
     plans: str = "nnUNetPlans",
     model_size: str = "big",
+    export: str = "auto",
 ) -> nib.Nifti1Image:
     """Segment one scan with one of TotalSegmentator's tasks.
 
@@ -97,6 +98,9 @@ def segment(
         Spline order, 0 to 5, for resampling the scan to the model's spacing.
     plans
         nnU-Net plans identifier.
+    export
+        Not upstream's. How labels come to the scan's grid: "auto" or "nearest" as upstream does,
+        "linear" from interpolated logits, for smooth masks.
 
     Other keywords are upstream's and raise ``UnsupportedError`` unless they have their default.
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import totalfast
 from totalfast import upstream
 from totalfast.errors import OptionError, TotalfastError
-from totalfast.options import validate_device
+from totalfast.options import EXPORTS, validate_device
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -260,6 +260,13 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
         "--force_split",
         action="store_true",
         help="Predict in 3 pieces, for less memory on large scans.",
+    )
+    add(
+        "--export",
+        choices=EXPORTS,
+        default="auto",
+        help="How labels come to the scan's resolution: 'auto' (default) as TotalSegmentator does, "
+        "by nearest neighbour; 'linear' interpolates the logits, for smooth masks.",
     )
 
 

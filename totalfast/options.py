@@ -43,6 +43,10 @@ UNSUPPORTED_DEFAULTS: dict[str, Any] = {
 }
 """Upstream's keywords that totalfast does not support yet, and the values that need no support."""
 
+EXPORTS = ("auto", "nearest", "linear")
+"""Upstream's own way (nearest-neighbour from the model grid), the same said aloud, and smooth
+masks from logits that are interpolated on the scanner grid."""
+
 DEVICE_PATTERN = re.compile(r"^(gpu|cpu|mps|gpu:\d+)$")
 
 
@@ -64,7 +68,10 @@ def validate_device(value: str) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """Options of a run; names, meanings and defaults are those of ``totalsegmentator()``."""
+    """Options of a run; names, meanings and defaults are those of ``totalsegmentator()``.
+
+    Only ``export`` is ours: how labels come to the scanner grid, one of ``EXPORTS``.
+    """
 
     ml: bool = False
     nr_thr_resamp: int = 1
@@ -82,6 +89,7 @@ class Options:
     save_lowres: bool = False
     resampling_order: int = 1
     plans: str = "nnUNetPlans"
+    export: str = "auto"
 
     def __post_init__(self) -> None:
         validate_device(self.device)
@@ -91,6 +99,10 @@ class Options:
             raise OptionError(
                 f"resampling_order must be between 0 and 5, not {self.resampling_order}."
             )
+        if self.export not in EXPORTS:
+            raise OptionError(f"export must be one of {', '.join(EXPORTS)}, not '{self.export}'.")
+        if self.export == "linear" and (self.save_lowres or self.force_split):
+            raise OptionError("export='linear' does not work with save_lowres or force_split.")
         for name in ("nr_thr_resamp", "nr_thr_saving"):
             if getattr(self, name) < 1:
                 raise OptionError(f"{name} must be at least 1, not {getattr(self, name)}.")

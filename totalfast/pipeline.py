@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from totalfast.geometry import Grid
     from totalfast.options import Options
     from totalfast.session import Session
     from totalfast.stages.read import ScannerImage
@@ -105,7 +106,7 @@ def run(
             labels,
             task=task.name,
             classes=task.classes,
-            voxel_mm3=float(np.prod(model_image.grid.stored().spacing_mm)),
+            voxel_mm3=float(np.prod(_label_grid(model_image, options).stored().spacing_mm)),
         )
 
         progress.stage("Restoring")
@@ -132,16 +133,24 @@ def predict(
     progress: Progress,
     work: Work,
 ) -> NDArray[np.uint8]:
-    """Run all of a task's models and join their labels: uint8, (z, y, x), model grid."""
+    """Run all of a task's models and join their labels: uint8, (z, y, x), RAS+ axes.
+
+    On the model grid; with export "linear" on the scanner's.
+    """
+    linear = options.export == "linear"
+    shape_x, shape_y, shape_z = _label_grid(model_image, options).shape
+    shape = (shape_z, shape_y, shape_x)
     slices = model_image.voxels.shape[0]
     pieces = whole(slices)
-    if options.force_split or wants_split(
+    if linear:
+        logger.info("Export: labels from logits interpolated at the scan's resolution")
+    elif options.force_split or wants_split(
         model_image.grid.shape, several_models=task.several_models
     ):
         logger.info("Splitting into subparts...")
         pieces = thirds(slices)
     spacing_zyx = [float(mm) for mm in model_image.grid.spacing_mm[::-1]]
-    labels = np.zeros(model_image.voxels.shape, dtype=np.uint8)
+    labels = np.zeros(shape, dtype=np.uint8)
     for index, (part, future) in enumerate(zip(task.parts, models, strict=True)):
         if task.several_models:
             logger.info("Predicting part %d of %d ...", index + 1, len(task.parts))
@@ -161,12 +170,20 @@ def predict(
                     model=model,
                     step=task.tile_step,
                     on_tile=partial(progress.advance, work.part * tile_share),
+                    linear_to=shape if linear else None,
                 )
+            if linear:
+                piece = whole(shape[0])[0]
             if part.labels is None:
                 labels[piece.kept] = found[piece.inside]
             else:
                 merge_part(labels[piece.kept], found[piece.inside], part.labels)
     return labels
+
+
+def _label_grid(model_image: ModelImage, options: Options) -> Grid:
+    """The grid, RAS+, that ``predict`` returns labels on."""
+    return model_image.canonical if options.export == "linear" else model_image.grid
 
 
 def restore(

@@ -11,6 +11,7 @@ import pytest
 
 import totalfast
 from totalfast import session as session_module
+from totalfast.options import Options
 
 
 @pytest.fixture(autouse=True)
@@ -128,3 +129,50 @@ def test_a_missing_scan_is_noticed_before_a_model_is_downloaded(tmp_path, monkey
     with pytest.raises(totalfast.InputError, match=r"nothere\.nii\.gz does not exist"):
         totalfast.segment(tmp_path / "nothere.nii.gz", **QUICK)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_linear_export_interpolates_all_logits(scan):
+    """Against full logits, resampled by scipy class by class; the scan's axes run to LPS."""
+    import torch
+    from scipy import ndimage
+
+    from totalfast.sliding_window import predict_logits
+    from totalfast.stages.normalise import to_network_image
+    from totalfast.stages.read import open_scan, read_image
+    from totalfast.stages.resample import to_model_grid
+
+    found = totalfast.segment(scan, export="linear", **QUICK)
+    session = totalfast.Session(device="cpu")
+    options = Options(fastest=True, device="cpu")
+    task = options.resolved_task()
+    model = session.load(task, task.parts[0], device="cpu").result()
+    image = to_model_grid(
+        read_image(open_scan(scan)), spacing_mm=task.spacing_mm, order=1, threads=1
+    )
+    network = to_network_image(image.voxels, spacing_mm=(6.0, 6.0, 6.0), model=model)
+    assert network.cropped_shape == network.full_shape == network.voxels.shape[1:]
+    logits = predict_logits(model, torch.from_numpy(network.voxels), step=task.tile_step)
+    target = image.canonical.shape[::-1]
+    zoom = [m / n for n, m in zip(logits.shape[1:], target, strict=True)]
+    resampled = np.stack(
+        [
+            ndimage.zoom(channel, zoom, output=np.float64, order=1, mode="nearest")
+            for channel in logits.numpy().astype(np.float64)
+        ]
+    ).astype(np.float16)
+    wanted = resampled.argmax(0).T[::-1]  # (x, y, z); the scan's x axis runs to the left
+    np.testing.assert_array_equal(np.asarray(found.dataobj), wanted)
+    nearest = np.asarray(totalfast.segment(scan, **QUICK).dataobj)
+    assert 0 < np.mean(nearest != wanted) < 0.7
+
+
+def test_linear_export_of_several_models(scan):
+    smooth = totalfast.segment(scan, task="total_mr", export="linear", device="cpu", quiet=True)
+    assert smooth.shape == scan.shape
+    assert len(np.unique(smooth.dataobj)) > 1
+
+
+def test_linear_export_refuses_what_it_cannot_do(scan):
+    for wrong in ({"save_lowres": True}, {"force_split": True}):
+        with pytest.raises(totalfast.OptionError, match="export='linear'"):
+            totalfast.segment(scan, export="linear", **QUICK, **wrong)
