@@ -1,0 +1,164 @@
+"""Time the ways from logits to labels at a scan's resolution, in one run on the same logits.
+
+    python scripts/benchmark_export.py --json FILE [--quick] [--classes 118] ...
+
+Compared: nnU-Net's default resampling (linear, class by class) and its torch resampler, each
+followed by the argmax, and totalfast's ``nearest``, ``linear`` and ``plans``. The logits are made:
+smooth fields, whose label map has boundary cells as anatomy has; the share is reported. With
+--quick nnU-Net's default is timed on a few classes and extrapolated to all; the result says so,
+and its labels are then compared on those classes only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import threading
+import time
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import psutil
+import torch
+from benchmark_command import machine
+
+from totalfast.export import export_labels
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+QUICK_CLASSES = 4
+SPACING = (3.0, 3.0, 3.0)
+"""Isotropic, so that nothing is resampled separately."""
+
+
+def make_logits(classes: int, source: tuple[int, ...], seed: int) -> torch.Tensor:
+    """float16 (classes, z, y, x): each class is likely around one seed point of its own."""
+    random = np.random.default_rng(seed)
+    grid = [
+        torch.arange(n, dtype=torch.float32).reshape([-1 if axis == k else 1 for k in range(3)])
+        for axis, n in enumerate(source)
+    ]
+    logits = torch.empty((classes, *source), dtype=torch.half)
+    for k in range(classes):
+        centre, width = random.uniform(0.15, 0.85, 3) * source, random.uniform(6, 22, 3)
+        distance = sum(((g - c) / w) ** 2 for g, c, w in zip(grid, centre, width, strict=True))
+        logits[k] = (8 - 6 * torch.as_tensor(distance)).clamp_min(-12) + 0.05 * torch.randn(source)
+    logits[0] = 1.0
+    return logits
+
+
+def boundary_cells(labels: NDArray[Any]) -> float:
+    """Share of 2x2x2 cells of the source that hold more than one label."""
+    low = high = labels
+    for axis in range(3):
+        a, b = np.delete(low, -1, axis), np.delete(low, 0, axis)
+        c, d = np.delete(high, -1, axis), np.delete(high, 0, axis)
+        low, high = np.minimum(a, b), np.maximum(c, d)
+    return float(np.mean(low != high))
+
+
+def measured(call: Callable[[], Any]) -> tuple[Any, float, float]:
+    """Result, seconds, and peak bytes above what was there before."""
+    process = psutil.Process()
+    before = peak = process.memory_info().rss
+    done = threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.02):
+            peak = max(peak, process.memory_info().rss)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    began = time.perf_counter()
+    result = call()
+    seconds = time.perf_counter() - began
+    done.set()
+    watcher.join()
+    return result, seconds, peak - before
+
+
+def main() -> int:
+    """Command line."""
+    from nnunetv2.preprocessing.resampling.default_resampling import resample_data_or_seg_to_shape
+    from nnunetv2.preprocessing.resampling.resample_torch import resample_torch_fornnunet
+
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--quick", action="store_true", help="extrapolate nnU-Net's default")
+    parser.add_argument("--classes", type=int, default=118)
+    parser.add_argument("--source", type=int, nargs=3, default=(100, 134, 134), metavar="N")
+    parser.add_argument("--target", type=int, nargs=3, default=(300, 512, 512), metavar="N")
+    parser.add_argument("--repeats", type=int, default=3, help="of totalfast's nearest and linear")
+    options = parser.parse_args()
+    source, target = tuple(options.source), tuple(options.target)
+    logits = make_logits(options.classes, source, seed=0)
+    default = partial(
+        resample_data_or_seg_to_shape, is_seg=False, order=1, order_z=0, force_separate_z=None
+    )
+    by_torch = partial(
+        resample_torch_fornnunet, is_seg=False, force_separate_z=False,
+        memefficient_seg_resampling=False, num_threads=torch.get_num_threads(),
+    )  # fmt: skip
+    ours = partial(export_labels, logits, target, spacing=SPACING, new_spacing=SPACING)
+    some = logits[: QUICK_CLASSES if options.quick else None]
+
+    def reference() -> NDArray[Any]:
+        resampled = default(some, target, SPACING, SPACING)
+        return np.asarray(torch.as_tensor(resampled).argmax(0))
+
+    small = export_labels(logits, source, method="nearest")
+    export_labels(
+        logits[:, :2, :8, :8], (4, 16, 16), method="linear"
+    )  # compiled before it is timed
+    result: dict[str, Any] = {
+        "case": f"{options.classes} classes, {source} to {target}",
+        "machine": machine(),
+        "boundary_cells": boundary_cells(small),
+        "classes_present": len(np.unique(small)),
+        "nnunet_default_extrapolated_from_classes": len(some) if options.quick else None,
+        "runs": {},
+    }
+
+    def record(name: str, seconds: float, peak: float, **more: Any) -> None:
+        result["runs"][name] = {"seconds": seconds, "peak_bytes": peak, **more}
+        print(
+            name, {key: round(value, 2) for key, value in result["runs"][name].items()}, flush=True
+        )
+
+    wanted, seconds, peak = measured(reference)
+    record("nnunet_default", seconds * options.classes / len(some), peak)
+    found = export_labels(some, target, method="linear", spacing=SPACING, new_spacing=SPACING)
+    result["linear_differing_voxels"] = int(np.count_nonzero(found != wanted))
+    result["linear_compared_classes"] = len(some)
+    del wanted, found
+    for method in ("nearest", "linear"):
+        runs = [measured(partial(ours, method=method)) for _ in range(options.repeats)]
+        record(
+            method,
+            float(np.median([run[1] for run in runs])),
+            max(run[2] for run in runs),
+        )
+    smooth = runs[-1][0]
+    stairs = ours(method="nearest")
+    result["nearest_differs_from_linear"] = float(np.mean(stairs != smooth))
+    labels, seconds, peak = measured(partial(ours, method="plans", resampling=by_torch))
+    record("plans_torch", seconds, peak, differs_from_linear=float(np.mean(labels != smooth)))
+    base = result["runs"]["nnunet_default"]["seconds"]
+    result["times_faster_than_nnunet_default"] = {
+        name: base / run["seconds"] for name, run in result["runs"].items()
+    }
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps({k: v for k, v in result.items() if k != "machine"}, indent=1))
+    return int(result["linear_differing_voxels"] > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
