@@ -5,9 +5,9 @@
 Both commands run in turn on the same scan with the same weights (HOME: stand-ins made by
 scripts/make_standin_weights.py). Recorded for each: wall and CPU seconds; in one run more, because
 sampling slows a process down, the peak memory of the whole process tree (sum of PSS, so that
-shared pages count once, sampled five times a second);
-seconds inside the network's forward pass (a hook on the architecture's class, loaded into both
-programs through sitecustomize), and the voxels that differ. SCAN may be
+shared pages count once, sampled five times a second); seconds inside the network's forward pass (a
+hook on the architecture's class, loaded into both programs through sitecustomize); and the voxels
+that differ. SCAN may be
 "phantom:NXxNYxNZ:SXxSYxSZ": a made CT of that many voxels and that spacing in mm.
 """
 
