@@ -6,7 +6,6 @@ Knows in which order things happen, what is said meanwhile, and nothing of how t
 from __future__ import annotations
 
 import logging
-import os
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import nibabel as nib
 import numpy as np
 from nibabel.orientations import axcodes2ornt, ornt_transform
 
+from totalfast.cores import usable_cores
 from totalfast.export import nearest_to_scanner_grid
 from totalfast.progress import Progress
 from totalfast.sliding_window import plan_tiles
@@ -93,7 +93,7 @@ def run(
                 image,
                 spacing_mm=task.spacing_mm,
                 order=options.resampling_order,
-                threads=_cores(),
+                threads=usable_cores(),
             )
         logger.debug("  from shape %s to shape %s", image.grid.shape, model_image.grid.shape)
         progress.advance(work.resample)
@@ -141,7 +141,7 @@ def predict(
     shape_x, shape_y, shape_z = _label_grid(model_image, options).shape
     shape = (shape_z, shape_y, shape_x)
     slices = model_image.voxels.shape[0]
-    pieces = whole(slices)
+    pieces = whole(slices, labelled=shape[0])
     if linear:
         logger.info("Export: labels from logits interpolated at the scan's resolution")
     elif options.force_split or wants_split(
@@ -172,8 +172,6 @@ def predict(
                     on_tile=partial(progress.advance, work.part * tile_share),
                     linear_to=shape if linear else None,
                 )
-            if linear:
-                piece = whole(shape[0])[0]
             if part.labels is None:
                 labels[piece.kept] = found[piece.inside]
             else:
@@ -200,7 +198,7 @@ def restore(
         voxels = np.asfortranarray(lowres.dataobj)
         return label_image(voxels, affine=lowres.affine, header=lowres.header, names=names)
     with _timed("Resampling...", "  Resampled in"):
-        voxels = nearest_to_scanner_grid(labels, scanner=image.grid, threads=_cores())
+        voxels = nearest_to_scanner_grid(labels, scanner=image.grid, threads=usable_cores())
     return label_image(voxels, affine=image.grid.affine, header=image.header, names=names)
 
 
@@ -208,7 +206,7 @@ def save(
     result: nib.Nifti1Image, output: Path, *, image: ScannerImage, task: Task, options: Options
 ) -> None:
     """Write the label map, or one mask a class and those derived from them."""
-    threads = min(_cores(), options.nr_thr_saving)
+    threads = min(usable_cores(), options.nr_thr_saving)
     says_each = not task.name.startswith("total")
     with PendingFiles() as files:
         with _timed("Saving segmentations...", "  Saved in"):
@@ -237,13 +235,6 @@ def write_body_and_skin(
     for name, voxels in (("body", body.view(np.uint8)), ("skin", skin_mask(image, body))):
         mask = label_image(voxels, affine=result.affine, header=None, names=None)
         write_labels(mask, output / f"{name}.nii.gz", files=files, threads=threads)
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _writes_skin(task: Task, options: Options) -> bool:

@@ -13,8 +13,10 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from totalfast.errors import PredictionError
-from totalfast.export.nearest import first_maximum
+from totalfast.export.nearest import first_maximum, label_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -111,8 +113,8 @@ def predict_labels(
     """
     import torch
 
-    few = len(model.labels.foreground_labels) < 255  # nnU-Net, export_prediction.py
-    labels = torch.empty(tuple(image.shape[1:]), dtype=torch.uint8 if few else torch.uint16)
+    dtype = label_dtype(len(model.labels.foreground_labels))
+    labels = torch.from_numpy(np.empty(tuple(image.shape[1:]), dtype=dtype))
     for start, logits in final_logits(model, image, step=step, on_tile=on_tile):
         if model.labels.has_regions:
             found = torch.as_tensor(model.labels.convert_logits_to_segmentation(logits))

@@ -76,6 +76,11 @@ class Model:
         """Number of channels that the network returns."""
         return int(self.labels.num_segmentation_heads)
 
+    @property
+    def regions(self) -> tuple[int, ...] | None:
+        """Label of each channel of a region-based model, in the order of painting; else None."""
+        return tuple(self.labels.regions_class_order) if self.labels.has_regions else None
+
 
 def find_model(model_id: int, *, trainer: str, plans: str, configuration: str) -> Path:
     """Return the folder of one of TotalSegmentator's models; a missing one is downloaded.

@@ -156,6 +156,18 @@ def test_nearest_picks_scipys_voxels(target):
         np.testing.assert_array_equal(found, wanted)
 
 
+@pytest.mark.parametrize("forced", [True, False, None])
+@pytest.mark.parametrize("threshold", [1.5, 3])
+def test_auto_follows_the_options_of_the_plans(forced, threshold):
+    logits = noise(np.random.default_rng(3), 7, (6, 7, 8), 3.0)
+    resampling = resampler(force_separate_z=forced, separate_z_anisotropy_threshold=threshold)
+    spacings = ((2.0, 1.0, 1.0), (1.0, 0.6, 0.6))
+    found = export_labels(
+        logits, (12, 12, 13), resampling=resampling, spacing=spacings[0], new_spacing=spacings[1]
+    )
+    np.testing.assert_array_equal(found, nnunet(logits, (12, 12, 13), spacings, resampling))
+
+
 def test_auto_and_odd_arguments():
     logits = np.zeros((3, 4, 4, 4), np.float16)
     assert choose_method(resampler(), coordinates="centers") == "linear"

@@ -7,15 +7,18 @@ argmax of all logits resampled linearly, ``plans`` calls the resampling that a m
 
 from __future__ import annotations
 
-import functools
-import logging
-import os
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from totalfast.cores import usable_cores
 from totalfast.errors import OptionError
-from totalfast.export.nearest import first_maximum, gather, nearest_to_scanner_grid
+from totalfast.export.nearest import (
+    first_maximum,
+    gather,
+    label_dtype,
+    nearest_to_scanner_grid,
+)
 from totalfast.geometry import CENTERS, CORNERS, LinearWeights, linear_weights, nearest_weights
 
 if TYPE_CHECKING:
@@ -32,10 +35,7 @@ __all__ = [
     "nearest_to_scanner_grid",
     "resampling_axes",
     "separate_axis",
-    "usable_cores",
 ]
-
-logger = logging.getLogger(__name__)
 
 METHODS = ("auto", "nearest", "linear", "plans")
 
@@ -77,9 +77,11 @@ def export_labels(
         mm along (z, y, x) of source and target. With "linear" and "centers" they decide whether
         the coarse axis is resampled separately, by nearest neighbour; "plans" hands them on.
     force_separate_z
-        nnU-Net's option for "linear"; None decides by the spacings.
+        nnU-Net's option for "linear" where no ``resampling`` is given; None decides by the
+        spacings.
     resampling
-        nnU-Net's ``configuration.resampling_fn_probabilities``, for "plans" and "auto".
+        nnU-Net's ``configuration.resampling_fn_probabilities``, for "plans" and "auto"; its
+        options decide on the separate axis of "linear".
     regions
         For a region-based model, the label of each channel (``regions_class_order``).
     labels
@@ -133,7 +135,9 @@ def export_labels(
 
         separate = None
         if coordinates == CENTERS:
-            separate = separate_axis(spacing, new_spacing, force_separate_z)
+            separate = separate_axis(
+                spacing, new_spacing, resampling=resampling, force_separate_z=force_separate_z
+            )
         linear = LinearExport(
             resampling_axes(source, shape, coordinates, separate),
             out,
@@ -186,11 +190,6 @@ def choose_method(resampling: Callable[..., Any] | None, *, coordinates: str) ->
     return "linear" if linear else "plans"
 
 
-def label_dtype(foreground_labels: int) -> type[np.unsignedinteger]:
-    """Return uint8, or uint16 from 255 foreground labels on (nnU-Net, export_prediction.py)."""
-    return np.uint8 if foreground_labels < 255 else np.uint16
-
-
 def resampling_axes(
     source: Sequence[int], target: Sequence[int], coordinates: str, separate: int | None
 ) -> list[LinearWeights]:
@@ -223,20 +222,26 @@ def argmax(
 def separate_axis(
     spacing: Sequence[float] | None,
     new_spacing: Sequence[float] | None,
-    force_separate_z: bool | None,
+    *,
+    resampling: Callable[..., Any] | None,
+    force_separate_z: bool | None = None,
 ) -> int | None:
-    """The axis that nnU-Net resamples by nearest neighbour, by its own rule."""
+    """The axis that nnU-Net resamples by nearest neighbour, by its own rule.
+
+    What ``resampling`` was given for it wins over ``force_separate_z``.
+    """
     if spacing is None or new_spacing is None:
         return None
     from nnunetv2.preprocessing.resampling.default_resampling import determine_do_sep_z_and_axis
 
-    separate, axis = determine_do_sep_z_and_axis(force_separate_z, spacing, new_spacing)
+    options: dict[str, Any] = {"force_separate_z": force_separate_z}
+    if resampling is not None:
+        given = getattr(resampling, "keywords", {})
+        options = {"force_separate_z": False}  # resample_data_or_seg_to_shape's default
+        for name in ("force_separate_z", "separate_z_anisotropy_threshold"):
+            if name in given:
+                options[name] = given[name]
+    separate, axis = determine_do_sep_z_and_axis(
+        current_spacing=spacing, new_spacing=new_spacing, **options
+    )
     return int(axis) if separate else None
-
-
-@functools.cache
-def usable_cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

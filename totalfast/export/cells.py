@@ -16,14 +16,14 @@ jit = functools.partial(numba.njit, nogil=True, cache=True, error_model="numpy")
 
 
 @jit
-def spacing_at(magnitude: float, bits: int, low: int) -> float:
+def spacing_at(magnitude, bits, low):
     """Distance of neighbouring numbers of the rounded dtype at a magnitude."""
     exponent = math.frexp(magnitude)[1] - 1
     return math.ldexp(1.0, max(exponent, low) - bits)
 
 
 @jit
-def rounded(value: float, bits: int, low: int) -> float:
+def rounded(value, bits, low):
     """``value`` rounded to the dtype, ties to even: the hardware rounds the addition."""
     if bits == 52 or not math.isfinite(value) or value == 0.0:
         return value
@@ -65,6 +65,32 @@ def summarise(logits, label, lead, magnitude):
 
 
 @jit
+def take_corners(a, b, k, nz, ys, ny, xs, nx, corners):
+    """Fill in the logits of class k at the corners of a cell, x fastest."""
+    n = 0
+    for iz in range(nz):
+        logits = a if iz == 0 else b
+        for iy in range(ny):
+            for ix in range(nx):
+                corners[n] = logits[k, ys[iy], xs[ix]]
+                n += 1
+
+
+@jit
+def beats(mine, other, first, bits, low):
+    """Whether a class can't lose to the other in a cell, given the corner logits of both.
+
+    ``first`` says whether it has the smaller label, so that a tie is its own. This is the rule at
+    the top of ``linear``.
+    """
+    gap, largest = np.inf, 0.0
+    for n in range(len(mine)):
+        gap = min(gap, mine[n] - other[n])
+        largest = max(largest, abs(mine[n]), abs(other[n]))
+    return (first and gap >= 0.0) or (gap > 0.0 and gap > spacing_at(largest, bits, low))
+
+
+@jit
 def interpolated(corners, wz, nz, wy, ny, wx, nx):
     """Scipy's sum: each corner times its three weights one by one, x fastest."""
     total = 0.0
@@ -93,8 +119,7 @@ def fill_labels(lower, upper, weights_z, nz, axis_y, runs_y, axis_x, runs_x, bit
     x_lower, x_upper, wx_lower, wx_upper, nx = axis_x
     classes = a.shape[0]
     candidates = np.empty(classes, dtype=np.int64)
-    corners = np.empty((classes, 8), dtype=np.float64)
-    all_corners = np.empty((classes, 8), dtype=np.float64)
+    corners = np.empty((classes, nz * ny * nx), dtype=np.float64)
     pivots = np.empty(8, dtype=np.int64)
     for run_y in range(runs_y.shape[0]):
         y_start, y_stop = runs_y[run_y]
@@ -113,12 +138,12 @@ def fill_labels(lower, upper, weights_z, nz, axis_y, runs_y, axis_x, runs_x, bit
                         y, x = ys[iy], xs[ix]
                         lead = min(lead, leads[y, x])
                         size = max(size, sizes[y, x])
-                        own = label[y, x]
+                        at_corner = label[y, x]
                         new = True
                         for p in range(found):
-                            new = new and pivots[p] != own
+                            new = new and pivots[p] != at_corner
                         if new:
-                            pivots[found] = own
+                            pivots[found] = at_corner
                             found += 1
             finite = math.isfinite(size)
             if found == 1 and finite and lead > spacing_at(size, bits, low):
@@ -128,34 +153,18 @@ def fill_labels(lower, upper, weights_z, nz, axis_y, runs_y, axis_x, runs_x, bit
                             out[row, y, x] = pivots[0]
                 continue
 
-            count = nz * ny * nx
             for k in range(classes):
-                n = 0
-                for iz in range(nz):
-                    logits = a if iz == 0 else b
-                    for iy in range(ny):
-                        for ix in range(nx):
-                            all_corners[k, n] = logits[k, ys[iy], xs[ix]]
-                            n += 1
+                take_corners(a, b, k, nz, ys, ny, xs, nx, corners[k])
             kept = 0
             for k in range(classes):
                 dropped = False
                 if finite:
                     for p in range(found):
                         j = pivots[p]
-                        if j == k or dropped:
-                            continue
-                        gap, largest = np.inf, 0.0
-                        for n in range(count):
-                            vj, vk = all_corners[j, n], all_corners[k, n]
-                            gap = min(gap, vj - vk)
-                            largest = max(largest, abs(vj), abs(vk))
-                        dropped = (j < k and gap >= 0.0) or (
-                            gap > 0.0 and gap > spacing_at(largest, bits, low)
-                        )
+                        if j != k and not dropped:
+                            dropped = beats(corners[j], corners[k], j < k, bits, low)
                 if not dropped:
                     candidates[kept] = k
-                    corners[kept] = all_corners[k]
                     kept += 1
             for row in range(out.shape[0]):
                 wz = (weights_z[0, row], weights_z[1, row])
@@ -165,9 +174,8 @@ def fill_labels(lower, upper, weights_z, nz, axis_y, runs_y, axis_x, runs_x, bit
                         wx = (wx_lower[x], wx_upper[x])
                         winner, best = 0, 0.0
                         for c in range(kept):
-                            value = rounded(
-                                interpolated(corners[c], wz, nz, wy, ny, wx, nx), bits, low
-                            )
+                            own = corners[candidates[c]]
+                            value = rounded(interpolated(own, wz, nz, wy, ny, wx, nx), bits, low)
                             # The first NaN wins over all, as in torch's and NumPy's argmax.
                             if c == 0 or (best == best and (value > best or value != value)):
                                 winner, best = candidates[c], value
@@ -181,7 +189,7 @@ def fill_regions(
     """Like ``fill_labels`` for regions: paint each where its probability exceeds 0.5."""
     y_lower, y_upper, wy_lower, wy_upper, ny = axis_y
     x_lower, x_upper, wx_lower, wx_upper, nx = axis_x
-    corners = np.empty(8, dtype=np.float64)
+    corners = np.empty(nz * ny * nx, dtype=np.float64)
     for run_y in range(runs_y.shape[0]):
         y_start, y_stop = runs_y[run_y]
         ys = (y_lower[y_start], y_upper[y_start])
@@ -190,16 +198,12 @@ def fill_regions(
             xs = (x_lower[x_start], x_upper[x_start])
             out[:, y_start:y_stop, x_start:x_stop] = 0
             for k in range(a.shape[0]):
-                n = above = below = 0
-                for iz in range(nz):
-                    logits = a if iz == 0 else b
-                    for iy in range(ny):
-                        for ix in range(nx):
-                            corners[n] = logits[k, ys[iy], xs[ix]]
-                            above += math.isfinite(corners[n]) and corners[n] >= threshold
-                            below += math.isfinite(corners[n]) and corners[n] < threshold
-                            n += 1
-                if below == n:
+                take_corners(a, b, k, nz, ys, ny, xs, nx, corners)
+                above = below = 0
+                for value in corners:
+                    above += math.isfinite(value) and value >= threshold
+                    below += math.isfinite(value) and value < threshold
+                if below == len(corners):
                     continue
                 for row in range(out.shape[0]):
                     wz = (weights_z[0, row], weights_z[1, row])
@@ -208,7 +212,7 @@ def fill_regions(
                         for x in range(x_start, x_stop):
                             wx = (wx_lower[x], wx_upper[x])
                             if (
-                                above == n
+                                above == len(corners)
                                 or rounded(interpolated(corners, wz, nz, wy, ny, wx, nx), bits, low)
                                 >= threshold
                             ):

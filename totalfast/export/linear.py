@@ -85,8 +85,10 @@ class LinearExport:
         self._out = out
         self._bits, self._low = MANTISSA_BITS[rounded_to]
         self._threads = max(threads, 1)
-        self._threshold = region_threshold(rounded_to)
-        self._regions = None if regions is None else np.asarray(regions, dtype=np.uint16)
+        self._regions: NDArray[np.uint16] | None = None
+        if regions is not None:
+            self._regions = np.asarray(regions, dtype=np.uint16)
+            self._threshold = region_threshold(rounded_to)
         self._runs_y, self._runs_x = (_runs(axis) for axis in axes[1:])
         self._planes: dict[int, _Plane] = {}
         needed: dict[int, list[int]] = {}
@@ -99,6 +101,8 @@ class LinearExport:
         """Take slices ``first, first + 1, ...``: logits (classes, slices, y, x), any device."""
         import torch
 
+        if self._out.size == 0:
+            return
         with ThreadPoolExecutor(max_workers=self._threads) as pool:
             for offset in range(slab.shape[1]):
                 index = first + offset
@@ -183,15 +187,18 @@ def region_threshold(dtype: str) -> float:
     """Smallest logit whose float32 sigmoid exceeds 0.5: what nnU-Net paints a region for."""
     import torch
 
-    kind, bits = {"float16": (np.float16, np.int16), "float32": (np.float32, np.int32)}[
-        "float16" if dtype == "float16" else "float32"
-    ]
-    lowest, highest = 0, int(np.ones((), kind).view(bits))
+    # Positive floats are ordered as their bits are.
+    kind = torch.int16 if dtype == "float16" else torch.int32
+    real = torch.half if dtype == "float16" else torch.float32
+
+    def logit(bits: int) -> torch.Tensor:
+        return torch.tensor(bits, dtype=kind).view(real).float()
+
+    lowest, highest = 0, int(torch.tensor(1.0, dtype=real).view(kind))
     while highest - lowest > 1:
         middle = (lowest + highest) // 2
-        value = float(np.array(middle, bits).view(kind))
-        if float(torch.sigmoid(torch.tensor(value))) > 0.5:
+        if torch.sigmoid(logit(middle)) > 0.5:
             highest = middle
         else:
             lowest = middle
-    return float(np.array(highest, bits).view(kind))
+    return float(logit(highest))

@@ -29,6 +29,11 @@ def first_maximum(logits: torch.Tensor) -> torch.Tensor:
     return logits.argmax(0)
 
 
+def label_dtype(foreground_labels: int) -> type[np.unsignedinteger]:
+    """Return uint8, or uint16 from 255 foreground labels on (nnU-Net, export_prediction.py)."""
+    return np.uint8 if foreground_labels < 255 else np.uint16
+
+
 def gather(
     labels: NDArray[np.unsignedinteger], indices: Sequence[NDArray[np.intp]], *, threads: int
 ) -> NDArray[np.unsignedinteger]:

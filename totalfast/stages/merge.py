@@ -60,9 +60,9 @@ class Piece:
         return slice(self.kept.start - self.predicted.start, self.kept.stop - self.predicted.start)
 
 
-def whole(slices: int) -> tuple[Piece, ...]:
-    """Return the one piece of an image that is not split."""
-    return (Piece(predicted=slice(0, slices), kept=slice(0, slices)),)
+def whole(slices: int, *, labelled: int) -> tuple[Piece, ...]:
+    """Return the one piece of an image that is not split; its labels may have more slices."""
+    return (Piece(predicted=slice(0, slices), kept=slice(0, labelled)),)
 
 
 def thirds(slices: int) -> tuple[Piece, ...]:

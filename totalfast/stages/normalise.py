@@ -36,6 +36,8 @@ class NetworkImage:
         Shape of the (transposed) model image.
     spacing_mm
         Spacing of the model image, in the same axis order.
+    network_spacing_mm
+        What nnU-Net takes the spacing of ``voxels`` for: the plans', whatever rounding made of it.
     """
 
     voxels: NDArray[np.float32]
@@ -43,6 +45,7 @@ class NetworkImage:
     cropped_shape: tuple[int, ...]
     full_shape: tuple[int, ...]
     spacing_mm: tuple[float, ...]
+    network_spacing_mm: tuple[float, ...]
 
     @property
     def was_resampled(self) -> bool:
@@ -96,6 +99,7 @@ def to_network_image(
         cropped_shape=view.shape,
         full_shape=image.shape,
         spacing_mm=tuple(spacing),
+        network_spacing_mm=tuple(target),
     )
 
 

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from totalfast.cores import usable_cores
 from totalfast.export import (
     choose_method,
     export_labels,
     label_dtype,
     resampling_axes,
     separate_axis,
-    usable_cores,
 )
 from totalfast.geometry import CENTERS, interpolation_weights, sample_positions
 from totalfast.sliding_window import (
@@ -130,8 +130,9 @@ def _linear(
         tuple(len(axis.lower) for axis in axes),
         dtype=label_dtype(len(model.labels.foreground_labels)),
     )
-    regions = model.labels.regions_class_order if model.labels.has_regions else None
-    export = LinearExport(axes, out, rounded_to="float16", threads=usable_cores(), regions=regions)
+    export = LinearExport(
+        axes, out, rounded_to="float16", threads=usable_cores(), regions=model.regions
+    )
     for start, slab in final_logits(model, tensor, step=step, on_tile=on_tile):
         export.add(start, slab)
     return out
@@ -149,13 +150,8 @@ def _resampled(
     resampling = model.configuration.resampling_fn_probabilities
     method = choose_method(resampling, coordinates=CENTERS)
     logger.debug("  logits are resampled by the plans' rule: export '%s'", method)
-    # As nnU-Net has it: the plans' spacing is what the logits have, whatever rounding made of it.
-    current = [float(mm) for mm in model.configuration.spacing]
-    if len(current) < len(image.cropped_shape):
-        current = [image.spacing_mm[0], *current]
     if method == "linear":
-        options = resampling.keywords
-        separate = separate_axis(current, image.spacing_mm, options.get("force_separate_z", False))
+        separate = separate_axis(image.network_spacing_mm, image.spacing_mm, resampling=resampling)
         axes = resampling_axes(tensor.shape[1:], image.cropped_shape, CENTERS, separate)
         return _linear(model, tensor, axes, step=step, on_tile=on_tile)
     logits = predict_logits(model, tensor, step=step, on_tile=on_tile)
@@ -165,8 +161,8 @@ def _resampled(
             image.cropped_shape,
             method="plans",
             resampling=resampling,
-            spacing=current,
+            spacing=image.network_spacing_mm,
             new_spacing=image.spacing_mm,
-            regions=model.labels.regions_class_order if model.labels.has_regions else None,
+            regions=model.regions,
             labels=len(model.labels.foreground_labels),
         )
