@@ -41,6 +41,7 @@ SPACING = (3.0, 3.0, 3.0)
 def make_logits(classes: int, source: tuple[int, ...], seed: int) -> torch.Tensor:
     """float16 (classes, z, y, x): each class is likely around one seed point of its own."""
     random = np.random.default_rng(seed)
+    torch_random = torch.Generator().manual_seed(seed)
     grid = [
         torch.arange(n, dtype=torch.float32).reshape([-1 if axis == k else 1 for k in range(3)])
         for axis, n in enumerate(source)
@@ -50,7 +51,9 @@ def make_logits(classes: int, source: tuple[int, ...], seed: int) -> torch.Tenso
     for k in range(1, classes):
         centre, width = random.uniform(0.15, 0.85, 3) * source, random.uniform(6, 22, 3)
         distance = sum(((g - c) / w) ** 2 for g, c, w in zip(grid, centre, width, strict=True))
-        logits[k] = (8 - 6 * torch.as_tensor(distance)).clamp_min(-12) + 0.05 * torch.randn(source)
+        logits[k] = (8 - 6 * torch.as_tensor(distance)).clamp_min(-12) + 0.05 * torch.randn(
+            source, generator=torch_random
+        )
     return logits
 
 
