@@ -173,7 +173,7 @@ def _load(
             network = _empty_network(
                 trainer_name, plans, configuration, inputs, labels.num_segmentation_heads
             )
-            network.load_state_dict(checkpoint["network_weights"], assign=True)
+            network.load_state_dict(_as_float32(checkpoint["network_weights"]), assign=True)
             networks.append(network.to(device).eval())
     except (KeyError, RuntimeError) as error:
         raise WeightsError(
@@ -192,6 +192,14 @@ def _load(
         mirroring_axes=None if axes is None else tuple(axes),
         device=device,
     )
+
+
+def _as_float32(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Widen weights that were stored in half precision, as copying them into a network does."""
+    return {
+        name: tensor.float() if tensor.is_floating_point() else tensor
+        for name, tensor in weights.items()
+    }
 
 
 def _import_nnunet() -> tuple[Any, Any]:
