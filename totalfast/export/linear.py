@@ -41,7 +41,7 @@ class _Plane(NamedTuple):
     """One source slice: its logits, and per voxel what decides most cells."""
 
     logits: NDArray[Any]
-    """float32 or float64, (classes, y, x)."""
+    """float32 or float64, (y, x, classes)."""
     label: NDArray[np.uint16]
     """First maximum."""
     lead: NDArray[Any]
@@ -118,18 +118,18 @@ class LinearExport:
 
     def _summary(self, logits: NDArray[Any], pool: ThreadPoolExecutor) -> _Plane:
         shape = logits.shape[1:]
-        label = np.empty(shape, dtype=np.uint16)
-        lead, magnitude = np.empty(shape, logits.dtype), np.empty(shape, logits.dtype)
-        if self._regions is None:
-            list(
-                pool.map(
-                    lambda rows: self._cells.summarise(
-                        logits[:, rows], label[rows], lead[rows], magnitude[rows]
-                    ),
-                    _parts(shape[0], self._threads),
-                )
-            )
-        return _Plane(logits, label, lead, magnitude)
+        plane = _Plane(
+            logits=np.empty((*shape, logits.shape[0]), logits.dtype),
+            label=np.empty(shape, dtype=np.uint16),
+            lead=np.empty(shape, logits.dtype),
+            magnitude=np.empty(shape, logits.dtype),
+        )
+
+        def summarise(rows: slice) -> None:
+            self._cells.summarise(logits[:, rows], *(array[rows] for array in plane))
+
+        list(pool.map(summarise, _parts(shape[0], self._threads)))
+        return plane
 
     def _fill(self, rows: list[int], pool: ThreadPoolExecutor) -> None:
         z = self._axes[0]
