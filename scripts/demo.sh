@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Install totalfast into a virtual environment of its own and segment a made CT; downloads no model.
+# Install totalfast into a virtual environment of its own and run its demo; downloads no model.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 environment=${TOTALFAST_VENV:-.venv-demo}
@@ -7,4 +7,4 @@ python=${PYTHON:-python3}
 [ -x "$environment/bin/python" ] || "$python" -m venv "$environment"
 "$environment/bin/python" -m pip install --quiet --upgrade pip
 "$environment/bin/python" -m pip install --quiet -e .
-exec "$environment/bin/python" scripts/demo.py "$@"
+exec "$environment/bin/totalfast" demo "$@"

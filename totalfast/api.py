@@ -80,6 +80,8 @@ def segment(
         Files that are written at a time, at most; the cores are the limit too.
     fast, fastest
         Use the 3 mm or the 6 mm model; ``fast`` wins.
+    preview
+        Also draw ``preview_{task}.png``: into ``output``, or beside it with ``ml``.
     task
         Task name; ``totalfast --list-tasks`` shows them.
     force_split

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import contextlib
+import importlib
 import logging
 import os
 import signal
@@ -22,10 +23,13 @@ from totalfast.errors import OptionError, TotalfastError
 from totalfast.options import EXPORTS, validate_device
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from types import FrameType
 
 CITATION = "If you use this tool please cite: https://pubs.rsna.org/doi/10.1148/ryai.230024"
+
+SUBCOMMANDS = {"demo": "totalfast.demo.command", "preview": "totalfast.preview.command"}
+"""Word to the module whose ``build_parser`` and ``run`` answer to it."""
 
 EXAMPLES = """\
 examples:
@@ -34,6 +38,10 @@ examples:
   totalfast -i ct.nii.gz -o segmentations --fast   3 mm model, for a laptop
   totalfast -i mr.nii.gz -o segmentations -ta total_mr
 
+other commands (each has a --help):
+  totalfast demo                                   try it without a scan or a download
+  totalfast preview ct.nii.gz seg.nii.gz out.png   a picture of a scan and its labels
+
 The flags are TotalSegmentator's; those marked [not yet] are refused so far.
 Not a medical device. TotalSegmentator is by Jakob Wasserthal et al.; please cite
 https://pubs.rsna.org/doi/10.1148/ryai.230024 and nnU-Net."""
@@ -41,8 +49,13 @@ https://pubs.rsna.org/doi/10.1148/ryai.230024 and nnU-Net."""
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    signal.signal(signal.SIGTERM, _stop)
+    if words and words[0] in SUBCOMMANDS:
+        module = importlib.import_module(SUBCOMMANDS[words[0]])
+        return _run(module.run, module.build_parser().parse_args(words[1:]))
     parser = build_parser()
-    args = parser.parse_args(argv)
+    args = parser.parse_args(words)
     if args.list_tasks:
         print(upstream.format_tasks_table())
         return 0
@@ -58,9 +71,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if missing:
         parser.error(f"the following arguments are required for segmentation: {', '.join(missing)}")
     _configure_output(quiet=args.quiet, verbose=args.verbose)
-    signal.signal(signal.SIGTERM, _stop)
+    return _run(_segment, args)
+
+
+def _run(work: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
+    """Do the work; turn errors into a line on stderr and an exit code."""
     try:
-        return _segment(args)
+        return work(args)
     except TotalfastError as error:
         if args.debug:
             raise
@@ -190,6 +207,12 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="Task body: write no body and skin masks.",
     )
+    add(
+        "-p",
+        "--preview",
+        action="store_true",
+        help="Also draw a picture of the result, preview_{task}.png.",
+    )
     add("-q", "--quiet", action="store_true", help="Print nothing.")
     add("-v", "--verbose", action="store_true", help="Print more.")
     add("--debug", action="store_true", help="Show the traceback of an error.")
@@ -275,7 +298,6 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 def _add_unsupported_flags(group: Any) -> None:  # noqa: ANN401 - argparse's class is private
     for flags in (
-        ("-p", "--preview"),
         ("-rc", "--robust_crop"),
         ("--higher_order_resampling_LEGACY", "--high_order_resampling_LEGACY"),
         ("-ho", "--higher_order_resampling", "--high_order_resampling"),

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 UNSUPPORTED_DEFAULTS: dict[str, Any] = {
     "nora_tag": "None",
-    "preview": False,
     "roi_subset": None,
     "statistics": False,
     "radiomics": False,
@@ -84,6 +83,7 @@ class Options:
     verbose: bool = False
     skip_saving: bool = False
     device: str = "gpu"
+    preview: bool = False
     no_derived_masks: bool = False
     debug: bool = False
     save_lowres: bool = False

@@ -18,6 +18,7 @@ from nibabel.orientations import axcodes2ornt, ornt_transform
 
 from totalfast.cores import usable_cores
 from totalfast.export import nearest_to_scanner_grid
+from totalfast.geometry import Grid
 from totalfast.progress import Progress
 from totalfast.sliding_window import plan_tiles
 from totalfast.stages.clean import clean_labels, skin_mask
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from totalfast.geometry import Grid
     from totalfast.options import Options
     from totalfast.session import Session
     from totalfast.stages.read import ScannerImage
@@ -97,7 +97,7 @@ def run(
             )
         logger.debug("  from shape %s to shape %s", image.grid.shape, model_image.grid.shape)
         progress.advance(work.resample)
-        if not _writes_skin(task, options):
+        if not (_writes_skin(task, options) or options.preview):
             image = image.without_voxels()
 
         with _timed(None if task.several_models else "Predicting...", "  Predicted in"):
@@ -119,6 +119,9 @@ def run(
             save(result, output, image=image, task=task, options=options)
             what = "label map" if options.ml else f"{len(task.classes)} masks"
             saved = f"{what} in {output}"
+        if options.preview:
+            progress.stage("Drawing")
+            preview(result, output, image=image, task=task, options=options)
         progress.advance(work.save)
     logger.info("Done in %.1f s: %s", time.perf_counter() - began, saved)
     return result
@@ -218,6 +221,28 @@ def save(
             write_masks(result, task.classes, folder=output, files=files, threads=threads)
         if _writes_skin(task, options):
             write_body_and_skin(result, output, image=image, files=files, threads=threads)
+
+
+def preview(
+    result: nib.Nifti1Image,
+    output: Path | None,
+    *,
+    image: ScannerImage,
+    task: Task,
+    options: Options,
+) -> None:
+    """Draw the result into the folder of the masks, or beside the label map."""
+    if output is None:
+        logger.warning("WARNING: No output directory specified. Skipping preview generation.")
+        return
+    from totalfast.preview import draw_preview, save_picture
+
+    with _timed("Generating preview...", "  Drawn in"):
+        labels = np.asanyarray(result.dataobj)
+        grid = Grid(shape=labels.shape, affine=np.asarray(result.affine, dtype=np.float64))
+        picture = draw_preview(image, labels, grid, task.classes, title=f"task {task.name}")
+        folder = output.parent if options.ml else output
+        save_picture(picture, folder / f"preview_{task.name}.png")
 
 
 def write_body_and_skin(

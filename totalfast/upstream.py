@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +38,13 @@ __all__ = [
     "PART_NAMES",
     "TASKS",
     "TASK_CONFIGS",
+    "TASK_ID_WEIGHTS_CONFIGS",
     "custom_trainer",
     "dataset_folder",
     "download_weights",
     "format_classes_table",
     "format_tasks_table",
+    "label_names",
     "label_table_xml",
     "version",
     "weights_home",
@@ -133,3 +136,17 @@ def label_table_xml(labels: dict[int, str]) -> bytes:
     extension: Any = add_label_map_to_nifti(carrier, labels).header.extensions[-1]
     content: bytes = extension.get_content()
     return content
+
+
+def label_names(header: Any) -> dict[int, str]:  # noqa: ANN401 - nibabel is untyped
+    """Read the names that ``label_table_xml`` stored in a NIfTI header; none if it has no table.
+
+    Upstream's ``load_multilabel_nifti`` parses the XML, which a file from elsewhere need not be.
+    """
+    names: dict[int, str] = {}
+    for extension in header.extensions:
+        content = extension.get_content()
+        text = content.decode("utf-8", "replace") if isinstance(content, bytes) else str(content)
+        found = re.findall(r'<Label Key="(\d+)"[^>]*><!\[CDATA\[(.*?)\]\]></Label>', text)
+        names.update((int(label), name) for label, name in found)
+    return names

@@ -1,0 +1,79 @@
+"""`totalfast demo`, as a person without a scan runs it."""
+
+import os
+import re
+import subprocess
+import sys
+
+import nibabel as nib
+import numpy as np
+import pytest
+from PIL import Image
+
+from totalfast.demo.command import MODEL
+
+MODEL_BYTES = 2_000_000
+
+
+def test_the_model_that_ships_is_small_and_of_the_official_layout():
+    assert sum(path.stat().st_size for path in MODEL.rglob("*") if path.is_file()) <= MODEL_BYTES
+    (dataset,) = MODEL.iterdir()
+    assert dataset.name.startswith("Dataset297_")
+    (folder,) = dataset.iterdir()
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "dataset.json",
+        "fold_0",
+        "plans.json",
+    ]
+
+
+def test_demo_leaves_scan_masks_and_picture_and_finds_the_organs(tmp_path):
+    environment = {**os.environ, "HOME": str(tmp_path), "http_proxy": "http://127.0.0.1:9"}
+    environment.pop("TOTALSEG_HOME_DIR", None)
+    done = subprocess.run(
+        [sys.executable, "-m", "totalfast", "demo"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "totalfast-demo"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "ct.nii.gz",
+        "preview.png",
+        "segmentation.nii.gz",
+        "segmentations",
+    ]
+    assert len(list((folder / "segmentations").iterdir())) == 117
+    liver = np.asarray(nib.load(folder / "segmentations/liver.nii.gz").dataobj)
+    labels = np.asarray(nib.load(folder / "segmentation.nii.gz").dataobj)
+    assert np.array_equal(liver, labels == 5)
+    with Image.open(folder / "preview.png") as picture:
+        assert min(picture.size) > 800
+    mean = re.search(r"(\d+) structures .* mean Dice ([\d.]+)", done.stdout)
+    assert mean
+    assert int(mean.group(1)) >= 40
+    assert float(mean.group(2)) >= 0.90
+    assert "demonstration model" in done.stdout
+    assert [path.name for path in tmp_path.iterdir() if path != folder] == []
+
+
+def test_demo_says_where_it_cannot_write(tmp_path, capsys):
+    from totalfast.cli import main
+
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    assert main(["demo", "-o", str(blocked / "below")]) == 1
+    assert "can't write" in capsys.readouterr().err
+
+
+def test_demo_puts_the_users_weights_path_back(monkeypatch):
+    from totalfast.demo.command import _demonstration_model
+
+    monkeypatch.setenv("TOTALSEG_WEIGHTS_PATH", "mine")
+    with pytest.raises(ValueError, match="stop"), _demonstration_model():
+        assert os.environ["TOTALSEG_WEIGHTS_PATH"] == str(MODEL)
+        raise ValueError("stop")
+    assert os.environ["TOTALSEG_WEIGHTS_PATH"] == "mine"

@@ -1,0 +1,217 @@
+"""One slice as a picture: grey values, coloured and outlined labels, names on them.
+
+Knows planes and pixels; knows nothing of the page that they are put on. Slices are shown as
+radiologists hang them: the patient's right is on the left, the front and the head are on top, and
+a sagittal slice looks to the left.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from scipy.ndimage import distance_transform_edt, find_objects, gaussian_filter
+
+from totalfast.preview.palette import short_name
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from numpy.typing import NDArray
+
+    from totalfast.preview.volume import LabelledVolume
+
+FILL = 0.34
+"""Opacity of a label's colour over the scan."""
+OUTLINE_PX = 1.6
+SMOOTHING = 0.6
+"""Blur of a label before it is enlarged, in its own pixels: rounds off the steps."""
+NAME_PX = 14
+
+EDGES = {0: ("A", "P", "S", "I"), 1: ("R", "L", "S", "I"), 2: ("R", "L", "A", "P")}
+"""For a slice across an axis: where the picture's left, right, top and bottom point to."""
+
+
+def slice_view(
+    volume: LabelledVolume,
+    axis: int,
+    index: int,
+    size: tuple[int, int],
+    *,
+    colours: NDArray[np.float32],
+    names: Mapping[int, str],
+) -> tuple[Image.Image, set[int]]:
+    """Draw one slice.
+
+    Parameters
+    ----------
+    volume
+        The scan and its labels.
+    axis, index
+        0, 1 or 2 for a sagittal, coronal or axial slice, and which one.
+    size
+        Height and width in pixels.
+    colours
+        (labels, 3), 0 to 255.
+    names
+        Label to class name.
+
+    Returns
+    -------
+        The picture, and the labels that are on it.
+    """
+    grey = _hang(volume.scan_slice(axis, index, (size[1], size[0])))
+    low, high = volume.window
+    grey = np.clip((grey - low) / (high - low), 0, 1).astype(np.float32) * 235
+    picture = np.repeat(grey[..., None], 3, axis=2)
+
+    labels, cover = enlarge_labels(_hang(volume.label_slice(axis, index)), size)
+    present = {int(label) for label in np.flatnonzero(np.bincount(labels.ravel()))} - {0}
+    alpha = (FILL * cover)[..., None]
+    picture = (1 - alpha) * picture + alpha * colours[labels]
+    edge = _outline(labels)[..., None]
+    picture = (1 - edge) * picture + edge * (0.85 * colours[labels] + 30)
+
+    image = Image.fromarray(np.clip(picture, 0, 255).astype(np.uint8))
+    _write_names(image, labels, names)
+    _write_edges(image, EDGES[axis])
+    return image, present
+
+
+def enlarge_labels(
+    labels: NDArray[Any], size: tuple[int, int]
+) -> tuple[NDArray[Any], NDArray[np.float32]]:
+    """Enlarge a label picture with smooth borders.
+
+    Each label is enlarged by itself, as a picture of zeros and ones; the strongest wins.
+
+    Parameters
+    ----------
+    labels
+        (rows, columns).
+    size
+        Height and width to reach.
+
+    Returns
+    -------
+        The labels, and how far each pixel is covered by any: 0 to 1.
+    """
+    best = np.full(size, 0.5, np.float32)
+    result = np.zeros(size, labels.dtype)
+    cover = np.zeros(size, np.float32)
+    scale = np.array(size) / labels.shape
+    for label, where in enumerate(find_objects(labels.astype(np.int32)), start=1):
+        if where is None:
+            continue
+        # Two source pixels around it, so that the border fades out inside the box.
+        low = [max(s.start - 2, 0) for s in where]
+        high = [min(s.stop + 2, n) for s, n in zip(where, labels.shape, strict=True)]
+        target = [
+            (int(np.floor(a * s)), int(np.ceil(b * s)))
+            for a, b, s in zip(low, high, scale, strict=True)
+        ]
+        mask = Image.fromarray(gaussian_filter((labels == label).astype(np.float32), SMOOTHING))
+        part = tuple(slice(a, min(b, n)) for (a, b), n in zip(target, size, strict=True))
+        rows, columns = part
+        box = (
+            columns.start / scale[1], rows.start / scale[0],
+            min(columns.stop / scale[1], labels.shape[1]),
+            min(rows.stop / scale[0], labels.shape[0]),
+        )  # fmt: skip
+        extent = (columns.stop - columns.start, rows.stop - rows.start)
+        share = np.asarray(mask.resize(extent, Image.Resampling.BICUBIC, box=box))
+        cover[part] = np.maximum(cover[part], np.clip(2 * share - 0.5, 0, 1))
+        # Between two structures both have less than a half: then the larger share counts.
+        better = share > best[part] - 0.1 * (result[part] == 0)
+        result[part][better] = label
+        best[part][better] = share[better]
+    return result, np.where(result > 0, np.maximum(cover, 0.35), 0)
+
+
+def enlarge_values(values: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
+    """Enlarge a picture of numbers (rows, columns) by cubic interpolation."""
+    picture = Image.fromarray(np.ascontiguousarray(values, np.float32))
+    return np.asarray(picture.resize((size[1], size[0]), Image.Resampling.BICUBIC))
+
+
+def font(size_px: int) -> Any:  # noqa: ANN401 - one of two classes of Pillow
+    """Pillow's own font, so that no machine looks different."""
+    return ImageFont.load_default(size_px)
+
+
+def _hang(plane: NDArray[Any]) -> NDArray[Any]:
+    """Turn a plane of two RAS+ axes into rows and columns of a picture."""
+    hung: NDArray[Any] = plane[::-1, ::-1].T
+    return hung
+
+
+def _outline(labels: NDArray[Any]) -> NDArray[np.float32]:
+    """1 on the border of a structure, fading inwards; 0 elsewhere."""
+    inside = labels > 0
+    border = np.zeros(labels.shape, bool)
+    for axis in (0, 1):
+        ahead = np.diff(labels.astype(np.int32), axis=axis) != 0
+        pad = [(0, 0), (0, 0)]
+        pad[axis] = (0, 1)
+        border |= np.pad(ahead, pad)
+        pad[axis] = (1, 0)
+        border |= np.pad(ahead, pad)
+    distance = distance_transform_edt(~border)
+    edge: NDArray[np.float32] = (inside * np.clip(OUTLINE_PX - distance, 0, 1)).astype(np.float32)
+    return edge
+
+
+def _write_names(image: Image.Image, labels: NDArray[Any], names: Mapping[int, str]) -> None:
+    """Name structures where there is room, the largest first; names never overlap."""
+    draw = ImageDraw.Draw(image)
+    face = font(NAME_PX)
+    places = []
+    for label, where in enumerate(find_objects(labels.astype(np.int32)), start=1):
+        if where is None or label not in names:
+            continue
+        mine = np.pad(labels[where] == label, 1)
+        depth = distance_transform_edt(mine)
+        row, column = np.unravel_index(int(depth.argmax()), depth.shape)
+        places.append(
+            (float(depth.max()), column - 1 + where[1].start, row - 1 + where[0].start, label)
+        )
+    taken: list[tuple[float, float, float, float]] = []
+    for depth_px, x, y, label in sorted(places, reverse=True):
+        text = short_name(names[label])
+        left, top, right, bottom = draw.textbbox((x, y), text, font=face, anchor="mm")
+        # A thin structure may be named beside itself; a name as long as a rib is wide may not.
+        if depth_px < 6 or right - left > 9 * depth_px:
+            continue
+        if left < 2 or top < 2 or right > image.width - 2 or bottom > image.height - 2:
+            continue
+        if any(
+            left < other[2] and other[0] < right and top < other[3] and other[1] < bottom
+            for other in taken
+        ):
+            continue
+        taken.append((left - 3, top - 2, right + 3, bottom + 2))
+        draw.text(
+            (x, y),
+            text,
+            font=face,
+            anchor="mm",
+            fill="white",
+            stroke_width=2,
+            stroke_fill="#101418",
+        )
+
+
+def _write_edges(image: Image.Image, letters: tuple[str, str, str, str]) -> None:
+    draw = ImageDraw.Draw(image)
+    face = font(15)
+    middle_x, middle_y = image.width / 2, image.height / 2
+    left, right, top, bottom = letters
+    for text, at, anchor in (
+        (left, (6, middle_y), "lm"),
+        (right, (image.width - 6, middle_y), "rm"),
+        (top, (middle_x, 5), "mt"),
+        (bottom, (middle_x, image.height - 5), "mb"),
+    ):
+        draw.text(at, text, font=face, anchor=anchor, fill="#ffd24a", stroke_width=2,
+                  stroke_fill="black")  # fmt: skip

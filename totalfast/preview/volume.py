@@ -1,0 +1,139 @@
+"""A scan and its labels side by side, with RAS+ axes, ready to be cut.
+
+Knows grids and intensities; knows nothing of pictures.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from scipy.ndimage import map_coordinates
+
+from totalfast.errors import InputError
+from totalfast.geometry import Grid, to_canonical
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from totalfast.stages.read import ScannerImage
+
+SURVEY_MM = 2.5
+"""Spacing at which the labels are counted: finer changes no picture."""
+WINDOW_HU = (-160.0, 240.0)
+"""Soft-tissue window of CT."""
+
+
+@dataclass(frozen=True)
+class LabelledVolume:
+    """Labels on their grid and the scan that they belong to, which may have another grid.
+
+    Parameters
+    ----------
+    scan
+        Intensities.
+    labels
+        Unsigned integers, (x, y, z) of ``grid``.
+    grid
+        The labels' grid.
+    """
+
+    scan: ScannerImage
+    labels: NDArray[Any]
+    grid: Grid
+
+    @cached_property
+    def canonical_labels(self) -> NDArray[Any]:
+        """(x, y, z), RAS+ axes; a view."""
+        return to_canonical(self.labels, self.grid)
+
+    @cached_property
+    def canonical_grid(self) -> Grid:
+        """Grid of ``canonical_labels``."""
+        return self.grid.canonical()
+
+    @cached_property
+    def extent_mm(self) -> NDArray[np.float64]:
+        """Size of the field of view along (x, y, z) in mm."""
+        grid = self.canonical_grid
+        return np.asarray(grid.shape) * grid.spacing_mm.astype(np.float64)
+
+    @cached_property
+    def _survey(self) -> tuple[NDArray[Any], list[int]]:
+        """Labels on every n-th voxel of each axis, and n."""
+        steps = [
+            max(int(SURVEY_MM / mm), 1) if n * mm > 20 * SURVEY_MM else 1
+            for n, mm in zip(self.canonical_grid.shape, self.canonical_grid.spacing_mm, strict=True)
+        ]
+        x, y, z = steps
+        return np.ascontiguousarray(self.canonical_labels[::x, ::y, ::z]), steps
+
+    @cached_property
+    def volumes_ml(self) -> dict[int, float]:
+        """Label to volume in ml, estimated from every n-th voxel; absent labels have none."""
+        survey, steps = self._survey
+        counts = np.bincount(survey.ravel())
+        voxel_ml = float(np.prod(self.canonical_grid.spacing_mm)) * float(np.prod(steps)) / 1000
+        return {
+            int(label): float(counts[label]) * voxel_ml for label in np.flatnonzero(counts) if label
+        }
+
+    def telling_slice(self, axis: int) -> int:
+        """Index along ``axis`` of the slice that shows most structures, big ones counting more."""
+        survey, steps = self._survey
+        size = int(survey.max()) + 1
+        counts = np.stack(
+            [
+                np.bincount(plane.ravel(), minlength=size)[1:]
+                for plane in np.moveaxis(survey, axis, 0)
+            ]
+        )
+        if not counts.any():
+            return int(self.canonical_grid.shape[axis]) // 2
+        # The square root lets a kidney count against the liver, and not vanish against it.
+        best = int(np.argmax(np.sqrt(counts).sum(axis=1)))
+        return min(best * steps[axis] + steps[axis] // 2, self.canonical_grid.shape[axis] - 1)
+
+    def label_slice(self, axis: int, index: int) -> NDArray[Any]:
+        """Labels of one slice, its two axes in (x, y, z) order."""
+        return np.asarray(np.take(self.canonical_labels, index, axis=axis))
+
+    def scan_slice(self, axis: int, index: int, shape: tuple[int, int]) -> NDArray[np.float64]:
+        """Intensities in the plane of ``label_slice``, interpolated linearly to ``shape``."""
+        grid = self.canonical_grid
+        first, second = (k for k in range(3) if k != axis)
+        where = np.empty((3, *shape))
+        where[axis] = index
+        for k, count, view in ((first, shape[0], (-1, 1)), (second, shape[1], (1, -1))):
+            where[k] = ((np.arange(count) + 0.5) * grid.shape[k] / count - 0.5).reshape(view)
+        to_scan = np.linalg.inv(self.scan.grid.affine) @ grid.affine
+        source = np.tensordot(to_scan[:3, :3], where, axes=1) + to_scan[:3, 3, None, None]
+        # The box around the plane is enough, and so is its dtype: no copy of the scan is made.
+        low = np.clip(np.floor(source.min(axis=(1, 2))).astype(int), 0, None)
+        high = np.ceil(source.max(axis=(1, 2))).astype(int) + 1
+        box = self.scan.stored[
+            tuple(slice(a, max(b, a + 1)) for a, b in zip(low, high, strict=True))
+        ]
+        if box.size == 0:
+            raise InputError(
+                "the scan and the labels lie apart in space; they don't belong to one another."
+            )
+        values = self.scan.scale(box)
+        return np.asarray(
+            map_coordinates(values, source - low[:, None, None], order=1, mode="nearest")
+        )
+
+    @cached_property
+    def window(self) -> tuple[float, float]:
+        """Intensities shown as black and white: soft tissue for CT, else percentiles."""
+        thin = self.scan.stored[::4, ::4, :: max(self.scan.stored.shape[2] // 60, 1)]
+        values = self.scan.scale(thin)
+        values = values[np.isfinite(values)]
+        if values.size == 0:
+            return 0.0, 1.0
+        low, high = (float(v) for v in np.percentile(values, (1, 99.5)))
+        if low < -500 and high > WINDOW_HU[0]:
+            return WINDOW_HU
+        return low, max(high, low + 1e-6)
