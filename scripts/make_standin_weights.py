@@ -62,6 +62,9 @@ class Model:
     last_stride: tuple[int, int, int] = (2, 2, 2)
     base_features: int = 32
     intensities: Intensities | None = None
+    spacing_xyz_mm: tuple[float, float, float] | None = None
+    """For tasks whose images nnU-Net resamples; else TotalSegmentator's table has it."""
+    folds: int = 1
 
 
 _ORGANS = Intensities(low=-1024, high=276, mean=-370.00039267657144, std=436.5998675471528)
@@ -120,6 +123,21 @@ MODELS: dict[int, Model] = {
     305: _ct("class_map", "vertebrae_body"),
     527: _ct("class_map", "breasts"),
     343: _ct("class_map", "trunk_cavities"),
+    913: _ct("class_map", "lung_nodules"),
+    570: _ct("class_map", "liver_segments"),
+    591: _ct("class_map", "liver_lesions"),
+    952: _ct("class_map", "abdominal_muscles"),
+    778: _ct("class_map_parts_headneck_muscles", "class_map_part_muscles_1"),
+    779: _ct("class_map_parts_headneck_muscles", "class_map_part_muscles_2"),
+    # No public spacing: plausible ones, the brain's so coarse that nnU-Net resamples z by itself.
+    258: replace(_ct("class_map", "lung_vessels_LEGACY"), spacing_xyz_mm=(0.8, 0.8, 1.25)),
+    8: replace(_ct("class_map", "liver_vessels"), spacing_xyz_mm=(0.8, 0.8, 1.5)),
+    150: replace(_ct("class_map", "cerebral_bleed"), spacing_xyz_mm=(0.6, 0.6, 5.0)),
+    260: replace(_ct("class_map", "hip_implant"), spacing_xyz_mm=(1.0, 1.0, 1.5)),
+    315: replace(
+        _ct("class_map", "pleural_pericard_effusion"), spacing_xyz_mm=(1.1, 1.1, 2.0), folds=2
+    ),
+    301: replace(_ct("class_map", "heartchambers_highres"), spacing_xyz_mm=(0.9, 0.9, 1.25)),
 }
 
 TINY_PATCH_ZYX = (72, 72, 64)
@@ -188,7 +206,8 @@ def recipe_for(task_id: int, *, tiny: bool) -> Recipe:
         raise ValueError(message)
     model = MODELS[task_id]
     config = _task_config(task_id)
-    spacing = np.broadcast_to(np.asarray(config["resample"], float), 3)
+    wanted = model.spacing_xyz_mm or config["resample"]
+    spacing = np.broadcast_to(np.asarray(wanted, float), 3)
     table, key = model.classes
     names: dict[int, str] = getattr(map_to_binary, table)[key]
     if tiny:
@@ -765,7 +784,7 @@ def save(network: Any, recipe: Recipe, results: Path, seed: int) -> Path:
 
     plans, dataset = plans_json(recipe), dataset_json(recipe)
     folder = results / recipe.folder / f"{recipe.trainer}__nnUNetPlans__{recipe.configuration}"
-    (folder / "fold_0").mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "plans.json").write_text(json.dumps(plans, indent=4))
     (folder / "dataset.json").write_text(json.dumps(dataset, indent=4))
     checkpoint = {
@@ -794,7 +813,13 @@ def save(network: Any, recipe: Recipe, results: Path, seed: int) -> Path:
             None if recipe.trainer.endswith("NoMirroring") else (0, 1, 2)
         ),
     }
-    torch.save(checkpoint, folder / "fold_0" / "checkpoint_final.pth")
+    random = torch.Generator().manual_seed(seed)
+    head = network.decoder.seg_layers[-1].weight.data
+    for fold in range(recipe.model.folds):
+        (folder / f"fold_{fold}").mkdir(exist_ok=True)
+        checkpoint["init_args"]["fold"] = fold
+        torch.save(checkpoint, folder / f"fold_{fold}" / "checkpoint_final.pth")
+        head *= 1 + 0.05 * torch.randn(head.shape, generator=random)  # the next one differs
     return folder
 
 

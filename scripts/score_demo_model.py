@@ -3,9 +3,9 @@
     python scripts/score_demo_model.py --json scripts/results/demo_model.json
 
 Each phantom is segmented with ``--fast --export linear``, as ``totalfast demo`` does, and compared
-with its truth: Dice of every structure of 1 ml or more. Beside it stands what thresholds can do: for
-each structure and each phantom the best interval of HU there is, chosen with the truth at hand. The
-table in README is written from the JSON.
+with its truth: Dice of every structure of 1 ml or more. Beside it stands what thresholds can do:
+for each structure and each phantom the best interval of HU there is, chosen with the truth at hand.
+The table in README is written from the JSON.
 """
 
 from __future__ import annotations
@@ -93,8 +93,8 @@ def table(results: list[dict[str, Any]]) -> str:
     seeds = [result["mean"] for result in results]
     lines += [
         "",
-        f"{len(results)} phantoms of unseen seeds, {len(every) / len(results):.0f} structures each; "
-        f"the phantoms' means go from {min(seeds):.3f} to {max(seeds):.3f}.",
+        f"{len(results)} phantoms of unseen seeds, {len(every) / len(results):.0f} structures "
+        f"each; the phantoms' means go from {min(seeds):.3f} to {max(seeds):.3f}.",
     ]
     return "\n".join(lines) + "\n"
 

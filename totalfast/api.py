@@ -100,6 +100,8 @@ def segment(
         Spline order, 0 to 5, for resampling the scan to the model's spacing.
     plans
         nnU-Net plans identifier.
+    robust_crop
+        For tasks that look at a region: find it with the 3 mm model instead of the 6 mm model.
     export
         Not upstream's. How labels come to the scan's grid: "auto" or "nearest" as upstream does,
         "linear" from interpolated logits, for smooth masks.

@@ -282,6 +282,12 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
         help="Spline order for resampling the scan (default: 1).",
     )
     add(
+        "-rc",
+        "--robust_crop",
+        action="store_true",
+        help="Tasks that look at a region: find it with the 3 mm model instead of the 6 mm model.",
+    )
+    add(
         "-fs",
         "--force_split",
         action="store_true",
@@ -298,7 +304,6 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 def _add_unsupported_flags(group: Any) -> None:  # noqa: ANN401 - argparse's class is private
     for flags in (
-        ("-rc", "--robust_crop"),
         ("--higher_order_resampling_LEGACY", "--high_order_resampling_LEGACY"),
         ("-ho", "--higher_order_resampling", "--high_order_resampling"),
         ("-r", "--radiomics"),

@@ -7,6 +7,7 @@ The tree::
     ├── OptionError           an option, or a pair of options, makes no sense (also a ValueError)
     │   └── UnsupportedError  upstream has it, totalfast does not yet
     ├── OutputError           the result can't be written where it was asked for
+    ├── LicenseError          TotalSegmentator asks for a licence number for the task
     ├── WeightsError          a model is missing, damaged or holds more than weights
     └── PredictionError       the network's answer can't be used
 
@@ -34,6 +35,10 @@ class UnsupportedError(OptionError):
 
 class OutputError(TotalfastError):
     """The result can't be written to the place that was asked for."""
+
+
+class LicenseError(TotalfastError):
+    """TotalSegmentator's licence for a task is missing or invalid."""
 
 
 class WeightsError(TotalfastError):

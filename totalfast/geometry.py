@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+Box = tuple[slice, slice, slice]
+"""Part of a grid: slices with a start and a stop, no step, along its three axes."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grid:
     """A voxel grid in scanner space.
@@ -97,6 +101,13 @@ class Grid:
     def has_spacing(self, target_mm: Sequence[float]) -> bool:
         """Whether upstream takes the grid as it is: equal as float32 and float64 numbers."""
         return bool(np.array_equal(self.spacing_mm, np.asarray(target_mm, dtype=np.float64)))
+
+    def cropped(self, box: Box) -> Grid:
+        """Return the grid of a box, along (x, y, z)."""
+        affine = self.affine.copy()
+        affine[:3, 3] = (self.affine @ [*(float(part.start) for part in box), 1.0])[:3]
+        x, y, z = (int(part.stop - part.start) for part in box)
+        return Grid(shape=(x, y, z), affine=affine)
 
     def stored(self) -> Grid:
         """Return the grid after a round trip through a NIfTI file, whose sform is float32."""

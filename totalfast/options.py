@@ -32,7 +32,6 @@ UNSUPPORTED_DEFAULTS: dict[str, Any] = {
     "stats_aggregation": "mean",
     "remove_small_blobs": False,
     "statistics_normalized_intensities": False,
-    "robust_crop": False,
     "higher_order_resampling_LEGACY": False,
     "higher_order_resampling": False,
     "save_probabilities": None,
@@ -89,6 +88,7 @@ class Options:
     save_lowres: bool = False
     resampling_order: int = 1
     plans: str = "nnUNetPlans"
+    robust_crop: bool = False
     export: str = "auto"
 
     def __post_init__(self) -> None:
@@ -131,7 +131,16 @@ class Options:
 
     def resolved_task(self) -> Task:
         """Look up the task at the resolution that was asked for."""
-        return resolve_task(self.task, fast=self.fast, fastest=self.fastest, plans=self.plans)
+        task = resolve_task(
+            self.task,
+            fast=self.fast,
+            fastest=self.fastest,
+            plans=self.plans,
+            robust_crop=self.robust_crop,
+        )
+        if task.crop is not None and self.save_lowres:
+            raise OptionError(f"save_lowres does not work with task {self.task}, which crops.")
+        return task
 
 
 def check_output(output: Path, *, ml: bool) -> None:

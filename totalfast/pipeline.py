@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -22,11 +22,13 @@ from totalfast.geometry import Grid
 from totalfast.progress import Progress
 from totalfast.sliding_window import plan_tiles
 from totalfast.stages.clean import clean_labels, skin_mask
+from totalfast.stages.crop import box_around, remove_outside
 from totalfast.stages.merge import merge_part, thirds, wants_split, whole
 from totalfast.stages.predict import predict_part
 from totalfast.stages.read import open_scan, read_image
 from totalfast.stages.resample import to_model_grid
 from totalfast.stages.write import PendingFiles, label_image, write_labels, write_masks
+from totalfast.upstream import check_license
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -35,11 +37,12 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from totalfast.geometry import Box
     from totalfast.options import Options
     from totalfast.session import Session
     from totalfast.stages.read import ScannerImage
     from totalfast.stages.resample import ModelImage
-    from totalfast.tasks import Task
+    from totalfast.tasks import Crop, Task
     from totalfast.weights import Model
 
 logger = logging.getLogger(__name__)
@@ -72,6 +75,8 @@ def run(
     """
     began = time.perf_counter()
     task = options.resolved_task()
+    if task.licensed:
+        check_license(task.name)
     scan = open_scan(source)  # before models are looked for, or even downloaded
     if task.resolution != "default" and task.spacing_mm is not None:
         logger.info(
@@ -79,7 +84,15 @@ def run(
             task.resolution,
             int(task.spacing_mm[0]),
         )
+    if task.hint:
+        logger.info(task.hint)
     models = [session.load(task, part, device=options.device) for part in task.parts]
+    crop = task.crop
+    rough_models = (
+        [session.load(crop.rough, part, device=options.device) for part in crop.rough.parts]
+        if crop is not None
+        else []
+    )
     with Progress(disable=options.quiet) as progress:
         progress.stage("Reading")
         image = read_image(scan)
@@ -87,30 +100,27 @@ def run(
         progress.expect(work.total)
         progress.advance(work.read)
 
-        progress.stage("Resampling")
-        with _timed("Resampling...", "  Resampled in"):
-            model_image = to_model_grid(
-                image,
-                spacing_mm=task.spacing_mm,
-                order=options.resampling_order,
-                threads=usable_cores(),
-            )
-        logger.debug("  from shape %s to shape %s", image.grid.shape, model_image.grid.shape)
-        progress.advance(work.resample)
-        if not (_writes_skin(task, options) or options.preview):
-            image = image.without_voxels()
+        rough = box = None
+        if crop is not None:
+            rough, box = find_region(image, crop, rough_models, options, session, progress, work)
+        if crop is not None and box is None:
+            logger.info("INFO: Crop is empty. Returning empty segmentation.")
+            nothing = np.zeros(image.grid.shape, dtype=np.uint8, order="F")
+            result = label_image(nothing, affine=image.grid.affine, header=None, names=task.classes)
+        else:
+            region = image if box is None else image.cropped(box)
+            model_image = resample(region, task, options)
+            progress.advance(work.resample)
+            if not (_writes_skin(task, options) or options.preview):
+                image, region = image.without_voxels(), region.without_voxels()
+            labels = label(model_image, task, models, options, session, progress, work)
 
-        with _timed(None if task.several_models else "Predicting...", "  Predicted in"):
-            labels = predict(model_image, task, models, options, session, progress, work)
-        labels = clean_labels(
-            labels,
-            task=task.name,
-            classes=task.classes,
-            voxel_mm3=float(np.prod(_label_grid(model_image, options).stored().spacing_mm)),
-        )
-
-        progress.stage("Restoring")
-        result = restore(labels, model_image, image, options, task.classes)
+            progress.stage("Restoring")
+            result = restore(labels, model_image, region, options, task.classes)
+            if crop is not None and box is not None:
+                result = uncrop(result, image, box, task.classes)
+                if crop.outside is not None and rough is not None:
+                    keep_near(result, box, rough, crop, image)
         progress.advance(work.restore)
 
         saved = "nothing was saved"
@@ -125,6 +135,60 @@ def run(
         progress.advance(work.save)
     logger.info("Done in %.1f s: %s", time.perf_counter() - began, saved)
     return result
+
+
+def find_region(
+    image: ScannerImage,
+    crop: Crop,
+    models: list[Future[Model]],
+    options: Options,
+    session: Session,
+    progress: Progress,
+    work: Work,
+) -> tuple[NDArray[np.uint8], Box | None]:
+    """Run the rough model: its labels (z, y, x), RAS+ axes, and the box that they give."""
+    logger.info("Generating rough segmentation for cropping...")
+    if crop.robust:
+        logger.info("  (Using more robust (but slower) 3mm model for cropping.)")
+    options = replace(options, export="auto", force_split=False)
+    model_image = resample(image, crop.rough, options)
+    labels = label(
+        model_image, crop.rough, models, options, session, progress, replace(work, part=work.rough)
+    )
+    box = box_around(labels, crop.labels, scanner=image.grid, margin_mm=crop.margin_mm)
+    if box is not None:
+        shape = tuple(part.stop - part.start for part in box)
+        logger.info("  cropping from %s to %s", image.grid.shape, shape)
+    return labels, box
+
+
+def resample(image: ScannerImage, task: Task, options: Options) -> ModelImage:
+    """Bring a scan to the spacing that a task's models expect, or only to RAS+ axes."""
+    order, spacing_mm = options.resampling_order, task.spacing_mm
+    with _timed("Resampling..." if spacing_mm else None, "  Resampled in"):
+        found = to_model_grid(image, spacing_mm=spacing_mm, order=order, threads=usable_cores())
+    logger.debug("  from shape %s to shape %s", image.grid.shape, found.grid.shape)
+    return found
+
+
+def label(
+    model_image: ModelImage,
+    task: Task,
+    models: list[Future[Model]],
+    options: Options,
+    session: Session,
+    progress: Progress,
+    work: Work,
+) -> NDArray[np.uint8]:
+    """Run a task's models and clean up: labels (z, y, x), RAS+ axes, of ``_label_grid``."""
+    with _timed(None if task.several_models else "Predicting...", "  Predicted in"):
+        labels = predict(model_image, task, models, options, session, progress, work)
+    return clean_labels(
+        labels,
+        task=task.name,
+        classes=task.classes,
+        voxel_mm3=float(np.prod(_label_grid(model_image, options).stored().spacing_mm)),
+    )
 
 
 def predict(
@@ -205,6 +269,31 @@ def restore(
     return label_image(voxels, affine=image.grid.affine, header=image.header, names=names)
 
 
+def uncrop(
+    result: nib.Nifti1Image, image: ScannerImage, box: Box, names: Mapping[int, str]
+) -> nib.Nifti1Image:
+    """Put the labels of a box back into the whole scan's grid."""
+    voxels = np.zeros(image.grid.shape, dtype=np.uint8, order="F")
+    voxels[box] = np.asanyarray(result.dataobj)
+    return label_image(voxels, affine=image.grid.affine, header=image.header, names=names)
+
+
+def keep_near(
+    result: nib.Nifti1Image, box: Box, rough: NDArray[np.uint8], crop: Crop, image: ScannerImage
+) -> None:
+    """Remove what lies far from the rough structures, in place."""
+    with _timed("Applying postprocessing: remove outside of crop mask...", "  Applied in"):
+        remove_outside(
+            np.asanyarray(result.dataobj),
+            box,
+            rough,
+            crop.outside or (),
+            scanner=image.grid,
+            distance_mm=crop.outside_mm,
+            threads=usable_cores(),
+        )
+
+
 def save(
     result: nib.Nifti1Image, output: Path, *, image: ScannerImage, task: Task, options: Options
 ) -> None:
@@ -271,6 +360,8 @@ class Work:
     """Expected seconds of each stage on two CPU cores; only their ratios matter."""
 
     read: float
+    rough: float
+    """Finding the region to look at."""
     resample: float
     part: float
     """Network time of one model."""
@@ -282,15 +373,32 @@ class Work:
     def of(cls, image: ScannerImage, task: Task, *, device: str) -> Work:
         """Estimate from the scan's size; rates measured with the official architectures."""
         native = image.stored.size
-        target = task.spacing_mm or tuple(image.grid.spacing_mm)
-        model = native * float(np.prod(image.grid.spacing_mm / np.asarray(target)))
-        read, resample, restore = 1e-8 * native, 1e-7 * model, 5e-9 * native
         network_s_per_voxel = 5e-6 if device == "cpu" else 1e-7
+
+        def voxels(spacing_mm: tuple[float, ...] | None) -> float:
+            if spacing_mm is None:
+                return native
+            return native * float(np.prod(image.grid.spacing_mm / np.asarray(spacing_mm)))
+
+        model = voxels(task.spacing_mm)
+        if task.crop is not None:
+            model *= TYPICAL_REGION
+        read, resample, restore = 1e-8 * native, 1e-7 * model, 5e-9 * native
         # Tiles overlap, so that they visit each voxel more than once.
         part = 1.7 * network_s_per_voxel * model
+        rough = 0.0
+        if task.crop is not None:
+            rough = 1.7 * network_s_per_voxel * voxels(task.crop.rough.spacing_mm)
         save = 3e-8 * native
-        total = read + resample + part * len(task.parts) + restore + save
-        return cls(read=read, resample=resample, part=part, restore=restore, save=save, total=total)
+        total = read + rough + resample + part * len(task.parts) + restore + save
+        return cls(
+            read=read, rough=rough, resample=resample, part=part, restore=restore, save=save,
+            total=total,
+        )  # fmt: skip
+
+
+TYPICAL_REGION = 0.2
+"""Share of a scan that tasks look at which look for a region first; a guess for the bar."""
 
 
 @contextmanager

@@ -22,18 +22,14 @@ from totalfast.upstream import (
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-SUPPORTED_TASKS = (
-    "total",
-    "total_v3",
-    "total_mr",
-    "body",
-    "body_mr",
-    "vertebrae_mr",
-    "vertebrae_body",
-    "breasts",
-    "trunk_cavities",
-)
-"""Tasks that need no cropping pass; the others are refused until they are supported."""
+UNSUPPORTED_TASKS = frozenset({"teeth", "vertebrae_pp", "vertebrae_pp_refined", "test"})
+"""Tasks with steps of their own, which are refused until they are supported."""
+
+ROUGH_MARGIN_MM = (20.0, 20.0, 20.0)
+"""Around what the rough model found; what upstream's table says instead is never used (2.18.0)."""
+
+BODY_REGIONS = frozenset({"body_trunc", "body_extremities"})
+"""Classes that the rough body model finds, and the one of ``total`` does not."""
 
 COARSE_STEP_TASKS = frozenset({"total", "total_v3", "total_mr"})
 """Tasks whose tiles overlap by a fifth instead of a half (TotalSegmentator 2.18.0, nnunet.py)."""
@@ -46,6 +42,22 @@ class Part:
     model_id: int
     labels: Mapping[int, int] | None
     """Model label to task label; None if they are the same."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Crop:
+    """Where a task looks: around structures that a rough model finds first."""
+
+    rough: Task
+    labels: frozenset[int]
+    """Of the rough task: what the box is drawn around."""
+    robust: bool
+    """Whether the finer of the rough models is used, at 3 mm."""
+    margin_mm: tuple[float, float, float]
+    outside: frozenset[int] | None
+    """Of the rough task: where else nothing is kept; None keeps all."""
+    outside_mm: float
+    """How far around those something is kept."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +78,12 @@ class Task:
     """Label to class name, in upstream's order."""
     several_models: bool
     """Whether upstream treats the task as a list of models, even a list of one."""
+    crop: Crop | None = None
+    """None looks at the whole scan."""
+    licensed: bool = False
+    """Whether TotalSegmentator asks for a licence number."""
+    hint: str | None = None
+    """What upstream tells users of the task."""
 
     @property
     def tile_step(self) -> float:
@@ -74,7 +92,12 @@ class Task:
 
 
 def resolve_task(
-    name: str, *, fast: bool = False, fastest: bool = False, plans: str = "nnUNetPlans"
+    name: str,
+    *,
+    fast: bool = False,
+    fastest: bool = False,
+    plans: str = "nnUNetPlans",
+    robust_crop: bool = False,
 ) -> Task:
     """Look up a task.
 
@@ -86,6 +109,8 @@ def resolve_task(
         Coarser models; ``fast`` wins if both are set.
     plans
         nnU-Net plans identifier of the model folder.
+    robust_crop
+        Find the region with the 3 mm model instead of the 6 mm model.
 
     Raises
     ------
@@ -96,11 +121,8 @@ def resolve_task(
     """
     if name not in TASKS or name not in TASK_CONFIGS:
         raise OptionError(f"unknown task '{name}'. 'totalfast --list-tasks' shows all of them.")
-    if name not in SUPPORTED_TASKS:
-        raise UnsupportedError(
-            f"task '{name}' is not supported yet; use TotalSegmentator for it. "
-            f"Supported: {', '.join(SUPPORTED_TASKS)}."
-        )
+    if name in UNSUPPORTED_TASKS:
+        raise UnsupportedError(f"task '{name}' is not supported yet; use TotalSegmentator for it.")
     raw = TASK_CONFIGS[name]
     if raw.get("disallow_fast") and fast:
         raise OptionError(f"task {name} does not work with option --fast")
@@ -132,6 +154,47 @@ def resolve_task(
         folds=None if folds is None else tuple(folds),
         classes=CLASS_MAPS[name],
         several_models=isinstance(task_id, list),
+        crop=_crop(name, config, robust=robust_crop or config["robust_crop"]),
+        licensed=bool(raw.get("commercial")),
+        hint=raw.get("info_msg"),
+    )
+
+
+def _crop(name: str, config: dict[str, Any], *, robust: bool) -> Crop | None:
+    """Choose the rough model as upstream does (2.18.0, python_api.py)."""
+    regions = config["crop"]
+    if regions is None:
+        return None
+    of_mr = name.endswith("_mr")
+    rough_name = "total_mr" if of_mr or config["modality"] == "mr" else "total"
+    model_id = 852 if of_mr else 297 if robust else 298
+    trainer = (
+        "nnUNetTrainer_2000epochs_NoMirroring" if of_mr else "nnUNetTrainer_4000epochs_NoMirroring"
+    )
+    spacing_mm = 3.0 if robust or of_mr else 6.0
+    if not BODY_REGIONS.isdisjoint(regions):
+        rough_name, model_id, spacing_mm, trainer = "body", 300, 6.0, "nnUNetTrainer"
+    classes = CLASS_MAPS[rough_name]
+    label_of = {class_name: label for label, class_name in classes.items()}
+    outside = config["remove_outside"]
+    return Crop(
+        rough=Task(
+            name=rough_name,
+            resolution="fast" if spacing_mm == 3.0 else "fastest",
+            parts=(Part(model_id=model_id, labels=None),),
+            spacing_mm=(spacing_mm,) * 3,
+            trainer=trainer,
+            plans="nnUNetPlans",
+            configuration="3d_fullres",
+            folds=(0,),
+            classes=classes,
+            several_models=False,
+        ),
+        labels=frozenset(label_of[region] for region in regions),
+        robust=robust,
+        margin_mm=ROUGH_MARGIN_MM,
+        outside=None if outside is None else frozenset(label_of[region] for region in outside),
+        outside_mm=float(config["remove_outside_dilation"] or 0),
     )
 
 

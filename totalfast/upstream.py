@@ -31,6 +31,8 @@ from totalsegmentator.map_to_binary import (
 )
 from totalsegmentator.registry import TASKS, format_classes_table, format_tasks_table
 
+from totalfast.errors import LicenseError
+
 __all__ = [
     "CLASS_MAPS",
     "DEFAULT_CONFIG",
@@ -39,6 +41,7 @@ __all__ = [
     "TASKS",
     "TASK_CONFIGS",
     "TASK_ID_WEIGHTS_CONFIGS",
+    "check_license",
     "custom_trainer",
     "dataset_folder",
     "download_weights",
@@ -103,6 +106,26 @@ def download_weights(model_id: int) -> None:
     from totalsegmentator.libs import download_pretrained_weights
 
     download_pretrained_weights(model_id)
+
+
+def check_license(task: str) -> None:
+    """Let upstream's own offline check decide whether a licensed task may run.
+
+    Raises
+    ------
+    LicenseError
+        If no licence number is stored, or an invalid one.
+    """
+    from totalsegmentator.config import has_valid_license_offline
+
+    status, message = has_valid_license_offline()
+    if status != "yes":
+        raise LicenseError(
+            f"task '{task}' needs a licence of TotalSegmentator's. "
+            f"{message.removeprefix('ERROR: ')} For non-commercial use one is free: "
+            "https://backend.totalsegmentator.com/license-academic/. Store it once with "
+            "'totalseg_set_license -l NUMBER'."
+        )
 
 
 def custom_trainer(name: str) -> type | None:

@@ -104,7 +104,7 @@ def test_skip_saving_leaves_nothing(run, scan, tmp_path):
     [
         (["-i", "{scan}"], 2, "arguments are required for segmentation: -o"),
         (["-i", "{folder}/none.nii.gz", "-o", "{folder}/s"], 1, "none.nii.gz does not exist"),
-        (["-i", "{scan}", "-o", "{folder}/s", "-ta", "lung_vessels"], 2, "not supported yet"),
+        (["-i", "{scan}", "-o", "{folder}/s", "-ta", "teeth"], 2, "not supported yet"),
         (["-i", "{scan}", "-o", "{folder}/s", "-ta", "nonsense"], 2, "invalid choice"),
         (["-i", "{scan}", "-o", "{folder}/s", "-rs", "liver"], 2, "roi_subset=['liver'] is not"),
         (["-i", "{scan}", "-o", "{folder}/s", "-s"], 2, "statistics=True is not supported yet"),

@@ -214,7 +214,27 @@ def all_cases() -> list[Case]:
         ("-ta", "total_v3", "-ml"),
         ("-ta", "total_v3", "--fast", "-ml"),
     ]
-    in_ci_tasks = (("-ta", "body"), ("-ta", "trunk_cavities", "-ml", "-fs"))
+    # Tasks that look at a region first: nnU-Net's own resampling (separate z, two folds), then
+    # TotalSegmentator's, other trainers and configurations, several models, the body's region.
+    tasks += [
+        ("-ta", "lung_vessels_LEGACY", "-ml"),
+        ("-ta", "liver_vessels", "-ml", "-rc"),
+        ("-ta", "cerebral_bleed", "-ml"),
+        ("-ta", "hip_implant", "-ml"),
+        ("-ta", "pleural_pericard_effusion"),
+        ("-ta", "lung_nodules", "-ml"),
+        ("-ta", "liver_segments", "-ml", "-ro", "3"),
+        ("-ta", "liver_lesions", "-ml"),
+        ("-ta", "abdominal_muscles", "-ml"),
+        ("-ta", "headneck_muscles", "-ml"),
+    ]
+    in_ci_tasks = (
+        ("-ta", "body"),
+        ("-ta", "trunk_cavities", "-ml", "-fs"),
+        ("-ta", "lung_vessels_LEGACY", "-ml"),
+        ("-ta", "pleural_pericard_effusion"),
+        ("-ta", "liver_segments", "-ml", "-ro", "3"),
+    )
     for flags in tasks:
         cases.append(Case("lps", flags, in_ci=flags in in_ci_tasks, structured=False))
         if "-fs" not in flags:  # upstream fails where a third has fewer than 19 slices

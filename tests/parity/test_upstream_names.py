@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from totalfast import upstream
-from totalfast.tasks import COARSE_STEP_TASKS, SUPPORTED_TASKS, resolve_task
+from totalfast.tasks import COARSE_STEP_TASKS, UNSUPPORTED_TASKS, resolve_task
 
 
 @pytest.mark.parametrize("name", upstream.__all__)
@@ -59,11 +59,17 @@ def test_threads_are_capped_as_in_nnunet():
     assert default_num_processes == MAX_THREADS
 
 
+SUPPORTED_TASKS = sorted(set(upstream.TASKS) & set(upstream.TASK_CONFIGS) - UNSUPPORTED_TASKS)
+
+
 @pytest.mark.parametrize("task", SUPPORTED_TASKS)
 @pytest.mark.parametrize("mode", [{}, {"fast": True}, {"fastest": True}])
-def test_tasks_resolve_as_upstream_resolves_them(task, mode):
+def test_tasks_resolve_as_upstream_resolves_them(task, mode, monkeypatch):
+    import totalsegmentator.python_api
     from totalsegmentator.python_api import get_task_config
 
+    # Only what a task is made of is compared here, no licence is needed for that.
+    monkeypatch.setattr(totalsegmentator.python_api, "show_license_info", lambda: None)
     try:
         expected = get_task_config(task, quiet=True, plans="nnUNetPlans", **mode)
     except ValueError:
@@ -75,12 +81,22 @@ def test_tasks_resolve_as_upstream_resolves_them(task, mode):
     assert [part.model_id for part in found.parts] == (ids if isinstance(ids, list) else [ids])
     resample = expected["resample"]
     spacing = resample if isinstance(resample, list) else [resample] * 3
-    assert list(found.spacing_mm) == spacing
+    assert list(found.spacing_mm or [None] * 3) == spacing
     assert found.trainer == expected["trainer"]
     assert found.configuration == expected["model"]
-    assert list(found.folds) == expected["folds"]
+    assert (found.folds and list(found.folds)) == expected["folds"]
     assert found.plans == expected["plans"]
-    assert expected["crop"] is None
+    assert found.licensed == upstream.TASK_CONFIGS[task].get("commercial", False)
+    assert expected["crop_model"] is None
+    assert not expected["cascade"]
+    regions, outside = expected["crop"], expected["remove_outside"]
+    assert (found.crop is None) == (regions is None)
+    if found.crop is not None:
+        names = found.crop.rough.classes
+        assert {names[label] for label in found.crop.labels} == set(regions)
+        assert found.crop.robust == expected["robust_crop"]
+        assert {names[label] for label in found.crop.outside or ()} == set(outside or ())
+        assert found.crop.outside_mm == (expected["remove_outside_dilation"] or 0)
 
 
 def test_coarse_tile_step_is_still_used_for_the_same_tasks():

@@ -6,17 +6,20 @@ Knows label maps and grids; knows nothing of tasks, files or networks.
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from totalfast.geometry import Grid, nearest_indices
+from totalfast.geometry import nearest_indices
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import torch
     from numpy.typing import NDArray
+
+    from totalfast.geometry import Box, Grid
 
 
 def first_maximum(logits: torch.Tensor) -> torch.Tensor:
@@ -57,8 +60,41 @@ def gather(
     return out
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScannerMap:
+    """Where each voxel of the scanner grid finds its label.
+
+    Parameters
+    ----------
+    labels
+        The model grid's labels with the scanner's axis order, (x, y, z); a view.
+    indices
+        For each scanner axis, the index into ``labels`` of every voxel.
+
+    Notes
+    -----
+    Index rule of scipy.ndimage.zoom(order=0) (TotalSegmentator 2.18.0, resampling.py), then
+    nibabel's orientation transform.
+    """
+
+    labels: NDArray[np.unsignedinteger]
+    indices: tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.intp]]
+
+    @classmethod
+    def of(cls, labels: NDArray[np.unsignedinteger], scanner: Grid) -> ScannerMap:
+        """Map labels (z, y, x), RAS+ axes, of a model grid to a scanner grid."""
+        canonical = scanner.canonical().shape
+        orientation = scanner.orientation
+        x, y, z = (
+            nearest_indices(labels.shape[2 - int(axis)], canonical[int(axis)])[:: int(direction)]
+            for axis, direction in orientation
+        )
+        source = labels.T.transpose([int(axis) for axis, _ in orientation])
+        return cls(labels=source, indices=(x, y, z))
+
+
 def nearest_to_scanner_grid(
-    labels: NDArray[np.unsignedinteger], *, scanner: Grid, threads: int
+    labels: NDArray[np.unsignedinteger], *, scanner: Grid, threads: int, box: Box | None = None
 ) -> NDArray[np.unsignedinteger]:
     """Map labels from the model grid back to the scanner grid.
 
@@ -70,23 +106,17 @@ def nearest_to_scanner_grid(
         The grid to fill; any orientation.
     threads
         How many slices are worked on at a time.
+    box
+        Fill only this part of the scanner grid; None fills all of it.
 
     Returns
     -------
-        Same dtype, (x, y, z) of the scanner grid, Fortran order; a new array.
-
-    Notes
-    -----
-    Index rule of scipy.ndimage.zoom(order=0) (TotalSegmentator 2.18.0, resampling.py), then
-    nibabel's orientation transform.
+        Same dtype, (x, y, z) of the scanner grid or of the box, Fortran order; a new array.
     """
-    canonical = scanner.canonical().shape
-    orientation = scanner.orientation
-    source = labels.T.transpose([int(axis) for axis, _ in orientation])
+    mapped = ScannerMap.of(labels, scanner)
     x, y, z = (
-        nearest_indices(labels.shape[2 - int(axis)], canonical[int(axis)])[:: int(direction)]
-        for axis, direction in orientation
+        index[part] for index, part in zip(mapped.indices, box or 3 * (slice(None),), strict=True)
     )
     # A Fortran-ordered (x, y, z) array is a C-ordered (z, y, x) one, transposed.
-    out: NDArray[np.unsignedinteger] = gather(source.T, (z, y, x), threads=threads).T
+    out: NDArray[np.unsignedinteger] = gather(mapped.labels.T, (z, y, x), threads=threads).T
     return out

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from totalfast.upstream import CLASS_MAPS
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -36,7 +38,7 @@ SKIN_SLAB = 64
 def clean_labels(
     labels: NDArray[np.uint8], *, task: str, classes: Mapping[int, str], voxel_mm3: float
 ) -> NDArray[np.uint8]:
-    """Apply the clean-up that upstream gives a task; only ``body`` has any so far.
+    """Apply the clean-up that upstream gives a task: blobs of ``body``, auxiliary labels.
 
     Parameters
     ----------
@@ -49,6 +51,11 @@ def clean_labels(
     voxel_mm3
         Volume of a voxel.
     """
+    auxiliary = list(CLASS_MAPS.get(f"{task}_auxiliary", ()))
+    if auxiliary:
+        kept = np.arange(256, dtype=np.uint8)
+        kept[auxiliary] = 0
+        return kept[labels]
     if task != "body":
         return labels
     label_of = {name: label for label, name in classes.items()}

@@ -24,6 +24,8 @@ from totalfast.geometry import Grid
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from totalfast.geometry import Box
+
 logger = logging.getLogger(__name__)
 
 
@@ -41,6 +43,9 @@ class ScannerImage:
         Scanner grid.
     header
         The NIfTI header that results are written with.
+    truncated
+        Intensities are cut to int32, towards zero, before anything is done with them: what
+        upstream does to cropped scans.
     """
 
     stored: NDArray[Any]
@@ -48,17 +53,30 @@ class ScannerImage:
     intercept: float
     grid: Grid
     header: nib.Nifti1Header
+    truncated: bool = False
 
     def scale(self, stored: NDArray[Any]) -> NDArray[np.float64]:
         """Turn part of ``stored`` into float64 intensities, as ``get_fdata`` does for the whole."""
         slope, intercept = np.float64(self.slope), np.float64(self.intercept)
         scaled = apply_read_scaling(stored, np.asarray(slope), np.asarray(intercept))
+        if self.truncated:
+            scaled = truncate(scaled)
         return np.asarray(scaled, dtype=np.float64)
+
+    def cropped(self, box: Box) -> ScannerImage:
+        """Return part of the scan; its voxels are a view, its intensities truncated."""
+        return replace(self, stored=self.stored[box], grid=self.grid.cropped(box), truncated=True)
 
     def without_voxels(self) -> ScannerImage:
         """Return the same scan with its voxels dropped (all 0), to free their memory."""
         nothing = np.broadcast_to(np.zeros((), dtype=self.stored.dtype), self.stored.shape)
         return replace(self, stored=nothing)
+
+
+def truncate(values: NDArray[Any]) -> NDArray[np.int32]:
+    """Cut to int32, towards zero; NaN, infinity and overflow become what the CPU makes of them."""
+    with np.errstate(invalid="ignore"):
+        return np.asarray(values).astype(np.int32)
 
 
 def open_scan(source: str | Path | nib.Nifti1Image) -> nib.Nifti1Image:

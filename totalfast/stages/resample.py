@@ -19,6 +19,7 @@ from totalfast.geometry import (
     sample_positions,
     to_canonical,
 )
+from totalfast.stages.read import truncate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -96,9 +97,7 @@ def to_model_grid(
         resample = _RESAMPLERS.get(order, _spline_planes)(image, stored, grid.shape, order)
 
         def planes(start: int, stop: int) -> NDArray[Any]:
-            with np.errstate(invalid="ignore"):
-                truncated: NDArray[np.int32] = resample(start, stop).astype(np.int32)
-            return truncated
+            return truncate(resample(start, stop))
 
     voxels = np.empty(grid.shape[::-1], dtype=np.float32)
 

@@ -1,0 +1,132 @@
+"""The region that a task looks at, against upstream's own cropping functions."""
+
+from __future__ import annotations
+
+import json
+
+import nibabel as nib
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import totalfast
+from totalfast.errors import LicenseError, OptionError
+from totalfast.geometry import Grid
+from totalfast.stages.crop import box_around, remove_outside
+from totalfast.stages.read import read_image
+
+SPACINGS = st.tuples(*[st.sampled_from([0.1, 0.4, 0.7, 0.8, 1.5, 3.0, 6.5])] * 3)
+SHAPES = st.tuples(*[st.integers(1, 40)] * 3)
+
+
+def made(spacing, shape, axes="RAS"):
+    image = nib.Nifti1Image(np.zeros(shape, np.int16), np.diag([*spacing, 1.0]))
+    turn = nib.orientations.ornt_transform(
+        nib.orientations.axcodes2ornt("RAS"), nib.orientations.axcodes2ornt(axes)
+    )
+    return image.as_reoriented(turn)
+
+
+def on_scanner_grid(rough, image):
+    """Upstream's way back: order-0 resampling of the whole mask, then its undoing of RAS+."""
+    from totalsegmentator.alignment import undo_canonical
+    from totalsegmentator.resampling import resample_img
+
+    canonical = nib.as_closest_canonical(image)
+    zoom = np.asarray(canonical.shape) / np.asarray(rough.T.shape)
+    native = resample_img(rough.T.astype(np.uint8), zoom=zoom, order=0, nr_cpus=1)
+    assert native.shape == canonical.shape
+    return undo_canonical(nib.Nifti1Image(native.astype(np.uint8), canonical.affine), image)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    spacing=SPACINGS,
+    shape=SHAPES,
+    rough_shape=st.tuples(*[st.integers(1, 25)] * 3),
+    axes=st.sampled_from(["RAS", "LPS", "PIR", "SLA"]),
+    seed=st.integers(0, 2**31),
+)
+def test_box_is_that_of_upstreams_native_mask(spacing, shape, rough_shape, axes, seed):
+    from totalsegmentator.cropping import crop_to_mask
+
+    image = made(spacing, shape, axes)
+    random = np.random.default_rng(seed)
+    rough = (random.random(rough_shape) < random.choice([0.002, 0.05, 0.5])).astype(np.uint8) * 7
+    rough[random.random(rough_shape) < 0.3] = 3
+    native = on_scanner_grid(rough, image)
+    mask = nib.Nifti1Image((np.asarray(native.dataobj) == 7).astype(np.uint8), image.affine)
+    grid = Grid(shape=image.shape, affine=image.affine)
+    box = box_around(rough, {7}, scanner=grid, margin_mm=(20, 20, 20))
+    if not np.asarray(mask.dataobj).any():
+        assert box is None
+        return
+    cropped, bounds = crop_to_mask(image, mask, addon=[20, 20, 20], dtype=np.int32)
+    assert [[part.start, part.stop] for part in box] == bounds
+    assert np.array_equal(grid.cropped(box).affine, cropped.affine)
+
+
+@pytest.mark.parametrize("distance_mm", [10.0, 3.0, 0.5])
+@pytest.mark.parametrize("axes", ["RAS", "PIR"])
+def test_outside_is_removed_as_upstream_removes_it(distance_mm, axes):
+    from totalsegmentator.postprocessing import remove_outside_of_mask
+
+    image = made((2.0, 1.5, 3.0), (40, 36, 28), axes)
+    rough = np.zeros((14, 18, 20), np.uint8)
+    rough[4:7, 6:9, 5:8] = 2
+    rough[9:11, 11:14, 12:15] = 4
+    native = np.asarray(on_scanner_grid(rough, image).dataobj)
+    grid = Grid(shape=image.shape, affine=image.affine)
+    box = box_around(rough, {2, 4}, scanner=grid, margin_mm=(6, 6, 6))
+    found = np.zeros(image.shape, np.uint8, order="F")
+    found[box] = np.random.default_rng(0).integers(0, 5, found[box].shape)
+    steps = int(distance_mm / np.mean(image.header.get_zooms()))
+    expected = remove_outside_of_mask(found.copy(), np.isin(native, (2, 4)), addon=steps)
+    remove_outside(found, box, rough, {2, 4}, scanner=grid, distance_mm=distance_mm, threads=2)
+    assert np.array_equal(found, expected)
+    assert found.any()
+
+
+def test_cropped_scans_are_cut_to_whole_numbers_as_upstream_cuts_them():
+    from totalsegmentator.cropping import crop_to_bbox_nifti
+
+    values = np.random.default_rng(0).normal(0, 300, (9, 8, 7)).astype(np.float32)
+    values[4, 4, 4] = np.nan
+    scan = nib.Nifti1Image(values, np.diag([1.0, 2.0, 3.0, 1.0]))
+    box = (slice(1, 8), slice(2, 7), slice(0, 6))
+    with np.errstate(invalid="ignore"):
+        expected = crop_to_bbox_nifti(scan, [[1, 8], [2, 7], [0, 6]], dtype=np.int32)
+    part = read_image(scan).cropped(box)
+    assert np.array_equal(part.scale(part.stored), np.asarray(expected.dataobj))
+    assert np.array_equal(part.grid.affine, expected.affine)
+
+
+def test_no_region_gives_empty_masks_and_says_so(standin_home, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("TOTALSEG_HOME_DIR", str(standin_home))
+    air = nib.Nifti1Image(np.full((30, 30, 20), -1000, np.int16), np.diag([3.0, 3, 3, 1]))
+    with caplog.at_level("INFO", logger="totalfast"):
+        found = totalfast.segment(
+            air, tmp_path / "seg", task="lung_vessels_LEGACY", device="cpu", quiet=True
+        )
+    assert "INFO: Crop is empty. Returning empty segmentation." in caplog.messages
+    assert found.shape == air.shape
+    assert not np.asarray(found.dataobj).any()
+    names = totalfast.upstream.CLASS_MAPS["lung_vessels_LEGACY"].values()
+    assert {path.name for path in (tmp_path / "seg").iterdir()} == {f"{n}.nii.gz" for n in names}
+
+
+@pytest.mark.parametrize("stored", [None, {}, {"license_number": "short"}])
+def test_licensed_tasks_ask_upstreams_own_check(stored, tmp_path, monkeypatch):
+    monkeypatch.setenv("TOTALSEG_HOME_DIR", str(tmp_path))
+    if stored is not None:
+        (tmp_path / "config.json").write_text(json.dumps(stored))
+    image = nib.Nifti1Image(np.zeros((10, 10, 10), np.int16), np.eye(4))
+    with pytest.raises(LicenseError, match="needs a licence"):
+        totalfast.segment(image, task="heartchambers_highres", device="cpu", quiet=True)
+
+
+def test_lowres_results_of_cropping_tasks_are_refused():
+    image = nib.Nifti1Image(np.zeros((10, 10, 10), np.int16), np.eye(4))
+    with pytest.raises(OptionError, match="which crops"):
+        totalfast.segment(image, task="lung_vessels", fast=True, save_lowres=True)
