@@ -142,6 +142,8 @@ MODELS: dict[int, Model] = {
 
 TINY_PATCH_ZYX = (72, 72, 64)
 TINY_STAGES, TINY_BASE_FEATURES = 3, 8
+TINY_COARSENING = 2.5
+"""Tiny models whose images nnU-Net resamples are this much coarser: small tiles, few of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -206,8 +208,9 @@ def recipe_for(task_id: int, *, tiny: bool) -> Recipe:
         raise ValueError(message)
     model = MODELS[task_id]
     config = _task_config(task_id)
-    wanted = model.spacing_xyz_mm or config["resample"]
-    spacing = np.broadcast_to(np.asarray(wanted, float), 3)
+    spacing = np.broadcast_to(np.asarray(model.spacing_xyz_mm or config["resample"], float), 3)
+    if tiny and model.spacing_xyz_mm:
+        spacing = TINY_COARSENING * spacing
     table, key = model.classes
     names: dict[int, str] = getattr(map_to_binary, table)[key]
     if tiny:
