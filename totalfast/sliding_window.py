@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,8 +22,16 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     import torch
+    from torch import nn
 
     from totalfast.weights import Model
+
+SLICES_PER_HEAD = 4
+"""Slices of a tile that get their logits at a time: few enough for the cache."""
+
+ONEDNN_SIZE = 20480
+"""Up to this product of its first four sizes torch convolves a batch of one without oneDNN, and
+with other last bits (2.14, Convolution.cpp, use_mkldnn)."""
 
 SLICES_PER_ARGMAX = 8
 """Slices that are divided and reduced at a time: tens of megabytes for 118 classes."""
@@ -178,17 +186,38 @@ def final_logits(
         yield from window.advance(tiles.padded_shape[0])
 
 
-def _add(total: torch.Tensor, logits: torch.Tensor) -> None:
-    """Add float16 or float32 ``logits`` to the float16 ``total``, in place, rounding once.
+@contextlib.contextmanager
+def _headless(network: nn.Module) -> Iterator[nn.Module | None]:
+    """Take the last layer off a U-Net for a moment, if it is a 1x1x1 convolution; yield it.
 
-    ``total += logits`` with two dtypes is the same sum; a channel at a time in float32 avoids
-    torch's slow loop for mixed dtypes.
+    Its answer, hundreds of channels, is by far the largest array of a run. Each voxel of it depends
+    on that voxel's features alone, so that it can be had slice by slice, with the same bits.
     """
-    if logits.dtype == total.dtype:
-        total += logits
+    from dynamic_network_architectures.building_blocks.unet_decoder import UNetDecoder
+    from torch import nn
+
+    decoder: Any = getattr(network, "decoder", None)
+    if type(decoder) is not UNetDecoder or decoder.deep_supervision:
+        yield None
         return
-    for channel, own in zip(total, logits, strict=True):
-        channel.copy_(channel.float().add_(own))
+    head = decoder.seg_layers[-1]
+    if type(head) is not nn.Conv3d or head.kernel_size != (1, 1, 1) or head.stride != (1, 1, 1):
+        yield None
+        return
+    decoder.seg_layers[-1] = nn.Identity()
+    try:
+        yield head
+    finally:
+        decoder.seg_layers[-1] = head
+
+
+def _slices_for_head(shape: tuple[int, ...]) -> Iterator[slice]:
+    """Cut features (1, features, z, y, x) along z into parts that torch treats as the whole."""
+    _, features, depth, height, _ = shape
+    least = max(SLICES_PER_HEAD, ONEDNN_SIZE // (features * height) + 1)
+    bounds = np.linspace(0, depth, max(depth // least, 1) + 1).astype(int)
+    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+        yield slice(int(start), int(stop))
 
 
 class _RollingWindow:
@@ -219,9 +248,20 @@ class _RollingWindow:
         place = (slice(None), slice(None), *box[2:])
         batch = torch.clone(tile[None], memory_format=torch.contiguous_format).to(self.model.device)
         for network, total in zip(self.model.networks, self.sums, strict=True):
-            logits = network(batch)[0].to(total.device)
-            logits *= self.gaussian
-            _add(total[place], logits)
+            if self.model.device.type != "cpu":
+                logits = network(batch)[0].to(total.device)
+                logits *= self.gaussian
+                total[place] += logits
+                continue
+            with _headless(network) as head:
+                answer = network(batch)
+            for rows in _slices_for_head(answer.shape):
+                logits = answer[:, :, rows]
+                logits = (logits if head is None else head(logits))[0]
+                logits *= self.gaussian[rows]
+                # Two dtypes are added in float32 and rounded once; said so, it is much faster.
+                part = total[place][:, rows]
+                part.copy_(part.float().add_(logits))
         self.weight[place[1:]] += self.gaussian
 
     def advance(self, start: int) -> Iterator[tuple[int, torch.Tensor]]:

@@ -20,6 +20,9 @@ def test_every_name_of_the_upstream_module_exists(name):
 
 def test_names_that_are_imported_only_when_needed_exist():
     from dynamic_network_architectures.architectures.unet import PlainConvUNet  # noqa: F401
+    from dynamic_network_architectures.building_blocks.unet_decoder import (  # noqa: F401
+        UNetDecoder,
+    )
     from nnunetv2.inference.export_prediction import (  # noqa: F401
         convert_predicted_logits_to_segmentation_with_correct_shape,
     )

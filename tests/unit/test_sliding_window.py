@@ -6,7 +6,8 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from totalfast import ArgmaxPredictor, PredictionError
 from totalfast.sliding_window import (
-    _add,
+    _headless,
+    _slices_for_head,
     first_maximum,
     plan_tiles,
     predict_labels,
@@ -111,10 +112,26 @@ def testfirst_maximum_is_argmax_with_ties_signed_zeros_and_nan():
     assert torch.equal(first_maximum(few), few.argmax(0))
 
 
-def test_adding_by_channel_rounds_as_torchs_mixed_addition_does():
-    total = torch.randn(5, 30, 40, 50).half()
-    logits = torch.randn(5, 30, 20, 50) * 10.0 ** torch.randint(-8, 4, (5, 30, 20, 50))
-    expected = total.clone()
-    expected[:, :, 3:23] += logits
-    _add(total[:, :, 3:23], logits)
-    assert torch.equal(total, expected)
+@pytest.mark.parametrize("classes", [2, 25, 118])
+@pytest.mark.parametrize("shape", [(8, 72, 72, 64), (32, 112, 112, 40), (32, 9, 31, 17)])
+def test_last_layer_by_itself_gives_the_same_bits(classes, shape):
+    torch.manual_seed(classes)
+    whole = torch.nn.Conv3d(shape[0], classes, 1)
+    features = torch.nn.functional.leaky_relu(10 * torch.randn(1, *shape))
+    parts = list(_slices_for_head(features.shape))
+    assert (parts[0].start, parts[-1].stop) == (0, shape[1])
+    with torch.inference_mode():
+        expected = whole(features)
+        for rows in parts:
+            assert torch.equal(whole(features[:, :, rows]), expected[:, :, rows])
+
+
+def test_the_network_is_whole_again_whatever_happens(predictors):
+    network = predictors[1].model.networks[0]
+    head = network.decoder.seg_layers[-1]
+    with pytest.raises(ValueError, match="stop"), _headless(network) as taken:
+        assert taken is head
+        raise ValueError("stop")
+    assert network.decoder.seg_layers[-1] is head
+    with _headless(torch.nn.Conv3d(1, 2, 1)) as nothing:
+        assert nothing is None
