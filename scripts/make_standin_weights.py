@@ -123,7 +123,6 @@ MODELS: dict[int, Model] = {
     305: _ct("class_map", "vertebrae_body"),
     527: _ct("class_map", "breasts"),
     343: _ct("class_map", "trunk_cavities"),
-    913: _ct("class_map", "lung_nodules"),
     570: _ct("class_map", "liver_segments"),
     591: _ct("class_map", "liver_lesions"),
     952: _ct("class_map", "abdominal_muscles"),

@@ -2,17 +2,18 @@
 
     python scripts/train_demo_model.py WORK [--output totalfast/demo/model]
 
-WORK is a folder for the drawn phantoms (about 600 MB), which a second call reuses. The result has
+WORK is a folder for what a second call reuses: the drawn phantoms (about 600 MB), and the layers
+below full resolution once they are trained. The result has
 the layout of TotalSegmentator's 3 mm model (id 297, 118 channels) with a network of a thirtieth of
 its size. It takes half an hour on two cores; equal seeds give equal weights on equal machines. What
 is printed is the log that is kept in scripts/results.
 
 How it learns a lot from little: the labels are those of the 1.5 mm phantom, and each step's loss
-looks at some thousand of its voxels, chosen so that small structures and borders count. The
-network's layers at full resolution have kernels of one voxel, so that they are computed only at the
-places that are looked at; logits are interpolated there, which is what ``--export linear`` does.
-First everything is trained, then the full-resolution layers alone, on what the others give; at last
-the classes' frequencies, which the choice of voxels hid, go into the biases.
+looks at some thousand of its voxels, chosen so that small structures count. First the layers below
+full resolution are trained, their features interpolated at those places. Then the full-resolution
+layers alone learn where borders are: their kernels are one voxel, so that they are computed only
+where they are looked at, and borders are looked at most. At last the frequencies of classes, which
+the choice hid, go into the biases. Logits are interpolated as ``--export linear`` does it.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
     from numpy.typing import NDArray
 
@@ -41,8 +44,8 @@ CONVOLUTIONS = (1, 1, 1, 1, 2, 1)
 DECODER_CONVOLUTIONS = (1, 1, 1, 1, 2)
 LOW_HU, HIGH_HU, MEAN_HU, STD_HU = -1004.0, 1588.0, -50.38697721419439, 503.39235619144
 """The foreground statistics of the official 3 mm model."""
-KEPT_POINTS, STEP_POINTS = 64_000, 14_000
-"""Voxels of a phantom that are ever looked at, and in one step."""
+KEPT_POINTS, COARSE_POINTS, FULL_POINTS = 64_000, 24_000, 12_000
+"""Voxels of a phantom that are ever looked at, and in a step of either part."""
 RARITY = 0.6
 """A class of n voxels gets n ** RARITY of the points."""
 BORDER = 5.0
@@ -215,7 +218,7 @@ def build_network() -> Any:  # noqa: ANN401 - nnU-Net is untyped
 
 
 def half_resolution(network: Any, tile: torch.Tensor) -> torch.Tensor:  # noqa: ANN401
-    """Features of the last decoder stage but one: (voxels, features), z slowest."""
+    """Features of the last decoder stage but one: (1, features, z, y, x)."""
     import torch
 
     skips, decoder = network.encoder(tile), network.decoder
@@ -223,7 +226,7 @@ def half_resolution(network: Any, tile: torch.Tensor) -> torch.Tensor:  # noqa: 
     for stage in range(len(decoder.stages) - 1):
         features = decoder.transpconvs[stage](features)
         features = decoder.stages[stage](torch.cat((features, skips[-(stage + 2)]), 1))
-    return features[0].flatten(1).T
+    return features
 
 
 class Example:
@@ -262,7 +265,7 @@ def logits_at(
     tile
         (z, y, x).
     below
-        ``half_resolution`` of it.
+        ``half_resolution`` of it as (voxels, features), z slowest.
     places
         (points, 3), voxels.
     random
@@ -295,8 +298,14 @@ def _full_resolution(
     tile: torch.Tensor,
     below: torch.Tensor,
     voxels: NDArray[np.int64],
+    *,
+    blocks: int | None = None,
+    raw: bool = False,
 ) -> torch.Tensor:
-    """Features of the last stage at some voxels; the last of them give the norms' statistics."""
+    """Features of the last stage at some voxels; the last of them give the norms' statistics.
+
+    Only the first ``blocks`` are run; with ``raw`` also the convolution of the next.
+    """
     import torch
 
     linear = torch.nn.functional.linear
@@ -320,8 +329,12 @@ def _full_resolution(
     centre = weight * mean + first.conv.bias
     seen = _normed(seen, first.norm, centre, weight.square() * deviation)
     features = torch.cat([risen, seen], 1)
-    for block in _blocks(network.decoder.stages[-1]):
+    for depth, block in enumerate(_blocks(network.decoder.stages[-1])):
+        if depth == blocks and not raw:
+            break
         features = linear(features, block.conv.weight.flatten(1), block.conv.bias)
+        if depth == blocks:
+            break
         sample = features[-STATISTICS_VOXELS:]
         features = _normed(features, block.norm, sample.mean(0), sample.var(0, unbiased=False))
     return features
@@ -345,67 +358,125 @@ def _normed(
     return torch.nn.functional.leaky_relu(scaled, 0.01)
 
 
-def train(files: list[Path], *, joint_steps: int, full_steps: int, seed: int) -> Any:  # noqa: ANN401
-    """Train the network; return it."""
+def train_below(network: Any, files: list[Path], steps: int, random: np.random.Generator) -> None:  # noqa: ANN401
+    """Train all but the full-resolution layers, and a head for what they give."""
     import torch
 
-    torch.manual_seed(seed)
-    random = np.random.default_rng(seed)
-    network = build_network().train()
-    for layer in network.decoder.seg_layers[:-1]:  # the other stages' heads are never used
-        torch.nn.init.zeros_(layer.weight)
-        torch.nn.init.zeros_(layer.bias)
-    print(f"{sum(p.numel() for p in network.parameters())} parameters", flush=True)
+    decoder = network.decoder
+    below = [
+        network.encoder,
+        *decoder.transpconvs[:-1],
+        *decoder.stages[:-1],
+        decoder.seg_layers[-2],
+    ]
+    head = decoder.seg_layers[-2]
 
-    def run(name: str, steps: int, rate: float, parameters: list[Any], give: Any) -> None:  # noqa: ANN401
-        optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=1e-4, betas=(0.9, 0.98))
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, rate, total_steps=steps, pct_start=0.15, final_div_factor=50
-        )
-        began, losses, hits = time.perf_counter(), [], []
-        for step in range(1, steps + 1):
-            # Every phantom in turn, then by chance.
-            turn = step - 1 if step <= len(files) else int(random.integers(len(files)))
-            example, below = give(turn)
-            chosen = random.integers(len(example.labels), size=STEP_POINTS)
-            target = torch.from_numpy(example.labels[chosen].astype(np.int64))
-            logits = logits_at(network, example.tile, below, example.places[chosen], random)
-            loss = torch.nn.functional.cross_entropy(logits, target)
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 2.0)
-            optimizer.step()
-            schedule.step()
-            losses.append(loss.item())
-            hits.append(float((logits.argmax(1) == target).float().mean()))
-            if step % REPORT_STEPS == 0 or step == steps:
-                recent = slice(-REPORT_STEPS, None)
-                print(
-                    f"{name}, step {step}/{steps}: loss {np.mean(losses[recent]):.3f}, "
-                    f"right {np.mean(hits[recent]):.3f}, {time.perf_counter() - began:.0f} s",
-                    flush=True,
-                )
-
-    def fresh(turn: int) -> tuple[Example, torch.Tensor]:
+    def logits_and_target(turn: int) -> tuple[torch.Tensor, torch.Tensor]:
         example = Example(files[turn], random)
-        return example, half_resolution(network, example.tile[None, None])
+        features = half_resolution(network, example.tile[None, None])
+        chosen = random.integers(len(example.labels), size=COARSE_POINTS)
+        last = np.array(features.shape[2:]) - 1
+        places = 2 * (example.places[chosen] / 2 - 0.25) / last - 1
+        grid = torch.from_numpy(places[:, ::-1].astype(np.float32))[None, :, None, None]
+        found = torch.nn.functional.grid_sample(
+            features, grid, mode="bilinear", padding_mode="border", align_corners=True
+        )[0, :, :, 0, 0].T
+        target = torch.from_numpy(example.labels[chosen].astype(np.int64))
+        return torch.nn.functional.linear(found, head.weight.flatten(1), head.bias), target
 
-    run("all layers", joint_steps, 4e-3, list(network.parameters()), fresh)
+    _run("below", below, logits_and_target, len(files), steps, 4e-3, random)
 
-    ready: dict[int, tuple[Example, torch.Tensor]] = {}
 
-    def kept(turn: int) -> tuple[Example, torch.Tensor]:
-        if turn not in ready:
-            with torch.no_grad():
-                example, below = fresh(turn)
-            ready[turn] = example, below.half()
-        return ready[turn]
+def train_full(network: Any, files: list[Path], steps: int, random: np.random.Generator) -> None:  # noqa: ANN401
+    """Train the full-resolution layers, which begin by handing on what they get."""
+    import torch
+
+    ready = []
+    with torch.no_grad():
+        for path in files:
+            example = Example(path, random)
+            features = half_resolution(network, example.tile[None, None])[0]
+            ready.append((example, features.flatten(1).T.half().contiguous()))
+        example, features = ready[0]
+        _hand_on(network, example.tile, features.float(), random)
+    print("features of all phantoms ready", flush=True)
+
+    def logits_and_target(turn: int) -> tuple[torch.Tensor, torch.Tensor]:
+        example, features = ready[turn]
+        chosen = random.integers(len(example.labels), size=FULL_POINTS)
+        target = torch.from_numpy(example.labels[chosen].astype(np.int64))
+        return logits_at(network, example.tile, features, example.places[chosen], random), target
 
     decoder = network.decoder
-    full = [decoder.transpconvs[-1], decoder.stages[-1], decoder.seg_layers[-1]]
-    parameters = [parameter for module in full for parameter in module.parameters()]
-    run("full resolution", full_steps, 3e-3, parameters, kept)
-    return network.eval()
+    layers = [decoder.transpconvs[-1], decoder.stages[-1], decoder.seg_layers[-1]]
+    _run("full resolution", layers, logits_and_target, len(files), steps, 5e-3, random)
+
+
+def _hand_on(
+    network: Any,  # noqa: ANN401
+    tile: torch.Tensor,
+    below: torch.Tensor,
+    random: np.random.Generator,
+) -> None:
+    """Make the full-resolution stage copy its input, and its head that of the stage below."""
+    import torch
+
+    decoder = network.decoder
+    up, count = decoder.transpconvs[-1], FEATURES[0]
+    up.weight.copy_(torch.eye(count)[:, :, None, None, None].expand(count, count, 2, 2, 2))
+    up.bias.zero_()
+    voxels = np.stack([random.integers(n, size=STATISTICS_VOXELS) for n in tile.shape], axis=1)
+    for block in _blocks(decoder.stages[-1]):
+        weight = block.conv.weight
+        weight.normal_(0, 0.05)
+        weight[:, :count, 0, 0, 0] += torch.eye(count)
+        block.conv.bias.zero_()
+    for depth, block in enumerate(_blocks(decoder.stages[-1])):
+        before = _full_resolution(network, tile, below, voxels, blocks=depth, raw=True)
+        block.norm.weight.copy_(before.std(0))
+        block.norm.bias.copy_(before.mean(0))
+    for own, other in zip(
+        decoder.seg_layers[-1].parameters(), decoder.seg_layers[-2].parameters(), strict=True
+    ):
+        own.copy_(other)
+
+
+def _run(
+    name: str,
+    layers: list[Any],
+    logits_and_target: Callable[[int], tuple[torch.Tensor, torch.Tensor]],
+    count: int,
+    steps: int,
+    rate: float,
+    random: np.random.Generator,
+) -> None:
+    """Take steps: every phantom in turn, then by chance."""
+    import torch
+
+    parameters = [parameter for layer in layers for parameter in layer.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=1e-4, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, rate, total_steps=steps, pct_start=0.15, final_div_factor=50
+    )
+    began, losses, hits = time.perf_counter(), [], []
+    for step in range(1, steps + 1):
+        turn = step - 1 if step <= count else int(random.integers(count))
+        logits, target = logits_and_target(turn)
+        loss = torch.nn.functional.cross_entropy(logits, target)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 2.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+        hits.append(float((logits.argmax(1) == target).float().mean()))
+        if step % REPORT_STEPS == 0 or step == steps:
+            recent = slice(-REPORT_STEPS, None)
+            print(
+                f"{name}, step {step}/{steps}: loss {np.mean(losses[recent]):.3f}, "
+                f"right {np.mean(hits[recent]):.3f}, {time.perf_counter() - began:.0f} s",
+                flush=True,
+            )
 
 
 def shift_biases(network: Any, files: list[Path], checks: list[Path]) -> None:  # noqa: ANN401
@@ -440,7 +511,7 @@ def _dice_of_shifts(network: Any, path: Path, logs: torch.Tensor) -> list[float]
     places = tile_places(np.stack(np.unravel_index(voxels, labels.shape), axis=1), labels.shape)
     found: list[list[NDArray[np.int64]]] = [[] for _ in SHIFTS]
     with torch.no_grad():
-        below = half_resolution(network, example.tile[None, None])
+        below = half_resolution(network, example.tile[None, None])[0].flatten(1).T.contiguous()
         for part in np.array_split(places, 1 + len(places) // 50_000):
             logits = logits_at(network, example.tile, below, part, random)
             for shift, answers in zip(SHIFTS, found, strict=True):
@@ -467,6 +538,10 @@ def save(network: Any, output: Path) -> Path:  # noqa: ANN401
     (folder / "fold_0").mkdir(parents=True, exist_ok=True)
     for file, content in (("plans.json", plans(name)), ("dataset.json", dataset())):
         (folder / file).write_text(json.dumps(content, indent=1) + "\n")
+    with torch.no_grad():
+        for layer in network.decoder.seg_layers[:-1]:  # these heads are never used
+            layer.weight.zero_()
+            layer.bias.zero_()
     halves: dict[int, torch.Tensor] = {}  # the decoder lists the encoder's weights a second time
     weights = {
         key: halves.setdefault(tensor.data_ptr(), tensor.half())
@@ -491,8 +566,8 @@ def main() -> None:
     parser.add_argument("work", type=Path, help="folder for the drawn phantoms")
     parser.add_argument("--output", type=Path, default=Path("totalfast/demo/model"))
     parser.add_argument("--phantoms", type=int, default=90)
-    parser.add_argument("--joint-steps", type=int, default=265)
-    parser.add_argument("--full-steps", type=int, default=800)
+    parser.add_argument("--steps-below", type=int, default=250)
+    parser.add_argument("--steps-full", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
@@ -507,14 +582,24 @@ def main() -> None:
         flush=True,
     )
     files, checks = files[: options.phantoms], files[options.phantoms :]
-    network = train(
-        files, joint_steps=options.joint_steps, full_steps=options.full_steps, seed=options.seed
-    )
-    path = save(network, options.output)
-    print(f"trained after {time.perf_counter() - began:.0f} s", flush=True)
+
+    import torch
+
+    torch.manual_seed(options.seed)
+    random = np.random.default_rng(options.seed)
+    network = build_network().train()
+    print(f"{sum(p.numel() for p in network.parameters())} parameters", flush=True)
+    below = options.work / "below.pt"
+    if below.exists():
+        network.load_state_dict(torch.load(below, weights_only=True))
+        print(f"layers below full resolution taken from {below.name}", flush=True)
+    else:
+        train_below(network, files, options.steps_below, random)
+        torch.save(network.state_dict(), below)
+    train_full(network, files, options.steps_full, random)
     shift_biases(network, files, checks)
-    path = save(network, options.output)
-    print(f"{path.stat().st_size} bytes in {path}")
+    path = save(network.eval(), options.output)
+    print(f"{path.stat().st_size} bytes in {path.name}")
     print(f"{time.perf_counter() - began:.0f} s in all")
 
 

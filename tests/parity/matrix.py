@@ -222,7 +222,6 @@ def all_cases() -> list[Case]:
         ("-ta", "cerebral_bleed", "-ml"),
         ("-ta", "hip_implant", "-ml"),
         ("-ta", "pleural_pericard_effusion"),
-        ("-ta", "lung_nodules", "-ml"),
         ("-ta", "liver_segments", "-ml", "-ro", "3"),
         ("-ta", "liver_lesions", "-ml"),
         ("-ta", "abdominal_muscles", "-ml"),
