@@ -589,13 +589,16 @@ def main() -> None:
     random = np.random.default_rng(options.seed)
     network = build_network().train()
     print(f"{sum(p.numel() for p in network.parameters())} parameters", flush=True)
-    below = options.work / "below.pt"
+    below = options.work / f"below_{options.seed}_{options.phantoms}_{options.steps_below}.pt"
     if below.exists():
         network.load_state_dict(torch.load(below, weights_only=True))
         print(f"layers below full resolution taken from {below.name}", flush=True)
     else:
         train_below(network, files, options.steps_below, random)
         torch.save(network.state_dict(), below)
+    # A second call, which takes the layers below from the file, must go on in the same way.
+    torch.manual_seed(options.seed)
+    random = np.random.default_rng((options.seed, 1))
     train_full(network, files, options.steps_full, random)
     shift_biases(network, files, checks)
     path = save(network.eval(), options.output)

@@ -89,7 +89,7 @@ def segment(
     quiet, verbose
         Show no progress bar; log more.
     skip_saving
-        Write nothing even if ``output`` is given.
+        Write no masks and no label map even if ``output`` is given.
     device
         "gpu", "cpu", "mps" or "gpu:X"; an absent GPU becomes the CPU.
     no_derived_masks

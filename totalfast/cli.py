@@ -1,4 +1,4 @@
-"""The ``totalfast`` command: upstream's flags, and the only place that prints and exits.
+"""The ``totalfast`` command: upstream's flags. It and its subcommands alone print and exit.
 
 Nothing heavy is imported before a scan is segmented, so that ``--help``, ``--version``,
 ``--list-tasks`` and ``--list-classes`` answer at once.
@@ -30,6 +30,9 @@ CITATION = "If you use this tool please cite: https://pubs.rsna.org/doi/10.1148/
 
 SUBCOMMANDS = {"demo": "totalfast.demo.command", "preview": "totalfast.preview.command"}
 """Word to the module whose ``build_parser`` and ``run`` answer to it."""
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
 
 EXAMPLES = """\
 examples:
@@ -89,8 +92,8 @@ def _run(work: Callable[[argparse.Namespace], int], args: argparse.Namespace) ->
         print("ERROR: out of memory. Try --fast or --force_split.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("Interrupted; nothing was saved.", file=sys.stderr)
-        return 130
+        print("Interrupted; no file is half-written.", file=sys.stderr)
+        return INTERRUPTED
 
 
 def command() -> None:
@@ -194,7 +197,7 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
         help="Directory for the masks, or with --ml the .nii.gz file to write.",
     )
     add("-ml", "--ml", action="store_true", help="Write one label map for all classes.")
-    add("-ss", "--skip_saving", action="store_true", help="Write nothing.")
+    add("-ss", "--skip_saving", action="store_true", help="Write no masks and no label map.")
     add(
         "-sl",
         "--save_lowres",

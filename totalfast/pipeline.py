@@ -86,13 +86,14 @@ def run(
         )
     if task.hint:
         logger.info(task.hint)
-    models = [session.load(task, part, device=options.device) for part in task.parts]
     crop = task.crop
+    # Loading takes turns: the rough model is needed first.
     rough_models = (
         [session.load(crop.rough, part, device=options.device) for part in crop.rough.parts]
         if crop is not None
         else []
     )
+    models = [session.load(task, part, device=options.device) for part in task.parts]
     with Progress(disable=options.quiet) as progress:
         progress.stage("Reading")
         image = read_image(scan)
@@ -289,6 +290,7 @@ def keep_near(
             rough,
             crop.outside or (),
             scanner=image.grid,
+            zooms_mm=image.header.get_zooms()[:3],
             distance_mm=crop.outside_mm,
             threads=usable_cores(),
         )
@@ -324,7 +326,7 @@ def preview(
     if output is None:
         logger.warning("WARNING: No output directory specified. Skipping preview generation.")
         return
-    from totalfast.preview import draw_preview, save_picture
+    from totalfast.preview.page import draw_preview, save_picture
 
     with _timed("Generating preview...", "  Drawn in"):
         labels = np.asanyarray(result.dataobj)

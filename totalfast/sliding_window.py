@@ -9,6 +9,7 @@ logits of a slice are dropped as soon as no later tile touches it.
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -186,29 +187,35 @@ def final_logits(
         yield from window.advance(tiles.padded_shape[0])
 
 
-@contextlib.contextmanager
-def _headless(network: nn.Module) -> Iterator[nn.Module | None]:
-    """Take the last layer off a U-Net for a moment, if it is a 1x1x1 convolution; yield it.
+def split_head(network: nn.Module) -> tuple[nn.Module, nn.Module | None]:
+    """Split nnU-Net's U-Nets before their last layer, if that is a 1x1x1 convolution.
 
     Its answer, hundreds of channels, is by far the largest array of a run. Each voxel of it depends
     on that voxel's features alone, so that it can be had slice by slice, with the same bits.
+
+    Returns
+    -------
+        A network that shares the weights and ends before that layer, and the layer; or the
+        network as it is, and None.
     """
-    from dynamic_network_architectures.building_blocks.unet_decoder import UNetDecoder
+    from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
     from torch import nn
 
-    decoder: Any = getattr(network, "decoder", None)
-    if type(decoder) is not UNetDecoder or decoder.deep_supervision:
-        yield None
-        return
+    if type(network) not in (PlainConvUNet, ResidualEncoderUNet):
+        return network, None
+    decoder: Any = network.decoder
     head = decoder.seg_layers[-1]
-    if type(head) is not nn.Conv3d or head.kernel_size != (1, 1, 1) or head.stride != (1, 1, 1):
-        yield None
-        return
-    decoder.seg_layers[-1] = nn.Identity()
-    try:
-        yield head
-    finally:
-        decoder.seg_layers[-1] = head
+    if decoder.deep_supervision or type(head) is not nn.Conv3d or head.kernel_size != (1, 1, 1):
+        return network, None
+    layers = nn.ModuleList([*decoder.seg_layers[:-1], nn.Identity()])
+    return _with_module(network, "decoder", _with_module(decoder, "seg_layers", layers)), head
+
+
+def _with_module(module: nn.Module, name: str, part: nn.Module) -> nn.Module:
+    """Return a copy of a module, all parts shared, but one replaced."""
+    other = copy.copy(module)
+    other._modules = {**module._modules, name: part}
+    return other
 
 
 def _slices_for_head(shape: tuple[int, ...]) -> Iterator[slice]:
@@ -228,6 +235,10 @@ class _RollingWindow:
         from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 
         self.model = model
+        self.networks = [
+            split_head(network) if model.device.type == "cpu" else (network, None)
+            for network in model.networks
+        ]
         self.tiles = tiles
         self.first = 0
         area = (tiles.patch[0], *tiles.padded_shape[1:])
@@ -247,14 +258,13 @@ class _RollingWindow:
         # The tile fills the whole depth of the window, which begins where the tile does.
         place = (slice(None), slice(None), *box[2:])
         batch = torch.clone(tile[None], memory_format=torch.contiguous_format).to(self.model.device)
-        for network, total in zip(self.model.networks, self.sums, strict=True):
+        for (network, head), total in zip(self.networks, self.sums, strict=True):
+            answer = network(batch)
             if self.model.device.type != "cpu":
-                logits = network(batch)[0].to(total.device)
+                logits = answer[0].to(total.device)
                 logits *= self.gaussian
                 total[place] += logits
                 continue
-            with _headless(network) as head:
-                answer = network(batch)
             for rows in _slices_for_head(answer.shape):
                 logits = answer[:, :, rows]
                 logits = (logits if head is None else head(logits))[0]

@@ -30,8 +30,11 @@ def test_the_model_that_ships_is_small_and_of_the_official_layout():
 
 
 def test_demo_leaves_scan_masks_and_picture_and_finds_the_organs(tmp_path):
-    environment = {**os.environ, "HOME": str(tmp_path), "http_proxy": "http://127.0.0.1:9"}
-    environment.pop("TOTALSEG_HOME_DIR", None)
+    before = sorted(MODEL.rglob("*"))
+    nowhere = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")
+    environment = {**os.environ, "HOME": str(tmp_path), **nowhere}
+    for name in ("TOTALSEG_HOME_DIR", "TOTALSEG_WEIGHTS_PATH", "no_proxy", "NO_PROXY"):
+        environment.pop(name, None)
     done = subprocess.run(
         [sys.executable, "-m", "totalfast", "demo"],
         cwd=tmp_path,
@@ -60,6 +63,7 @@ def test_demo_leaves_scan_masks_and_picture_and_finds_the_organs(tmp_path):
     assert float(mean.group(2)) >= LEAST_DICE
     assert "demonstration model" in done.stdout
     assert [path.name for path in tmp_path.iterdir() if path != folder] == []
+    assert sorted(MODEL.rglob("*")) == before
 
 
 def test_demo_says_where_it_cannot_write(tmp_path, capsys):

@@ -67,12 +67,16 @@ def test_box_is_that_of_upstreams_native_mask(spacing, shape, rough_shape, axes,
     assert np.array_equal(grid.cropped(box).affine, cropped.affine)
 
 
-@pytest.mark.parametrize("distance_mm", [10.0, 3.0, 0.5])
+@pytest.mark.parametrize(
+    ("distance_mm", "spacing"),
+    # 10 mm are 15 voxels of (0.5, 0.5, 1.0) in float32 and 14.99999955 in float64.
+    [(10, (2.0, 1.5, 3.0)), (3, (2.0, 1.5, 3.0)), (0.5, (2.0, 1.5, 3.0)), (10, (0.5, 0.5, 1.0))],
+)
 @pytest.mark.parametrize("axes", ["RAS", "PIR"])
-def test_outside_is_removed_as_upstream_removes_it(distance_mm, axes):
+def test_outside_is_removed_as_upstream_removes_it(distance_mm, spacing, axes):
     from totalsegmentator.postprocessing import remove_outside_of_mask
 
-    image = made((2.0, 1.5, 3.0), (40, 36, 28), axes)
+    image = made(spacing, (40, 36, 28), axes)
     rough = np.zeros((14, 18, 20), np.uint8)
     rough[4:7, 6:9, 5:8] = 2
     rough[9:11, 11:14, 12:15] = 4
@@ -83,7 +87,16 @@ def test_outside_is_removed_as_upstream_removes_it(distance_mm, axes):
     found[box] = np.random.default_rng(0).integers(0, 5, found[box].shape)
     steps = int(distance_mm / np.mean(image.header.get_zooms()))
     expected = remove_outside_of_mask(found.copy(), np.isin(native, (2, 4)), addon=steps)
-    remove_outside(found, box, rough, {2, 4}, scanner=grid, distance_mm=distance_mm, threads=2)
+    remove_outside(
+        found,
+        box,
+        rough,
+        {2, 4},
+        scanner=grid,
+        zooms_mm=image.header.get_zooms(),
+        distance_mm=distance_mm,
+        threads=2,
+    )
     assert np.array_equal(found, expected)
     assert found.any()
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import json
+import os
 import subprocess
 import sys
 
@@ -19,9 +21,9 @@ def test_every_name_of_the_upstream_module_exists(name):
 
 
 def test_names_that_are_imported_only_when_needed_exist():
-    from dynamic_network_architectures.architectures.unet import PlainConvUNet  # noqa: F401
-    from dynamic_network_architectures.building_blocks.unet_decoder import (  # noqa: F401
-        UNetDecoder,
+    from dynamic_network_architectures.architectures.unet import (  # noqa: F401
+        PlainConvUNet,
+        ResidualEncoderUNet,
     )
     from nnunetv2.inference.export_prediction import (  # noqa: F401
         convert_predicted_logits_to_segmentation_with_correct_shape,
@@ -100,6 +102,57 @@ def test_tasks_resolve_as_upstream_resolves_them(task, mode, monkeypatch):
         assert found.crop.robust == expected["robust_crop"]
         assert {names[label] for label in found.crop.outside or ()} == set(outside or ())
         assert found.crop.outside_mm == (expected["remove_outside_dilation"] or 0)
+
+
+ROUGH_CALLS = """
+import json, sys
+import nibabel, numpy
+import totalsegmentator.python_api as api
+import totalsegmentator.nnunet as nnunet
+
+class Stop(Exception):
+    pass
+
+def stop(image, output, task_id, **keywords):
+    raise Stop(dict(keywords, task_id=task_id))
+
+nnunet.nnUNet_predict_image = stop
+api.download_pretrained_weights = api.show_license_info = lambda *_: None
+image = nibabel.Nifti1Image(numpy.zeros((4, 4, 4), numpy.int16), numpy.eye(4))
+found = {}
+for task in json.loads(sys.argv[1]):
+    for robust in (False, True):
+        try:
+            api.totalsegmentator(image, task=task, robust_crop=robust, quiet=True, device="cpu")
+        except Stop as call:
+            names = ("task_id", "trainer", "resample", "task_name", "folds", "model")
+            found[f"{task} {robust}"] = [call.args[0][name] for name in names]
+print("FOUND", json.dumps(found))
+"""
+
+
+def test_regions_are_looked_for_with_the_models_that_upstream_calls(tmp_path):
+    tasks = [name for name in SUPPORTED_TASKS if resolve_task(name).crop is not None]
+    done = subprocess.run(
+        [sys.executable, "-c", ROUGH_CALLS, json.dumps(tasks)],
+        env={**os.environ, "TOTALSEG_HOME_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    expected = json.loads(done.stdout.partition("FOUND ")[2])
+    assert len(expected) == 2 * len(tasks) > 30
+    for task in tasks:
+        for robust in (False, True):
+            rough = resolve_task(task, robust_crop=robust).crop.rough
+            assert [
+                rough.parts[0].model_id,
+                rough.trainer,
+                rough.spacing_mm[0],
+                rough.name,
+                list(rough.folds),
+                rough.configuration,
+            ] == expected[f"{task} {robust}"]
 
 
 def test_coarse_tile_step_is_still_used_for_the_same_tasks():

@@ -8,8 +8,8 @@ from PIL import Image
 from totalfast.cli import main
 from totalfast.errors import InputError
 from totalfast.geometry import Grid
-from totalfast.preview import draw_preview
-from totalfast.preview.palette import short_name, structure_colours
+from totalfast.preview.page import draw_preview
+from totalfast.preview.palette import is_translucent, short_name, structure_colours
 from totalfast.preview.slices import enlarge_labels
 from totalfast.preview.volume import LabelledVolume
 from totalfast.stages.read import read_image
@@ -66,6 +66,7 @@ def test_the_patients_right_is_on_the_left_whatever_the_files_axes(axes):
         ((64, 64, 4), (0.4, 0.4, 5.0)),
         ((8, 8, 300), (3.0, 3.0, 3.0)),
         ((3, 2, 2), (1.0, 1.0, 1.0)),
+        ((256, 256, 1), (1.4, 1.4, 1.0)),
     ],
 )
 def test_odd_shapes_give_a_picture_of_bounded_size(shape, spacing):
@@ -81,10 +82,11 @@ def test_labels_of_another_grid_are_drawn_on_the_scan():
     assert abs(fine.size[0] - rough.size[0]) < 30
 
 
-def test_labels_elsewhere_in_space_are_refused():
+@pytest.mark.parametrize("shift_mm", [5000, -5000])
+def test_labels_elsewhere_in_space_are_refused(shift_mm):
     ct, labels = scene()
     away = labels.affine.copy()
-    away[:3, 3] = 5000
+    away[:3, 3] = shift_mm
     with pytest.raises(InputError, match="apart"):
         draw(ct, nib.Nifti1Image(labels.dataobj, away))
 
@@ -125,6 +127,38 @@ def test_short_names():
         "kidney R",
         "liver",
     ]
+
+
+def test_one_voxel_is_drawn_and_counted():
+    ct, labels = scene((200, 150, 60), (0.7, 0.7, 0.7))
+    only = np.zeros(labels.shape, np.uint8)
+    only[101, 77, 31] = LIVER
+    draw(ct, nib.Nifti1Image(only, labels.affine))
+    grid = Grid(shape=only.shape, affine=labels.affine)
+    volume = LabelledVolume(scan=read_image(ct), labels=only, grid=grid)
+    assert volume.volumes_ml == {LIVER: pytest.approx(0.7**3 / 1000)}
+
+
+def test_label_maps_with_a_slope_are_scaled_and_scans_refused(tmp_path):
+    from totalfast.preview.command import read_label_map
+
+    _, labels = scene()
+    scaled = nib.Nifti1Image(np.asarray(labels.dataobj, dtype=np.float64), labels.affine)
+    scaled.set_data_dtype(np.int16)
+    nib.save(scaled, tmp_path / "float.nii.gz")
+    assert nib.load(tmp_path / "float.nii.gz").dataobj.slope != 1
+    found, _, _ = read_label_map(tmp_path / "float.nii.gz")
+    assert np.array_equal(found, np.asarray(labels.dataobj))
+    counts = nib.Nifti1Image(np.full((9, 9, 9), 2000, np.uint16), np.eye(4))
+    nib.save(counts, tmp_path / "counts.nii.gz")
+    with pytest.raises(InputError, match="no label map"):
+        read_label_map(tmp_path / "counts.nii.gz")
+
+
+@pytest.mark.parametrize("name", ["lung_vessels", "lung_nodules", "liver"])
+def test_what_encloses_nothing_is_solid(name):
+    assert not is_translucent(name)
+    assert is_translucent("lung_upper_lobe_left")
 
 
 def test_every_class_of_every_task_has_a_colour():

@@ -6,12 +6,12 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from totalfast import ArgmaxPredictor, PredictionError
 from totalfast.sliding_window import (
-    _headless,
     _slices_for_head,
     first_maximum,
     plan_tiles,
     predict_labels,
     predict_logits,
+    split_head,
 )
 from totalfast.weights import load_model
 
@@ -104,7 +104,7 @@ def test_each_tile_is_reported(predictors):
     assert len(seen) == plan_tiles((50, 24, 48), predictors[1].model.patch_size, 0.5).count
 
 
-def testfirst_maximum_is_argmax_with_ties_signed_zeros_and_nan():
+def test_first_maximum_is_argmax_with_ties_signed_zeros_and_nan():
     values = torch.tensor([0.0, -0.0, 1.0, 1.0, -2.0, float("nan"), float("nan"), 6e-8])
     logits = values[torch.randint(0, len(values), (40, 50, 60))].half()
     assert torch.equal(first_maximum(logits), logits.argmax(0))
@@ -126,12 +126,26 @@ def test_last_layer_by_itself_gives_the_same_bits(classes, shape):
             assert torch.equal(whole(features[:, :, rows]), expected[:, :, rows])
 
 
-def test_the_network_is_whole_again_whatever_happens(predictors):
+@pytest.mark.parametrize("threads", [1, 2])
+def test_split_networks_share_weights_and_leave_the_original_whole(predictors, threads):
     network = predictors[1].model.networks[0]
-    head = network.decoder.seg_layers[-1]
-    with pytest.raises(ValueError, match="stop"), _headless(network) as taken:
-        assert taken is head
-        raise ValueError("stop")
-    assert network.decoder.seg_layers[-1] is head
-    with _headless(torch.nn.Conv3d(1, 2, 1)) as nothing:
-        assert nothing is None
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.inference_mode():
+            tile = torch.randn(1, 1, 24, 32, 32)
+            expected = network(tile)
+            body, head = split_head(network)
+            assert torch.equal(head(body(tile)), expected)
+            assert torch.equal(network(tile), expected)
+    finally:
+        torch.set_num_threads(before)
+    assert head is network.decoder.seg_layers[-1]
+    assert {id(p) for p in body.encoder.parameters()} == {
+        id(p) for p in network.encoder.parameters()
+    }
+
+
+def test_other_networks_are_not_split():
+    layer = torch.nn.Conv3d(1, 2, 1)
+    assert split_head(layer) == (layer, None)

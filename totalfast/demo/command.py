@@ -111,11 +111,14 @@ def print_table(scores: list[Score]) -> None:
 
 def _totalfast(*arguments: str | Path) -> None:
     """Run the command as a user types it."""
-    from totalfast.cli import main
+    from totalfast.cli import INTERRUPTED, main
 
     words = [str(argument) for argument in arguments]
     print("\n$ totalfast", *words, flush=True)
-    if main(words) != 0:
+    code = main(words)
+    if code == INTERRUPTED:
+        raise KeyboardInterrupt
+    if code != 0:
         raise TotalfastError("the demo stopped at the command above; its error is printed there.")
 
 

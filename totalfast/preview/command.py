@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from totalfast.geometry import Grid
 
-LARGEST_LABEL = 10_000
+LARGEST_LABEL = 1000
 """Above this it is no label map: a scan, perhaps, given in the wrong place."""
 
 
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     """Read, draw, write."""
     if args.output.suffix.lower() not in (".png", ".jpg", ".jpeg"):
         raise OptionError(f"{args.output} must end in .png or .jpg.")
-    from totalfast.preview import draw_preview, save_picture
+    from totalfast.preview.page import draw_preview, save_picture
     from totalfast.stages.read import read_image
 
     began = time.perf_counter()
@@ -67,12 +67,14 @@ def read_label_map(path: Path) -> tuple[NDArray[Any], Grid, dict[int, str]]:
     header = open_scan(path).header
     image = read_image(path)
     values = image.stored
-    if values.dtype.kind == "b":
-        values = values.view(np.uint8)
-    if values.dtype.kind != "u":
-        largest = float(values.max())
-        whole = values.dtype.kind == "i" or bool(np.all(values == np.rint(values)))
-        if not whole or float(values.min()) < 0 or largest > LARGEST_LABEL:
+    if (image.slope, image.intercept) != (1.0, 0.0):
+        values = image.scale(values)
+    if values.dtype != np.uint8:
+        nearest = values if values.dtype.kind in "iub" else np.rint(values)
+        # A slope of many digits leaves 4.99998 where 5 was meant.
+        whole = nearest is values or bool(np.all(np.abs(values - nearest) < 0.01))
+        values = nearest
+        if not whole or float(values.min()) < 0 or float(values.max()) > LARGEST_LABEL:
             raise InputError(
                 f"{path.name} is no label map: it must hold whole numbers from 0 to "
                 f"{LARGEST_LABEL}. Is it the scan?"

@@ -67,7 +67,8 @@ _SHADES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("body", ("#d8b89c",)),
 )
 
-_TRANSLUCENT = ("lung", "body", "skin", "fat", "skeletal_muscle", "pleural")
+_ENCLOSING = ("body", "skin", "subcutaneous_fat", "torso_fat", "skeletal_muscle", "lung_left",
+              "lung_right", "lung_upper_lobe", "lung_middle_lobe", "lung_lower_lobe")  # fmt: skip
 _GOLDEN_RATIO = 0.618034
 
 
@@ -89,7 +90,7 @@ def structure_colours(names: dict[int, str]) -> dict[int, Colour]:
 
 def is_translucent(name: str) -> bool:
     """Whether a structure encloses others, so that a surface view must show through it."""
-    return name.startswith(_TRANSLUCENT)
+    return name == "lung" or name.startswith(_ENCLOSING)
 
 
 def short_name(name: str) -> str:

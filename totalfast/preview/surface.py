@@ -140,7 +140,8 @@ def _shade(
         weight = gaussian_filter(mine.astype(np.float32), sigma, truncate=3)
         value = gaussian_filter(np.where(mine, depth_mm[box], 0), sigma, truncate=3)
         smooth[box][mine] = (value / np.maximum(weight, 1e-6))[mine]
-    down, right = np.gradient(smooth, spacing_mm)
+    padded = np.pad(smooth, 1, mode="edge")  # a picture may be one pixel high
+    down, right = (slope[1:-1, 1:-1] for slope in list(np.gradient(padded, spacing_mm)))
     # A jump in depth is an edge, not a slope.
     right, down = np.clip(right, -3.0, 3.0), np.clip(down, -3.0, 3.0)
     normal = np.stack([right, down, np.ones_like(right)], axis=-1)

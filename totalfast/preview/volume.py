@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from totalfast.stages.read import ScannerImage
 
 SURVEY_MM = 2.5
-"""Spacing at which the labels are counted: finer changes no picture."""
+"""Spacing at which the slices are judged that may be shown."""
 WINDOW_HU = (-160.0, 240.0)
 """Soft-tissue window of CT."""
 
@@ -72,13 +72,13 @@ class LabelledVolume:
 
     @cached_property
     def volumes_ml(self) -> dict[int, float]:
-        """Label to volume in ml, estimated from every n-th voxel; absent labels have none."""
-        survey, steps = self._survey
-        counts = np.bincount(survey.ravel())
-        voxel_ml = float(np.prod(self.canonical_grid.spacing_mm)) * float(np.prod(steps)) / 1000
-        return {
-            int(label): float(counts[label]) * voxel_ml for label in np.flatnonzero(counts) if label
-        }
+        """Label to volume in ml; absent labels have none."""
+        size = int(self.labels.max()) + 1
+        counts = np.zeros(size, np.int64)
+        for plane in np.moveaxis(self.labels, 2, 0):
+            counts += np.bincount(plane.ravel(order="K"), minlength=size)
+        voxel_ml = float(np.prod(self.canonical_grid.spacing_mm)) / 1000
+        return {int(label): float(counts[label]) * voxel_ml for label in np.flatnonzero(counts)[1:]}
 
     def telling_slice(self, axis: int) -> int:
         """Index along ``axis`` of the slice that shows most structures, big ones counting more."""
@@ -111,15 +111,16 @@ class LabelledVolume:
         to_scan = np.linalg.inv(self.scan.grid.affine) @ grid.affine
         source = np.tensordot(to_scan[:3, :3], where, axes=1) + to_scan[:3, 3, None, None]
         # The box around the plane is enough, and so is its dtype: no copy of the scan is made.
-        low = np.clip(np.floor(source.min(axis=(1, 2))).astype(int), 0, None)
+        low = np.floor(source.min(axis=(1, 2))).astype(int)
         high = np.ceil(source.max(axis=(1, 2))).astype(int) + 1
-        box = self.scan.stored[
-            tuple(slice(a, max(b, a + 1)) for a, b in zip(low, high, strict=True))
-        ]
-        if box.size == 0:
+        if np.any(high <= 0) or np.any(low >= self.scan.stored.shape):
             raise InputError(
                 "the scan and the labels lie apart in space; they don't belong to one another."
             )
+        low = np.maximum(low, 0)
+        box = self.scan.stored[
+            tuple(slice(a, max(b, a + 1)) for a, b in zip(low, high, strict=True))
+        ]
         values = self.scan.scale(box)
         return np.asarray(
             map_coordinates(values, source - low[:, None, None], order=1, mode="nearest")

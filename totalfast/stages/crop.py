@@ -72,6 +72,7 @@ def remove_outside(
     wanted: Collection[int],
     *,
     scanner: Grid,
+    zooms_mm: Sequence[np.float32],
     distance_mm: float,
     threads: int,
 ) -> None:
@@ -87,15 +88,18 @@ def remove_outside(
         Rough labels (z, y, x) and the structures among them.
     scanner
         Grid of the scan.
+    zooms_mm
+        Spacing (x, y, z) as the scan's header has it, float32.
     distance_mm
-        Margin: that many 6-connected dilations by one voxel, of the mean spacing; less than one
-        voxel dilates until nothing changes, as scipy's ``iterations=0`` does for upstream.
+        Margin: ``int(distance / mean zoom)`` 6-connected dilations by one voxel, in the arithmetic
+        that NumPy gives a Python number and a float32; less than one voxel dilates until nothing
+        changes, as scipy's ``iterations=0`` does for upstream.
     threads
         Slices that are worked on at a time.
     """
     from scipy.ndimage import binary_dilation
 
-    steps = int(distance_mm / float(np.mean(scanner.spacing_mm)))
+    steps = int(distance_mm / np.mean(zooms_mm))
     reach = max(scanner.shape) if steps < 1 else steps
     wide = tuple(
         slice(max(part.start - reach, 0), min(part.stop + reach, n))

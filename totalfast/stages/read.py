@@ -76,7 +76,7 @@ class ScannerImage:
 def truncate(values: NDArray[Any]) -> NDArray[np.int32]:
     """Cut to int32, towards zero; NaN, infinity and overflow become what the CPU makes of them."""
     with np.errstate(invalid="ignore"):
-        return np.asarray(values).astype(np.int32)
+        return np.asarray(values, dtype=np.float64).astype(np.int32)
 
 
 def open_scan(source: str | Path | nib.Nifti1Image) -> nib.Nifti1Image:
