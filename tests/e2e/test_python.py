@@ -8,6 +8,7 @@ import threading
 import nibabel as nib
 import numpy as np
 import pytest
+from PIL import Image
 
 import totalfast
 from totalfast import session as session_module
@@ -176,3 +177,24 @@ def test_linear_export_refuses_what_it_cannot_do(scan):
     for wrong in ({"save_lowres": True}, {"force_split": True}):
         with pytest.raises(totalfast.OptionError, match="export='linear'"):
             totalfast.segment(scan, export="linear", **QUICK, **wrong)
+
+
+@pytest.mark.parametrize(
+    ("ml", "output", "picture"),
+    [
+        (False, "masks", "masks/preview_total.png"),
+        (True, "label/seg.nii.gz", "label/preview_total.png"),
+    ],
+)
+def test_preview_is_drawn_beside_the_result(scan, tmp_path, ml, output, picture):
+    totalfast.segment(
+        scan, tmp_path / output, fastest=True, ml=ml, preview=True, device="cpu", quiet=True
+    )
+    with Image.open(tmp_path / picture) as drawn:
+        assert min(drawn.size) > 300
+
+
+def test_preview_without_an_output_is_left_out_with_a_warning(scan, caplog):
+    with caplog.at_level("WARNING", logger="totalfast"):
+        totalfast.segment(scan, fastest=True, preview=True, device="cpu", quiet=True)
+    assert any("Skipping preview" in message for message in caplog.messages)

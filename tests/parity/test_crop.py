@@ -16,8 +16,15 @@ from totalfast.geometry import Grid
 from totalfast.stages.crop import box_around, remove_outside
 from totalfast.stages.read import read_image
 
+from .matrix import input_file
+
 SPACINGS = st.tuples(*[st.sampled_from([0.1, 0.4, 0.7, 0.8, 1.5, 3.0, 6.5])] * 3)
 SHAPES = st.tuples(*[st.integers(1, 40)] * 3)
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory):
+    return tmp_path_factory.mktemp("scans")
 
 
 def made(spacing, shape, axes="RAS"):
@@ -117,6 +124,8 @@ def test_cropped_scans_are_cut_to_whole_numbers_as_upstream_cuts_them():
 
 def test_no_region_gives_empty_masks_and_says_so(standin_home, tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("TOTALSEG_HOME_DIR", str(standin_home))
+    # When a box is none is tested above; stand-ins see lungs even in air.
+    monkeypatch.setattr("totalfast.pipeline.box_around", lambda *_, **__: None)
     air = nib.Nifti1Image(np.full((30, 30, 20), -1000, np.int16), np.diag([3.0, 3, 3, 1]))
     with caplog.at_level("INFO", logger="totalfast"):
         found = totalfast.segment(
@@ -143,3 +152,24 @@ def test_lowres_results_of_cropping_tasks_are_refused():
     image = nib.Nifti1Image(np.zeros((10, 10, 10), np.int16), np.eye(4))
     with pytest.raises(OptionError, match="which crops"):
         totalfast.segment(image, task="lung_vessels", fast=True, save_lowres=True)
+
+
+def test_what_lies_far_from_the_rough_structures_is_removed_from_the_result(
+    standin_home, scans, monkeypatch
+):
+    from totalsegmentator.postprocessing import remove_outside_of_mask
+
+    monkeypatch.setenv("TOTALSEG_HOME_DIR", str(standin_home))
+    monkeypatch.setattr("totalfast.pipeline.check_license", lambda task: None)
+    scan = nib.load(input_file("thick", scans))
+    settings = {"device": "cpu", "quiet": True}
+    found = totalfast.segment(scan, task="heartchambers_highres", **settings)
+    monkeypatch.setattr("totalfast.pipeline.keep_near", lambda *arguments: None)
+    before = np.asarray(totalfast.segment(scan, task="heartchambers_highres", **settings).dataobj)
+    rough = np.asarray(totalfast.segment(scan, fast=True, **settings).dataobj)
+    names = {name: label for label, name in totalfast.upstream.CLASS_MAPS["total"].items()}
+    near = np.isin(rough, [names[name] for name in ("heart", "aorta", "inferior_vena_cava")])
+    steps = int(10 / np.mean(scan.header.get_zooms()))
+    expected = remove_outside_of_mask(before.copy(), near, addon=steps)
+    assert np.array_equal(np.asarray(found.dataobj), expected)
+    assert 0 < np.count_nonzero(expected) < np.count_nonzero(before)
