@@ -36,20 +36,28 @@ GROUPS = {
 }  # fmt: skip
 
 
-def best_interval(ct: NDArray[np.int16], inside: NDArray[np.bool_]) -> float:
-    """Highest Dice that any interval of HU reaches for one structure.
+def best_intervals(ct: NDArray[np.int16], labels: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """Highest Dice that any interval of HU reaches, for each label.
 
     With N voxels of the structure, S of them and T of all voxels in the interval, Dice is
     2 S / (N + T).
     """
-    edges = np.arange(-1024, 3072 + BIN_HU, BIN_HU)
-    own = np.concatenate([[0], np.cumsum(np.histogram(ct[inside], edges)[0])])
-    every = np.concatenate([[0], np.cumsum(np.histogram(ct, edges)[0])])
-    used = np.flatnonzero(np.diff(own))
-    low, high = used[0], used[-1] + 2
-    own, every = own[low:high], every[low:high]
-    dice = 2 * (own[None] - own[:, None]) / (own[-1] + every[None] - every[:, None])
-    return float(np.triu(dice).max())
+    bins = (4096 // BIN_HU) + 1
+    place = (
+        labels.astype(np.int64) * bins
+        + (np.clip(ct, -1024, 3071).astype(np.int64) + 1024) // BIN_HU
+    )
+    counts = np.bincount(place.ravel(order="K"), minlength=256 * bins).reshape(256, bins)
+    every = np.concatenate([[0], np.cumsum(counts.sum(0))])
+    best = np.zeros(256)
+    for label in np.flatnonzero(counts.any(1)):
+        own = np.concatenate([[0], np.cumsum(counts[label])])
+        used = np.flatnonzero(np.diff(own))
+        part = slice(used[0], used[-1] + 2)
+        inside = own[part][None] - own[part][:, None]
+        total = own[-1] + every[part][None] - every[part][:, None]
+        best[label] = np.max(2 * inside / np.maximum(total, 1))
+    return best
 
 
 def score_seed(seed: int) -> dict[str, Any]:
@@ -65,16 +73,14 @@ def score_seed(seed: int) -> dict[str, Any]:
     found = totalfast.segment(scan, fast=True, export="linear", device="cpu", quiet=True)
     labels = np.asarray(found.dataobj)
     voxel_ml = float(np.prod(np.diag(phantom.affine)[:3])) / 1000
+    thresholds = best_intervals(phantom.ct, phantom.labels)
     ids = {name: label for label, name in names.items()}
     rows = score(labels, phantom.labels, names, voxel_ml=voxel_ml)
     return {
         "seed": seed,
         "mean": statistics.mean(row.dice for row in rows),
         "dice": {row.name: round(row.dice, 4) for row in rows},
-        "threshold": {
-            row.name: round(best_interval(phantom.ct, phantom.labels == ids[row.name]), 4)
-            for row in rows
-        },
+        "threshold": {row.name: round(float(thresholds[ids[row.name]]), 4) for row in rows},
     }
 
 
