@@ -139,6 +139,23 @@ def test_one_voxel_is_drawn_and_counted():
     assert volume.volumes_ml == {LIVER: pytest.approx(0.7**3 / 1000)}
 
 
+def test_a_label_map_without_background_keeps_its_smallest_label():
+    ct, labels = scene()
+    full = np.full(labels.shape, LIVER, np.uint8)
+    full[:10] = SPLEEN
+    grid = Grid(shape=full.shape, affine=labels.affine)
+    volume = LabelledVolume(scan=read_image(ct), labels=full, grid=grid)
+    assert set(volume.volumes_ml) == {LIVER, SPLEEN}
+
+
+def test_names_are_read_from_the_files_own_table(tmp_path):
+    from totalfast.preview.command import read_label_map
+
+    write(tmp_path)
+    _, _, names = read_label_map(tmp_path / "seg.nii.gz")
+    assert names == {LIVER: "liver", SPLEEN: "spleen"}
+
+
 def test_label_maps_with_a_slope_are_scaled_and_scans_refused(tmp_path):
     from totalfast.preview.command import read_label_map
 

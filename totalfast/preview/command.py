@@ -61,10 +61,9 @@ def read_label_map(path: Path) -> tuple[NDArray[Any], Grid, dict[int, str]]:
     """Read a label map: labels (x, y, z), their grid, and the names that its header has."""
     import numpy as np
 
-    from totalfast.stages.read import open_scan, read_image
+    from totalfast.stages.read import read_image
     from totalfast.upstream import label_names
 
-    header = open_scan(path).header
     image = read_image(path)
     values = image.stored
     if (image.slope, image.intercept) != (1.0, 0.0):
@@ -80,7 +79,7 @@ def read_label_map(path: Path) -> tuple[NDArray[Any], Grid, dict[int, str]]:
                 f"{LARGEST_LABEL}. Is it the scan?"
             )
         values = values.astype(np.uint16)
-    return values, image.grid, label_names(header)
+    return values, image.grid, label_names(image.header)
 
 
 def read_masks(folder: Path) -> tuple[NDArray[Any], Grid, dict[int, str]]:

@@ -78,7 +78,9 @@ class LabelledVolume:
         for plane in np.moveaxis(self.labels, 2, 0):
             counts += np.bincount(plane.ravel(order="K"), minlength=size)
         voxel_ml = float(np.prod(self.canonical_grid.spacing_mm)) / 1000
-        return {int(label): float(counts[label]) * voxel_ml for label in np.flatnonzero(counts)[1:]}
+        return {
+            int(label): float(counts[label]) * voxel_ml for label in np.flatnonzero(counts) if label
+        }
 
     def telling_slice(self, axis: int) -> int:
         """Index along ``axis`` of the slice that shows most structures, big ones counting more."""
