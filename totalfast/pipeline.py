@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -19,7 +18,7 @@ from nibabel.orientations import axcodes2ornt, ornt_transform
 from totalfast.cores import usable_cores
 from totalfast.export import nearest_to_scanner_grid
 from totalfast.geometry import Grid
-from totalfast.progress import Progress
+from totalfast.progress import Progress, Work, timed
 from totalfast.sliding_window import plan_tiles
 from totalfast.stages.clean import clean_labels, skin_mask
 from totalfast.stages.crop import box_around, remove_outside
@@ -31,7 +30,7 @@ from totalfast.stages.write import PendingFiles, label_image, write_labels, writ
 from totalfast.upstream import check_license
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
     from concurrent.futures import Future
     from pathlib import Path
 
@@ -46,6 +45,18 @@ if TYPE_CHECKING:
     from totalfast.weights import Model
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """What one run has at hand at every step."""
+
+    options: Options
+    session: Session
+    progress: Progress
+    work: Work
+    keeps_scan: bool
+    """The scan's intensities are needed once more at the end."""
 
 
 def run(
@@ -78,51 +89,28 @@ def run(
     if task.licensed:
         check_license(task.name)
     scan = open_scan(source)  # before models are looked for, or even downloaded
-    if task.resolution != "default" and task.spacing_mm is not None:
-        logger.info(
-            "Using '%s' option: resampling to lower resolution (%dmm)",
-            task.resolution,
-            int(task.spacing_mm[0]),
-        )
-    if task.hint:
-        logger.info(task.hint)
-    crop = task.crop
-    # Loading takes turns: the rough model is needed first.
-    rough_models = (
-        [session.load(crop.rough, part, device=options.device) for part in crop.rough.parts]
-        if crop is not None
-        else []
-    )
-    models = [session.load(task, part, device=options.device) for part in task.parts]
+    _say_what_is_done(task)
+    # Loading takes turns, and the rough model is needed first.
+    rough_models = [] if task.crop is None else _load(task.crop.rough, options, session)
+    models = _load(task, options, session)
     with Progress(disable=options.quiet) as progress:
+        this = Run(
+            options=options,
+            session=session,
+            progress=progress,
+            work=Work.of(scan, task, device=options.device),
+            keeps_scan=_writes_skin(task, options) or options.preview,
+        )
+        progress.expect(this.work.total)
         progress.stage("Reading")
         image = read_image(scan)
-        work = Work.of(image, task, device=options.device)
-        progress.expect(work.total)
-        progress.advance(work.read)
+        progress.advance(this.work.read)
 
-        rough = box = None
-        if crop is not None:
-            rough, box = find_region(image, crop, rough_models, options, session, progress, work)
-        if crop is not None and box is None:
-            logger.info("INFO: Crop is empty. Returning empty segmentation.")
-            nothing = np.zeros(image.grid.shape, dtype=np.uint8, order="F")
-            result = label_image(nothing, affine=image.grid.affine, header=None, names=task.classes)
+        if task.crop is None:
+            result = segment(this, image, task, models)
         else:
-            region = image if box is None else image.cropped(box)
-            model_image = resample(region, task, options)
-            progress.advance(work.resample)
-            if not (_writes_skin(task, options) or options.preview):
-                image, region = image.without_voxels(), region.without_voxels()
-            labels = label(model_image, task, models, options, session, progress, work)
-
-            progress.stage("Restoring")
-            result = restore(labels, model_image, region, options, task.classes)
-            if crop is not None and box is not None:
-                result = uncrop(result, image, box, task.classes)
-                if crop.outside is not None and rough is not None:
-                    keep_near(result, box, rough, crop, image)
-        progress.advance(work.restore)
+            result = segment_region(this, image, task, models, task.crop, rough_models)
+        progress.advance(this.work.restore)
 
         saved = "nothing was saved"
         if output is not None and not options.skip_saving:
@@ -133,29 +121,76 @@ def run(
         if options.preview:
             progress.stage("Drawing")
             preview(result, output, image=image, task=task, options=options)
-        progress.advance(work.save)
+        progress.advance(this.work.save)
     logger.info("Done in %.1f s: %s", time.perf_counter() - began, saved)
     return result
 
 
-def find_region(
+def _load(task: Task, options: Options, session: Session) -> list[Future[Model]]:
+    return [session.load(task, part, device=options.device) for part in task.parts]
+
+
+def _say_what_is_done(task: Task) -> None:
+    if task.resolution != "default" and task.spacing_mm is not None:
+        logger.info(
+            "Using '%s' option: resampling to lower resolution (%dmm)",
+            task.resolution,
+            int(task.spacing_mm[0]),
+        )
+    if task.hint:
+        logger.info(task.hint)
+
+
+def segment(
+    run: Run, image: ScannerImage, task: Task, models: list[Future[Model]]
+) -> nib.Nifti1Image:
+    """Label all of an image; drops its voxels on the way, unless the run needs them again."""
+    model_image = resample(image, task, run.options)
+    run.progress.advance(run.work.resample)
+    if not run.keeps_scan:
+        image.drop_voxels()
+    labels = label(run, model_image, task, models)
+    run.progress.stage("Restoring")
+    return restore(labels, model_image, image, run.options, task.classes)
+
+
+def segment_region(
+    run: Run,
     image: ScannerImage,
-    crop: Crop,
+    task: Task,
     models: list[Future[Model]],
-    options: Options,
-    session: Session,
-    progress: Progress,
-    work: Work,
+    crop: Crop,
+    rough_models: list[Future[Model]],
+) -> nib.Nifti1Image:
+    """Label what lies around the structures that a rough model finds, and nothing else."""
+    rough, box = find_region(run, image, crop, rough_models)
+    if box is None:
+        logger.info("INFO: Crop is empty. Returning empty segmentation.")
+        nothing = np.zeros(image.grid.shape, dtype=np.uint8, order="F")
+        return label_image(nothing, affine=image.grid.affine, header=None, names=task.classes)
+    region = image.cropped(box)
+    if not run.keeps_scan:
+        image.drop_voxels()
+    result = uncrop(segment(run, region, task, models), image, box, task.classes)
+    if crop.outside is not None:
+        keep_near(result, box, rough, crop, image)
+    return result
+
+
+def find_region(
+    run: Run, image: ScannerImage, crop: Crop, models: list[Future[Model]]
 ) -> tuple[NDArray[np.uint8], Box | None]:
     """Run the rough model: its labels (z, y, x), RAS+ axes, and the box that they give."""
     logger.info("Generating rough segmentation for cropping...")
     if crop.robust:
         logger.info("  (Using more robust (but slower) 3mm model for cropping.)")
-    options = replace(options, export="auto", force_split=False)
-    model_image = resample(image, crop.rough, options)
-    labels = label(
-        model_image, crop.rough, models, options, session, progress, replace(work, part=work.rough)
+    rough_run = replace(
+        run,
+        options=replace(run.options, export="auto", force_split=False),
+        work=replace(run.work, part=run.work.rough),
     )
+    model_image = resample(image, crop.rough, rough_run.options)
+    labels = label(rough_run, model_image, crop.rough, models)
     box = box_around(labels, crop.labels, scanner=image.grid, margin_mm=crop.margin_mm)
     if box is not None:
         shape = tuple(part.stop - part.start for part in box)
@@ -166,45 +201,34 @@ def find_region(
 def resample(image: ScannerImage, task: Task, options: Options) -> ModelImage:
     """Bring a scan to the spacing that a task's models expect, or only to RAS+ axes."""
     order, spacing_mm = options.resampling_order, task.spacing_mm
-    with _timed("Resampling..." if spacing_mm else None, "  Resampled in"):
+    with timed("Resampling..." if spacing_mm else None, "  Resampled in"):
         found = to_model_grid(image, spacing_mm=spacing_mm, order=order, threads=usable_cores())
     logger.debug("  from shape %s to shape %s", image.grid.shape, found.grid.shape)
     return found
 
 
 def label(
-    model_image: ModelImage,
-    task: Task,
-    models: list[Future[Model]],
-    options: Options,
-    session: Session,
-    progress: Progress,
-    work: Work,
+    run: Run, model_image: ModelImage, task: Task, models: list[Future[Model]]
 ) -> NDArray[np.uint8]:
     """Run a task's models and clean up: labels (z, y, x), RAS+ axes, of ``_label_grid``."""
-    with _timed(None if task.several_models else "Predicting...", "  Predicted in"):
-        labels = predict(model_image, task, models, options, session, progress, work)
+    with timed(None if task.several_models else "Predicting...", "  Predicted in"):
+        labels = predict(run, model_image, task, models)
     return clean_labels(
         labels,
         task=task.name,
         classes=task.classes,
-        voxel_mm3=float(np.prod(_label_grid(model_image, options).stored().spacing_mm)),
+        voxel_mm3=float(np.prod(_label_grid(model_image, run.options).stored().spacing_mm)),
     )
 
 
 def predict(
-    model_image: ModelImage,
-    task: Task,
-    models: list[Future[Model]],
-    options: Options,
-    session: Session,
-    progress: Progress,
-    work: Work,
+    run: Run, model_image: ModelImage, task: Task, models: list[Future[Model]]
 ) -> NDArray[np.uint8]:
     """Run all of a task's models and join their labels: uint8, (z, y, x), RAS+ axes.
 
     On the model grid; with export "linear" on the scanner's.
     """
+    options, progress = run.options, run.progress
     linear = options.export == "linear"
     shape_x, shape_y, shape_z = _label_grid(model_image, options).shape
     shape = (shape_z, shape_y, shape_x)
@@ -231,13 +255,13 @@ def predict(
         ]
         tile_share = 1.0 / sum(tile.count for tile in tiles)
         for piece in pieces:
-            with session.predicting:
+            with run.session.predicting:
                 found = predict_part(
                     model_image.voxels[piece.predicted],
                     spacing_mm=spacing_zyx,
                     model=model,
                     step=task.tile_step,
-                    on_tile=partial(progress.advance, work.part * tile_share),
+                    on_tile=partial(progress.advance, run.work.part * tile_share),
                     linear_to=shape if linear else None,
                 )
             if part.labels is None:
@@ -265,7 +289,7 @@ def restore(
         lowres = lowres.as_reoriented(ornt_transform(axcodes2ornt("RAS"), image.grid.orientation))
         voxels = np.asfortranarray(lowres.dataobj)
         return label_image(voxels, affine=lowres.affine, header=lowres.header, names=names)
-    with _timed("Resampling...", "  Resampled in"):
+    with timed("Resampling...", "  Resampled in"):
         voxels = nearest_to_scanner_grid(labels, scanner=image.grid, threads=usable_cores())
     return label_image(voxels, affine=image.grid.affine, header=image.header, names=names)
 
@@ -283,7 +307,7 @@ def keep_near(
     result: nib.Nifti1Image, box: Box, rough: NDArray[np.uint8], crop: Crop, image: ScannerImage
 ) -> None:
     """Remove what lies far from the rough structures, in place."""
-    with _timed("Applying postprocessing: remove outside of crop mask...", "  Applied in"):
+    with timed("Applying postprocessing: remove outside of crop mask...", "  Applied in"):
         remove_outside(
             np.asanyarray(result.dataobj),
             box,
@@ -303,7 +327,7 @@ def save(
     threads = min(usable_cores(), options.nr_thr_saving)
     says_each = not task.name.startswith("total")
     with PendingFiles() as files:
-        with _timed("Saving segmentations...", "  Saved in"):
+        with timed("Saving segmentations...", "  Saved in"):
             if options.ml:
                 write_labels(result, output, files=files, threads=threads)
                 return
@@ -328,7 +352,7 @@ def preview(
         return
     from totalfast.preview.page import draw_preview, save_picture
 
-    with _timed("Generating preview...", "  Drawn in"):
+    with timed("Generating preview...", "  Drawn in"):
         labels = np.asanyarray(result.dataobj)
         grid = Grid(shape=labels.shape, affine=np.asarray(result.affine, dtype=np.float64))
         picture = draw_preview(image, labels, grid, task.classes, title=f"task {task.name}")
@@ -355,59 +379,3 @@ def write_body_and_skin(
 
 def _writes_skin(task: Task, options: Options) -> bool:
     return task.name == "body" and not options.ml and not options.no_derived_masks
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Work:
-    """Expected seconds of each stage on two CPU cores; only their ratios matter."""
-
-    read: float
-    rough: float
-    """Finding the region to look at."""
-    resample: float
-    part: float
-    """Network time of one model."""
-    restore: float
-    save: float
-    total: float
-
-    @classmethod
-    def of(cls, image: ScannerImage, task: Task, *, device: str) -> Work:
-        """Estimate from the scan's size; rates measured with the official architectures."""
-        native = image.stored.size
-        network_s_per_voxel = 5e-6 if device == "cpu" else 1e-7
-
-        def voxels(spacing_mm: tuple[float, ...] | None) -> float:
-            if spacing_mm is None:
-                return native
-            return native * float(np.prod(image.grid.spacing_mm / np.asarray(spacing_mm)))
-
-        model = voxels(task.spacing_mm)
-        if task.crop is not None:
-            model *= TYPICAL_REGION
-        read, resample, restore = 1e-8 * native, 1e-7 * model, 5e-9 * native
-        # Tiles overlap, so that they visit each voxel more than once.
-        part = 1.7 * network_s_per_voxel * model
-        rough = 0.0
-        if task.crop is not None:
-            rough = 1.7 * network_s_per_voxel * voxels(task.crop.rough.spacing_mm)
-        save = 3e-8 * native
-        total = read + rough + resample + part * len(task.parts) + restore + save
-        return cls(
-            read=read, rough=rough, resample=resample, part=part, restore=restore, save=save,
-            total=total,
-        )  # fmt: skip
-
-
-TYPICAL_REGION = 0.2
-"""Share of a scan that tasks look at which look for a region first; a guess for the bar."""
-
-
-@contextmanager
-def _timed(before: str | None, after: str) -> Iterator[None]:
-    """Say what begins, and how long it took: lines that programs around upstream read."""
-    if before is not None:
-        logger.info(before)
-    began = time.perf_counter()
-    yield
-    logger.info("%s %.2fs", after, time.perf_counter() - began)

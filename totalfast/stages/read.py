@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class ScannerImage:
     """A scan as it came: voxels in the file's dtype, and how to read them.
 
@@ -67,10 +67,9 @@ class ScannerImage:
         """Return part of the scan; its voxels are a view, its intensities truncated."""
         return replace(self, stored=self.stored[box], grid=self.grid.cropped(box), truncated=True)
 
-    def without_voxels(self) -> ScannerImage:
-        """Return the same scan with its voxels dropped (all 0), to free their memory."""
-        nothing = np.broadcast_to(np.zeros((), dtype=self.stored.dtype), self.stored.shape)
-        return replace(self, stored=nothing)
+    def drop_voxels(self) -> None:
+        """Free the memory of the voxels; they are 0 from then on."""
+        self.stored = np.broadcast_to(np.zeros((), dtype=self.stored.dtype), self.stored.shape)
 
 
 def truncate(values: NDArray[Any]) -> NDArray[np.int32]:
