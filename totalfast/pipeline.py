@@ -89,7 +89,7 @@ def run(
     if task.licensed:
         check_license(task.name)
     scan = open_scan(source)  # before models are looked for, or even downloaded
-    _say_what_is_done(task)
+    _say_what_is_done(task, options)
     # Loading takes turns, and the rough model is needed first.
     rough_models = [] if task.crop is None else _load(task.crop.rough, options, session)
     models = _load(task, options, session)
@@ -130,7 +130,7 @@ def _load(task: Task, options: Options, session: Session) -> list[Future[Model]]
     return [session.load(task, part, device=options.device) for part in task.parts]
 
 
-def _say_what_is_done(task: Task) -> None:
+def _say_what_is_done(task: Task, options: Options) -> None:
     if task.resolution != "default" and task.spacing_mm is not None:
         logger.info(
             "Using '%s' option: resampling to lower resolution (%dmm)",
@@ -139,6 +139,16 @@ def _say_what_is_done(task: Task) -> None:
         )
     if task.hint:
         logger.info(task.hint)
+    if options.export == "linear":
+        logger.info(
+            "Export 'linear': logits interpolated at the scan's resolution, for smooth masks"
+        )
+    elif task.spacing_mm is not None:
+        logger.info(
+            "Export 'nearest': labels resampled to the scan's grid, as TotalSegmentator does"
+        )
+    else:
+        logger.info("Export 'plans': logits resampled to the scan's grid, as TotalSegmentator does")
 
 
 def segment(
@@ -234,10 +244,9 @@ def predict(
     shape = (shape_z, shape_y, shape_x)
     slices = model_image.voxels.shape[0]
     pieces = whole(slices, labelled=shape[0])
-    if linear:
-        logger.info("Export: labels from logits interpolated at the scan's resolution")
-    elif options.force_split or wants_split(
-        model_image.grid.shape, several_models=task.several_models
+    if not linear and (
+        options.force_split
+        or wants_split(model_image.grid.shape, several_models=task.several_models)
     ):
         logger.info("Splitting into subparts...")
         pieces = thirds(slices)
