@@ -140,15 +140,11 @@ def _say_what_is_done(task: Task, options: Options) -> None:
     if task.hint:
         logger.info(task.hint)
     if options.export == "linear":
-        logger.info(
-            "Export 'linear': logits interpolated at the scan's resolution, for smooth masks"
-        )
+        logger.info("Export 'linear': logits interpolated on the scan's grid, for smooth masks")
     elif task.spacing_mm is not None:
-        logger.info(
-            "Export 'nearest': labels resampled to the scan's grid, as TotalSegmentator does"
-        )
+        logger.info("Export 'nearest': labels resampled to the scan's grid, as upstream does")
     else:
-        logger.info("Export 'plans': logits resampled to the scan's grid, as TotalSegmentator does")
+        logger.info("Export 'plans': logits resampled to the scan's grid, as upstream does")
 
 
 def segment(
