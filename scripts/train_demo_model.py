@@ -52,6 +52,9 @@ BORDER = 5.0
 """How many times likelier a voxel at a border is chosen."""
 STATISTICS_VOXELS = 24_000
 """Voxels that mean and deviation of a full-resolution layer are estimated from."""
+RAMPS_HU = (-950, -850, -700, -400, -150, -120, -90, -50, 0, 20, 40, 60, 80, 100, 120, 140, 160,
+            190, 220, 260, 330, 420, 550, 700)  # fmt: skip
+"""Where the first layer's channels bend: soft tissues lie close together."""
 VALIDATION_SEEDS = (2000, 2001)
 CHECKED_SHARE = 0.04
 SHIFTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
@@ -215,6 +218,26 @@ def build_network() -> Any:  # noqa: ANN401 - nnU-Net is untyped
         allow_init=True,
         deep_supervision=False,
     )
+
+
+def set_ramps(network: Any, tile: torch.Tensor) -> None:  # noqa: ANN401
+    """Fix the first layer, a function of one voxel: leaky ramps, each of unit deviation.
+
+    A norm of one channel's intensities undoes whatever else a 1x1x1 convolution could learn; drawn
+    by chance, all channels would bend at the same HU.
+    """
+    import torch
+
+    (first,) = _blocks(network.encoder.stages[0])
+    bends = (torch.tensor(RAMPS_HU) - MEAN_HU) / STD_HU
+    values = tile.flatten()[::97]
+    ramps = torch.nn.functional.leaky_relu(values[:, None] - bends, 0.01)
+    with torch.no_grad():
+        first.conv.weight.fill_(1)
+        first.conv.bias.zero_()
+        first.norm.weight.copy_(tile.std() / ramps.std(0))
+        first.norm.bias.copy_((tile.mean() - bends) / ramps.std(0))
+    network.encoder.stages[0].requires_grad_(False)
 
 
 def half_resolution(network: Any, tile: torch.Tensor) -> torch.Tensor:  # noqa: ANN401
@@ -453,7 +476,7 @@ def _run(
     """Take steps: every phantom in turn, then by chance."""
     import torch
 
-    parameters = [parameter for layer in layers for parameter in layer.parameters()]
+    parameters = [p for layer in layers for p in layer.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=1e-4, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, rate, total_steps=steps, pct_start=0.15, final_div_factor=50
@@ -566,8 +589,8 @@ def main() -> None:
     parser.add_argument("work", type=Path, help="folder for the drawn phantoms")
     parser.add_argument("--output", type=Path, default=Path("totalfast/demo/model"))
     parser.add_argument("--phantoms", type=int, default=90)
-    parser.add_argument("--steps-below", type=int, default=250)
-    parser.add_argument("--steps-full", type=int, default=1000)
+    parser.add_argument("--steps-below", type=int, default=300)
+    parser.add_argument("--steps-full", type=int, default=1200)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
@@ -588,6 +611,7 @@ def main() -> None:
     torch.manual_seed(options.seed)
     random = np.random.default_rng(options.seed)
     network = build_network().train()
+    set_ramps(network, Example(files[0], random).tile)
     print(f"{sum(p.numel() for p in network.parameters())} parameters", flush=True)
     below = options.work / f"below_{options.seed}_{options.phantoms}_{options.steps_below}.pt"
     if below.exists():

@@ -9,6 +9,7 @@ import logging
 import time
 from dataclasses import dataclass, replace
 from functools import partial
+from threading import Thread
 from typing import TYPE_CHECKING
 
 import nibabel as nib
@@ -17,6 +18,7 @@ from nibabel.orientations import axcodes2ornt, ornt_transform
 
 from totalfast.cores import usable_cores
 from totalfast.export import nearest_to_scanner_grid
+from totalfast.export.linear import prepare as prepare_linear
 from totalfast.geometry import Grid
 from totalfast.progress import Progress, Work, timed
 from totalfast.sliding_window import plan_tiles
@@ -93,6 +95,8 @@ def run(
     # Loading takes turns, and the rough model is needed first.
     rough_models = [] if task.crop is None else _load(task.crop.rough, options, session)
     models = _load(task, options, session)
+    if options.export == "linear":
+        Thread(target=prepare_linear, name="totalfast-compile", daemon=True).start()
     with Progress(disable=options.quiet) as progress:
         this = Run(
             options=options,

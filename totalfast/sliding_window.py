@@ -227,6 +227,18 @@ def _slices_for_head(shape: tuple[int, ...]) -> Iterator[slice]:
         yield slice(int(start), int(stop))
 
 
+def _zeros(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Float16 zeros; on the CPU they take memory only where they are written to.
+
+    So the first tile's features, which are largest before its logits are known, come and go first.
+    """
+    import torch
+
+    if device.type == "cpu":
+        return torch.from_numpy(np.zeros(shape, dtype=np.float16))
+    return torch.zeros(shape, dtype=torch.half, device=device)
+
+
 class _RollingWindow:
     """Accumulators as deep as one tile, moved along z; slices that leave it are final."""
 
@@ -242,10 +254,7 @@ class _RollingWindow:
         self.tiles = tiles
         self.first = 0
         area = (tiles.patch[0], *tiles.padded_shape[1:])
-        self.sums = [
-            torch.zeros((model.heads, *area), dtype=torch.half, device=device)
-            for _ in model.networks
-        ]
+        self.sums = [_zeros((model.heads, *area), device) for _ in model.networks]
         self.weight = torch.zeros(area, dtype=torch.half, device=device)
         self.gaussian = compute_gaussian(
             tiles.patch, sigma_scale=1.0 / 8, value_scaling_factor=10, device=device
@@ -286,11 +295,13 @@ class _RollingWindow:
             some = slice(row, min(row + SLICES_PER_ARGMAX, rows.stop))
             part = (slice(None), some, *inside)
             yield self.first + row - below[0], self._normalised(part)
+        self.first = start
+        if start >= self.tiles.padded_shape[0]:
+            return
         for array in (*self.sums, self.weight):
             kept = array[..., done:, :, :].clone()
             array[..., : kept.shape[-3], :, :] = kept
             array[..., kept.shape[-3] :, :, :] = 0
-        self.first = start
 
     def _normalised(self, part: tuple[slice, ...]) -> torch.Tensor:
         """Divide the sums by the weights, fold by fold, and average the folds: all in float16."""

@@ -391,9 +391,9 @@ def _spine_a(s_mm: float) -> float:
 def _draw_spine(canvas: _Canvas) -> None:
     """Cord, then every vertebra as a body, an arch, transverse and spinous processes, discs."""
     rows = _vertebrae()
-    cord = [(0.0, _spine_a(s) - 20.5 - 0.02 * (150 - s) * (s < 150), s) for _, s, _ in rows]
+    cord = [(0.0, _spine_a(s) - 21.5 - 0.02 * (150 - s) * (s < 150), s) for _, s, _ in rows]
     cord = [point for point in cord if point[2] > -40]
-    canvas.tube("spinal_cord", cord, 5.2, hu=38, flat=(1.2, 0.95, 1), jitter_mm=0)
+    canvas.tube("spinal_cord", cord, 7.0, hu=38, flat=(1.2, 0.95, 1), jitter_mm=0)
     for index, (level, s, height) in enumerate(rows):
         name, a = f"vertebrae_{level}", _spine_a(s)
         grow = index / (len(rows) - 1)
@@ -424,7 +424,7 @@ def _draw_spine(canvas: _Canvas) -> None:
                     (side * width * 0.78, a - depth - 9, s + height * 0.12),
                     (side * span, a - depth - (11 if lumbar else 19), s + height * 0.1),
                 ],
-                [4.6, 5.0, 3.4],
+                [6.0, 6.6, 5.4],
                 flat=(1, 1, 1.15),
                 jitter_mm=0.5,
                 **bone,
@@ -436,8 +436,8 @@ def _draw_spine(canvas: _Canvas) -> None:
                     (side * width * 0.50, a - depth - 18, s - height * 0.12),
                     (0.0, a - depth - 24, s - height * 0.28),
                 ],
-                4.0,
-                flat=(1, 1, 1.7),
+                5.4,
+                flat=(1, 1, 1.6),
                 jitter_mm=0.3,
                 **bone,
             )
@@ -445,8 +445,8 @@ def _draw_spine(canvas: _Canvas) -> None:
         canvas.tube(
             name,
             [(0, a - depth - 22, s - height * 0.2), (0, a - depth - 42, s - drop)],
-            3.4,
-            flat=(0.9, 1, 2.2 if lumbar else 1.4),
+            5.0,
+            flat=(0.9, 1, 1.9 if lumbar else 1.3),
             jitter_mm=1.0,
             **bone,
         )
@@ -460,7 +460,7 @@ def _rib_path(number: int, side: float, s_mm: float, a_spine: float) -> Curve:
     width, depth, centre = (_profile_at(CAVITY_PROFILE, s, k) for k in (1, 2, 3))
     r, a = np.sin(angles), -np.cos(angles)
     stretch = 1 / np.sqrt((1 + np.sqrt(1 - 1.68 * np.square(r * a))) / 2)
-    r, a = side * stretch * r * (width + 4.5), centre + stretch * a * (depth + 4.5)
+    r, a = side * stretch * r * (width + 6.0), centre + stretch * a * (depth + 6.0)
     neck = [(side * 19.0, a_spine - 10.0, s_mm + 5.0), (side * 33.0, a_spine - 24.0, s_mm + 2.5)]
     return np.vstack([neck, np.stack([r, a, s], axis=1)])
 
@@ -475,12 +475,12 @@ def _draw_rib_cage(canvas: _Canvas) -> None:
         for number in range(1, 13):
             s, height = heights[f"T{number}"]
             path = _rib_path(number, side, s + height * 0.35, _spine_a(s))
-            thin = 0.75 if number in (1, 11, 12) else 1.0
+            thin = 0.85 if number in (1, 11, 12) else 1.0
             canvas.tube(
                 f"rib_{word}_{number}",
                 path,
-                5.6 * thin,
-                flat=(0.8, 0.8, 1.3),
+                7.4 * thin,
+                flat=(0.8, 0.8, 1.2),
                 jitter_mm=0.8,
                 **bone,
             )
@@ -492,14 +492,14 @@ def _draw_rib_cage(canvas: _Canvas) -> None:
                 end = np.array([side * away, joint_a - (number > 7) * 3.0, joint_s - fall])
                 bend = (path[-1] + end) / 2 + np.array([0, 5.0, -6.0])
                 canvas.tube(
-                    "costal_cartilages", [path[-1], bend, end], 5.0, hu=CARTILAGE_HU,
+                    "costal_cartilages", [path[-1], bend, end], 7.5, hu=CARTILAGE_HU,
                     flat=(0.8, 0.8, 1), jitter_mm=0.5,
                 )  # fmt: skip
         collar = [(side * 20, 64, 214), (side * 60, 58, 232), (side * 110, 20, 243)]
-        canvas.tube(f"clavicula_{word}", collar, 6.0, **bone)
+        canvas.tube(f"clavicula_{word}", collar, 8.0, **bone)
         blade = (side * 98, -76, 176)
         canvas.blob(
-            f"scapula_{word}", blade, (36, 5.0, 50), tilt_deg=(-14, 0, side * 34), rough=0.1,
+            f"scapula_{word}", blade, (36, 7.5, 50), tilt_deg=(-14, 0, side * 34), rough=0.1,
             inside=canvas.body, inside_limit=0.93, **bone,
         )  # fmt: skip
 
@@ -533,11 +533,11 @@ def _draw_pelvis(canvas: _Canvas) -> None:
 def _draw_airways_and_gullet(canvas: _Canvas) -> None:
     """Trachea with both main bronchi, oesophagus, thyroid."""
     windpipe = [(1, -22, 275), (1, -24, 225), (2, -30, 172)]
-    canvas.tube("trachea", windpipe, 8.5, hu=-990, jitter_mm=1.0)
+    canvas.tube("trachea", windpipe, 9.5, hu=-990, jitter_mm=1.0)
     canvas.tube("trachea", [(2, -30, 174), (16, -30, 158), (32, -30, 146)], 6.5, hu=-985)
     canvas.tube("trachea", [(2, -30, 174), (-18, -29, 160), (-38, -30, 150)], 6.0, hu=-985)
     gullet = [(-5, -38, 265), (-3, -41, 200), (-5, -40, 120), (-14, -30, 75), (-22, -22, 52)]
-    canvas.tube("esophagus", gullet, 7.5, hu=CLOT_HU, flat=(1.15, 0.8, 1), jitter_mm=1.5)
+    canvas.tube("esophagus", gullet, 9.0, hu=CLOT_HU, flat=(1.15, 0.8, 1), jitter_mm=1.5)
     for side in (-1.0, 1.0):
         canvas.blob("thyroid_gland", (side * 15, -10, 254), (9, 11, 20), hu=125, jitter_mm=2)
 
@@ -551,31 +551,31 @@ def _draw_great_vessels(canvas: _Canvas) -> None:
     radii = [15, 15, 14, 13, 12, 11.5, 11, 10.5, 9.5, 8.5, 8]
     canvas.tube("aorta", arch, radii, hu=artery, jitter_mm=1.5)
     for name, points, size in (
-        ("brachiocephalic_trunk", [(8, 12, 182), (14, 6, 200), (22, 0, 220)], 6.0),
-        ("subclavian_artery_right", [(22, 0, 218), (50, 2, 236), (95, -5, 228)], 4.5),
-        ("common_carotid_artery_right", [(22, 0, 220), (24, -6, 240), (26, -8, 285)], 4.0),
-        ("common_carotid_artery_left", [(-6, 2, 186), (-16, -2, 225), (-26, -8, 285)], 4.0),
-        ("subclavian_artery_left", [(-18, -14, 180), (-28, -16, 222), (-95, -8, 228)], 4.8),
+        ("brachiocephalic_trunk", [(8, 12, 182), (14, 6, 200), (22, 0, 220)], 7.5),
+        ("subclavian_artery_right", [(22, 0, 218), (50, 2, 236), (95, -5, 228)], 6.5),
+        ("common_carotid_artery_right", [(22, 0, 220), (24, -6, 240), (26, -8, 285)], 6.5),
+        ("common_carotid_artery_left", [(-6, 2, 186), (-16, -2, 225), (-26, -8, 285)], 6.5),
+        ("subclavian_artery_left", [(-18, -14, 180), (-28, -16, 222), (-95, -8, 228)], 6.5),
     ):
         canvas.tube(name, points, size, hu=artery)
     for name, points, size in (
-        ("superior_vena_cava", [(25, 14, 196), (26, 12, 165), (25, 8, 125)], 9.0),
-        ("brachiocephalic_vein_right", [(25, 16, 196), (32, 18, 212), (48, 22, 232)], 7.0),
-        ("brachiocephalic_vein_left", [(22, 22, 194), (-10, 30, 204), (-46, 24, 232)], 6.5),
+        ("superior_vena_cava", [(25, 14, 196), (26, 12, 165), (25, 8, 125)], 11.0),
+        ("brachiocephalic_vein_right", [(25, 16, 196), (32, 18, 212), (48, 22, 232)], 8.5),
+        ("brachiocephalic_vein_left", [(22, 22, 194), (-10, 30, 204), (-46, 24, 232)], 8.5),
         ("inferior_vena_cava", [(18, -14, -108), (19, -12, -40), (22, -10, 15), (24, 0, 62),
                                 (20, 6, 84)], 11.0),
         ("portal_vein_and_splenic_vein", [(42, 10, 8), (16, 6, -18), (-20, 0, -14),
-                                          (-62, -22, 2)], 6.0),
+                                          (-62, -22, 2)], 8.5),
     ):  # fmt: skip
         canvas.tube(name, points, size, hu=vein)
     for side, word in ((-1.0, "left"), (1.0, "right")):
         fork = [(side * 4, -14, -106), (side * 24, -10, -135), (side * 48, 2, -190)]
-        canvas.tube(f"iliac_artery_{word}", fork, 5.5, hu=artery)
+        canvas.tube(f"iliac_artery_{word}", fork, 7.5, hu=artery)
         fork = [(side * 8 + 8, -20, -110), (side * 26, -22, -140), (side * 50, -8, -190)]
-        canvas.tube(f"iliac_vena_{word}", fork, 6.5, hu=vein)
+        canvas.tube(f"iliac_vena_{word}", fork, 8.5, hu=vein)
         for s, a in ((128, -14), (112, -12)):
             root = [(side * 14, a, s), (side * 36, a - 6, s + 2), (side * 56, a - 12, s + 4)]
-            canvas.tube("pulmonary_vein", root, 6.0, hu=vein)
+            canvas.tube("pulmonary_vein", root, 8.0, hu=vein)
 
 
 def _draw_heart(canvas: _Canvas) -> None:
@@ -630,7 +630,7 @@ def _draw_retroperitoneum(canvas: _Canvas) -> None:
                 (hat[0], hat[1] + 8, hat[2] + 6),
                 (hat[0] + limb, hat[1] - 14, hat[2] - 8),
             ]
-            canvas.tube(f"adrenal_gland_{word}", points, 3.4, hu=68, flat=(0.8, 1, 2.2))
+            canvas.tube(f"adrenal_gland_{word}", points, 5.0, hu=68, flat=(0.9, 1, 1.8))
 
 
 def _draw_upper_abdomen(canvas: _Canvas) -> None:
@@ -680,7 +680,7 @@ def _draw_stomach(canvas: _Canvas) -> None:
 def _draw_bowel(canvas: _Canvas) -> None:
     """Duodenum, colon frame with gas and stool, loops of small bowel."""
     loop = [(24, 34, -38), (46, 20, -40), (52, 6, -62), (40, 0, -88), (8, 4, -90), (-24, 8, -78)]
-    canvas.tube("duodenum", loop, 10.5, hu=CLOT_HU, jitter_mm=2)
+    canvas.tube("duodenum", loop, 12.0, hu=CLOT_HU + 35, jitter_mm=2)
     frame = [(78, 24, -150), (96, 14, -118), (100, 4, -78), (92, 22, -50), (62, 54, -64),
              (20, 64, -82), (-30, 62, -74), (-76, 40, -40), (-98, 2, -18), (-104, -14, -60),
              (-104, -8, -110), (-88, 10, -150)]  # fmt: skip
@@ -766,13 +766,13 @@ def _scan(canvas: _Canvas) -> NDArray[np.int16]:
     from scipy import ndimage
 
     _draw_table(canvas)
-    blur = canvas.random.uniform(0.75, 1.0) / canvas.spacing_mm
+    blur = canvas.random.uniform(1.0, 1.25) / canvas.spacing_mm
     image = ndimage.gaussian_filter(canvas.hu, blur, truncate=3, output=np.float32)
     noise = canvas.random.standard_normal(canvas.shape, dtype=np.float32)
     grain = 0.9 / canvas.spacing_mm
     noise = ndimage.gaussian_filter(noise, (grain, grain, 0.5 * grain), truncate=2.5)
     # Centre of the body is noisiest: rays there cross the most tissue.
-    level = canvas.random.uniform(9, 17) / max(float(noise.std()), 1e-6)
+    level = canvas.random.uniform(7, 12) / max(float(noise.std()), 1e-6)
     noise *= level * (1.35 - 0.5 * np.minimum(canvas.body, 1.4))
     image += noise
     image[image < -900] -= 0.3 * (image[image < -900] + 900)

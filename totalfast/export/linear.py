@@ -25,6 +25,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from totalfast.cores import usable_cores
+from totalfast.geometry import CENTERS, linear_weights
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
@@ -48,6 +51,22 @@ class _Plane(NamedTuple):
     """How far the maximum is ahead of every smaller label; infinite for label 0."""
     magnitude: NDArray[Any]
     """Largest absolute logit."""
+
+
+def prepare() -> None:
+    """Compile the inner loops, or load them from numba's cache: seconds in a fresh installation.
+
+    Worth a thread of its own while a network runs.
+    """
+    import torch
+
+    threads = usable_cores()
+    size = 2 * threads
+    axis = linear_weights(size, 2 * size, CENTERS)
+    out = np.zeros(3 * (2 * size,), dtype=np.uint8)
+    # The parts of arrays must have the layout that they have in a real run, threads included.
+    export = LinearExport([axis, axis, axis], out, rounded_to="float16", threads=threads)
+    export.add(0, torch.zeros((2, size, size, size), dtype=torch.half))
 
 
 class LinearExport:
