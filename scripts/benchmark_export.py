@@ -1,12 +1,16 @@
 """Time the ways from logits to labels at a scan's resolution, in one run on the same logits.
 
     python scripts/benchmark_export.py --json FILE [--quick] [--classes 118] ...
+    python scripts/benchmark_export.py --json FILE --growth PICTURE
 
 Compared: nnU-Net's default resampling (linear, class by class) and its torch resampler, each
 followed by the argmax, and totalfast's ``nearest``, ``linear`` and ``plans``. The logits are made:
 smooth fields, whose label map has boundary cells as anatomy has; the share is reported. With
 --quick nnU-Net's default is timed on a few classes and extrapolated to all; the result says so,
 and its labels are then compared on those classes only.
+
+With --growth, ``nearest`` and ``linear`` alone are timed while one of three things is varied: the
+number of classes, the size of the target, and the share of boundary cells (by noise in the logits).
 """
 
 from __future__ import annotations
@@ -38,7 +42,13 @@ SPACING = (3.0, 3.0, 3.0)
 """Isotropic, so that nothing is resampled separately."""
 
 
-def make_logits(classes: int, source: tuple[int, ...], seed: int) -> torch.Tensor:
+NOISE = 0.05
+"""Of the logits; neighbouring structures differ by some units."""
+
+
+def make_logits(
+    classes: int, source: tuple[int, ...], seed: int, noise: float = NOISE
+) -> torch.Tensor:
     """float16 (classes, z, y, x): each class is likely around one seed point of its own."""
     random = np.random.default_rng(seed)
     torch_random = torch.Generator().manual_seed(seed)
@@ -51,7 +61,7 @@ def make_logits(classes: int, source: tuple[int, ...], seed: int) -> torch.Tenso
     for k in range(1, classes):
         centre, width = random.uniform(0.15, 0.85, 3) * source, random.uniform(6, 22, 3)
         distance = sum(((g - c) / w) ** 2 for g, c, w in zip(grid, centre, width, strict=True))
-        logits[k] = (8 - 6 * torch.as_tensor(distance)).clamp_min(-12) + 0.05 * torch.randn(
+        logits[k] = (8 - 6 * torch.as_tensor(distance)).clamp_min(-12) + noise * torch.randn(
             source, generator=torch_random
         )
     return logits
@@ -78,6 +88,64 @@ def measured(call: Callable[[], Any]) -> tuple[Any, float, float]:
     return result, seconds, peak - before
 
 
+GROWTH: dict[str, tuple[tuple[int, tuple[int, int, int], float], ...]] = {
+    "classes": tuple((n, (300, 512, 512), NOISE) for n in (8, 30, 60, 90, 118)),
+    "million voxels": tuple(
+        (118, shape, NOISE)
+        for shape in ((100, 256, 256), (200, 384, 384), (300, 512, 512), (450, 640, 640))
+    ),
+    "boundary cells, %": tuple((118, (300, 512, 512), noise) for noise in (0.05, 0.3, 0.6, 1.0)),
+}
+"""What is varied: classes, target and noise of each point."""
+
+
+def growth(source: tuple[int, int, int], repeats: int) -> dict[str, list[dict[str, float]]]:
+    """Median seconds of ``nearest`` and ``linear`` for each point of ``GROWTH``."""
+    export_labels(make_logits(4, (4, 8, 8), 0), (8, 16, 16), method="linear")  # compiled
+    series: dict[str, list[dict[str, float]]] = {}
+    for name, points in GROWTH.items():
+        for classes, target, noise in points:
+            logits = make_logits(classes, source, seed=0, noise=noise)
+            _, boundary = label_map_facts(export_labels(logits, source, method="nearest"))
+            point = {
+                "classes": classes,
+                "million voxels": float(np.prod(target)) / 1e6,
+                "boundary cells, %": 100 * boundary,
+            }
+            for method in ("nearest", "linear"):
+                call = partial(
+                    export_labels, logits, target, method=method, spacing=SPACING,
+                    new_spacing=SPACING,
+                )  # fmt: skip
+                point[method] = float(np.median([measured(call)[1] for _ in range(repeats)]))
+            print(name, {key: round(value, 2) for key, value in point.items()}, flush=True)
+            series.setdefault(name, []).append(point)
+    return series
+
+
+def plot_growth(series: dict[str, list[dict[str, float]]], path: Path) -> None:
+    """Draw one panel a series."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, panels = plt.subplots(1, len(series), figsize=(11, 3), layout="constrained")
+    for panel, (name, points) in zip(panels, series.items(), strict=True):
+        for method, marker in (("nearest", "o"), ("linear", "s")):
+            panel.plot(
+                [point[name] for point in points],
+                [point[method] for point in points],
+                marker=marker,
+                label=method,
+            )
+        panel.set(xlabel=name, xlim=(0, None), ylim=(0, None))
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("seconds")
+    panels[0].legend()
+    figure.savefig(path, dpi=110)
+
+
 def main() -> int:
     """Command line."""
     from nnunetv2.preprocessing.resampling.default_resampling import resample_data_or_seg_to_shape
@@ -90,8 +158,15 @@ def main() -> int:
     parser.add_argument("--source", type=int, nargs=3, default=(100, 134, 134), metavar="N")
     parser.add_argument("--target", type=int, nargs=3, default=(300, 512, 512), metavar="N")
     parser.add_argument("--repeats", type=int, default=3, help="of totalfast's nearest and linear")
+    parser.add_argument("--growth", type=Path, metavar="PICTURE", help="draw how both grow")
     options = parser.parse_args()
     source, target = tuple(options.source), tuple(options.target)
+    if options.growth:
+        series = growth(source, options.repeats)
+        plot_growth(series, options.growth)
+        content = {"source": source, "machine": machine(), "series": series}
+        options.json.write_text(json.dumps(content, indent=1) + "\n")
+        return 0
     logits = make_logits(options.classes, source, seed=0)
     default = partial(
         resample_data_or_seg_to_shape, is_seg=False, order=1, order_z=0, force_separate_z=None

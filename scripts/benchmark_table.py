@@ -9,9 +9,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from readme import write_table
+
 ROOT = Path(__file__).resolve().parents[1]
-START = "<!-- table: made by scripts/benchmark_table.py -->\n"
-END = "<!-- end of table -->"
 
 
 def row(result: dict[str, Any]) -> str:
@@ -52,10 +52,7 @@ def table() -> str:
 
 def main() -> None:
     """Replace the table in README.md."""
-    readme = ROOT / "README.md"
-    before, _, rest = readme.read_text().partition(START)
-    _, _, after = rest.partition(END)
-    readme.write_text(f"{before}{START}{table()}{END}{after}")
+    write_table(Path(__file__).name, table())
 
 
 if __name__ == "__main__":

@@ -21,12 +21,11 @@ from typing import TYPE_CHECKING, Any
 
 import nibabel as nib
 import numpy as np
+from readme import write_table
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-README = Path(__file__).resolve().parents[1] / "README.md"
-START, END = "<!-- table: made by scripts/score_demo_model.py -->\n", "<!-- end of table -->"
 SEEDS = range(1, 11)
 BIN_HU = 4
 GROUPS = {
@@ -124,8 +123,7 @@ def main() -> int:
     options.json.write_text(json.dumps(results, indent=1) + "\n")
     print(table(results))
     if options.readme:
-        before, _, rest = README.read_text().partition(START)
-        README.write_text(f"{before}{START}{table(results)}{END}{rest.partition(END)[2]}")
+        write_table(Path(__file__).name, table(results))
     return 0
 
 
