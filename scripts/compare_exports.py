@@ -9,16 +9,12 @@ distance between the two surfaces in mm (the mean of both directions).
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 import statistics
-from pathlib import Path
+import sys
 from typing import TYPE_CHECKING, Any
 
-import nibabel as nib
 import numpy as np
-from readme import write_table
+from on_phantoms import main, segmented
 from scipy import ndimage
 
 if TYPE_CHECKING:
@@ -45,19 +41,16 @@ def surface_distance(
 
 def compare_seed(seed: int) -> list[dict[str, Any]]:
     """One row a structure: name, true_ml, and Dice and surface distance of each export."""
-    import totalfast
     from totalfast.demo.phantom import make_phantom
     from totalfast.demo.score import score
     from totalfast.upstream import CLASS_MAPS
 
     names = CLASS_MAPS["total"]
     phantom = make_phantom(seed)
-    scan = nib.Nifti1Image(phantom.ct, phantom.affine)
     spacing_mm = float(phantom.affine[0, 0])
     rows: dict[int, dict[str, Any]] = {}
     for name, export in EXPORTS.items():
-        image = totalfast.segment(scan, fast=True, export=export, device="cpu", quiet=True)
-        labels = np.asarray(image.dataobj)
+        labels = segmented(phantom, export=export)
         scores = {
             row.name: row
             for row in score(labels, phantom.labels, names, voxel_ml=spacing_mm**3 / 1000)
@@ -97,25 +90,5 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
-    parser.add_argument("--readme", action="store_true", help="also write README's table")
-    options = parser.parse_args()
-    from totalfast.demo.command import MODEL
-
-    os.environ["TOTALSEG_WEIGHTS_PATH"] = str(MODEL)
-    rows = []
-    for seed in options.seeds:
-        rows += compare_seed(seed)
-        print(f"seed {seed} done", flush=True)
-    options.json.write_text(json.dumps(rows, indent=1) + "\n")
-    print(table(rows))
-    if options.readme:
-        write_table(Path(__file__).name, table(rows))
-
-
 if __name__ == "__main__":
-    main()
+    sys.exit(main(__file__, __doc__ or "", seeds=SEEDS, measure=compare_seed, table=table))

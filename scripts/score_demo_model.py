@@ -10,18 +10,12 @@ The table in README is written from the JSON.
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 import statistics
 import sys
-import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import nibabel as nib
 import numpy as np
-from readme import write_table
+from on_phantoms import main, segmented
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -61,16 +55,13 @@ def best_intervals(ct: NDArray[np.int16], labels: NDArray[np.uint8]) -> NDArray[
 
 def score_seed(seed: int) -> dict[str, Any]:
     """Dice of each structure: the model's, and that of the best threshold."""
-    import totalfast
     from totalfast.demo.phantom import make_phantom
     from totalfast.demo.score import score
     from totalfast.upstream import CLASS_MAPS
 
     names = CLASS_MAPS["total"]
     phantom = make_phantom(seed)
-    scan = nib.Nifti1Image(phantom.ct, phantom.affine)
-    found = totalfast.segment(scan, fast=True, export="linear", device="cpu", quiet=True)
-    labels = np.asarray(found.dataobj)
+    labels = segmented(phantom, export="linear")
     voxel_ml = float(np.prod(np.diag(phantom.affine)[:3])) / 1000
     thresholds = best_intervals(phantom.ct, phantom.labels)
     ids = {name: label for label, name in names.items()}
@@ -104,28 +95,12 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> int:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
-    parser.add_argument("--readme", action="store_true", help="also write README's table")
-    options = parser.parse_args()
-    from totalfast.demo.command import MODEL
-
-    os.environ["TOTALSEG_WEIGHTS_PATH"] = str(MODEL)
-    results = []
-    for seed in options.seeds:
-        began = time.perf_counter()
-        results.append(score_seed(seed))
-        mean = results[-1]["mean"]
-        print(f"seed {seed}: {mean:.3f}, {time.perf_counter() - began:.0f} s", flush=True)
-    options.json.write_text(json.dumps(results, indent=1) + "\n")
-    print(table(results))
-    if options.readme:
-        write_table(Path(__file__).name, table(results))
-    return 0
+def measure(seed: int) -> list[dict[str, Any]]:
+    """``score_seed``, and its mean said at once."""
+    result = score_seed(seed)
+    print(f"mean Dice {result['mean']:.3f}, ", end="")
+    return [result]
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(__file__, __doc__ or "", seeds=SEEDS, measure=measure, table=table))

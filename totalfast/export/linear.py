@@ -53,10 +53,11 @@ class _Plane(NamedTuple):
     """Largest absolute logit."""
 
 
+@functools.cache
 def prepare() -> None:
     """Compile the inner loops, or load them from numba's cache: seconds in a fresh installation.
 
-    Worth a thread of its own while a network runs.
+    Worth a thread of its own while a network runs; called again, it does nothing.
     """
     import torch
 

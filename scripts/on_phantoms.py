@@ -1,0 +1,73 @@
+"""The demonstration model on made phantoms: what the scripts that measure it have in common."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import nibabel as nib
+import numpy as np
+from readme import write_table
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from numpy.typing import NDArray
+
+    from totalfast.demo.phantom import Phantom
+
+
+def segmented(phantom: Phantom, *, export: str) -> NDArray[np.uint8]:
+    """Labels (x, y, z) that ``--fast --export`` finds in a phantom."""
+    import totalfast
+
+    scan = nib.Nifti1Image(phantom.ct, phantom.affine)
+    found = totalfast.segment(scan, fast=True, export=export, device="cpu", quiet=True)
+    return np.asarray(found.dataobj)
+
+
+def main(
+    script: str,
+    description: str,
+    *,
+    seeds: Iterable[int],
+    measure: Callable[[int], list[dict[str, Any]]],
+    table: Callable[[list[dict[str, Any]]], str],
+) -> int:
+    """Command line of such a script.
+
+    Parameters
+    ----------
+    script
+        Its path; README names the file beside the table.
+    description
+        For ``--help``; its first line is taken.
+    seeds
+        Phantoms, if none are named.
+    measure
+        Rows of the JSON from the phantom of a seed.
+    table
+        Markdown from all rows.
+    """
+    parser = argparse.ArgumentParser(description=description.partition("\n")[0])
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(seeds))
+    parser.add_argument("--readme", action="store_true", help="also write README's table")
+    options = parser.parse_args()
+    from totalfast.demo.command import MODEL
+
+    os.environ["TOTALSEG_WEIGHTS_PATH"] = str(MODEL)
+    rows: list[dict[str, Any]] = []
+    for seed in options.seeds:
+        began = time.perf_counter()
+        rows += measure(seed)
+        print(f"seed {seed}: {time.perf_counter() - began:.0f} s", flush=True)
+    options.json.write_text(json.dumps(rows, indent=1) + "\n")
+    print(table(rows))
+    if options.readme:
+        write_table(Path(script).name, table(rows))
+    return 0
