@@ -27,15 +27,16 @@ if TYPE_CHECKING:
 
     from totalfast.weights import Model
 
-SLICES_PER_HEAD = 4
-"""Slices of a tile that get their logits at a time: few enough for the cache."""
-
 ONEDNN_SIZE = 20480
 """Up to this product of its first four sizes torch convolves a batch of one without oneDNN, and
 with other last bits (2.14, Convolution.cpp, use_mkldnn)."""
 
-SLICES_PER_ARGMAX = 8
-"""Slices that are divided and reduced at a time: tens of megabytes for 118 classes."""
+ONEDNN_FEATURES = 32
+"""Up to so many features oneDNN sums a 1x1x1 convolution in one go, so that an answer's last bits
+do not depend on how many voxels are asked for at a time. nnU-Net's last layer takes 32."""
+
+SLICES_PER_ARGMAX = 2
+"""Slices that are divided and reduced at a time: some megabytes for 118 classes."""
 
 MAX_THREADS = 8
 """nnU-Net caps torch's threads at its ``default_num_processes``, which is 8."""
@@ -218,13 +219,21 @@ def _with_module(module: nn.Module, name: str, part: nn.Module) -> nn.Module:
     return other
 
 
-def _slices_for_head(shape: tuple[int, ...]) -> Iterator[slice]:
-    """Cut features (1, features, z, y, x) along z into parts that torch treats as the whole."""
-    _, features, depth, height, _ = shape
-    least = max(SLICES_PER_HEAD, ONEDNN_SIZE // (features * height) + 1)
+def _logits(head: nn.Module | None, features: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Apply the last layer to features (1, features, z, y, x), a slice or a few at a time.
+
+    Yields (slices along z, logits (classes, slices, y, x)) with the bits of the whole; few enough
+    that they stay in the cache, and that their memory is used again instead of asked for.
+    """
+    _, count, depth, height, width = features.shape
+    if head is None or count > ONEDNN_FEATURES or count * depth * height <= ONEDNN_SIZE:
+        yield slice(0, depth), (features if head is None else head(features))[0]
+        return
+    least = ONEDNN_SIZE // (count * height * width) + 1
     bounds = np.linspace(0, depth, max(depth // least, 1) + 1).astype(int)
     for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
-        yield slice(int(start), int(stop))
+        line = features[:, :, start:stop].reshape(1, count, 1, -1, 1)
+        yield slice(int(start), int(stop)), head(line).view(-1, stop - start, height, width)
 
 
 def _zeros(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
@@ -256,6 +265,7 @@ class _RollingWindow:
         area = (tiles.patch[0], *tiles.padded_shape[1:])
         self.sums = [_zeros((model.heads, *area), device) for _ in model.networks]
         self.weight = torch.zeros(area, dtype=torch.half, device=device)
+        self._slice = torch.empty(model.heads, *tiles.patch[1:], device=device)
         self.gaussian = compute_gaussian(
             tiles.patch, sigma_scale=1.0 / 8, value_scaling_factor=10, device=device
         )
@@ -274,14 +284,18 @@ class _RollingWindow:
                 logits *= self.gaussian
                 total[place] += logits
                 continue
-            for rows in _slices_for_head(answer.shape):
-                logits = answer[:, :, rows]
-                logits = (logits if head is None else head(logits))[0]
-                logits *= self.gaussian[rows]
-                # Two dtypes are added in float32 and rounded once; said so, it is much faster.
-                part = total[place][:, rows]
-                part.copy_(part.float().add_(logits))
+            for slices, logits in _logits(head, answer):
+                self._add_up(total[place][:, slices], logits, self.gaussian[slices])
         self.weight[place[1:]] += self.gaussian
+
+    def _add_up(self, total: torch.Tensor, logits: torch.Tensor, weight: torch.Tensor) -> None:
+        """``total += logits * weight``, slice by slice, in memory that is used again.
+
+        Two dtypes are added in float32 and rounded once; said so, it is much faster.
+        """
+        for z in range(total.shape[1]):
+            both = self._slice.copy_(total[:, z])
+            total[:, z] = both.add_(logits[:, z].mul_(weight[z]))
 
     def advance(self, start: int) -> Iterator[tuple[int, torch.Tensor]]:
         """Move the window to begin at padded slice ``start``; yield what it leaves behind."""

@@ -6,7 +6,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from totalfast import ArgmaxPredictor, PredictionError
 from totalfast.sliding_window import (
-    _slices_for_head,
+    _logits,
     first_maximum,
     plan_tiles,
     predict_labels,
@@ -112,18 +112,27 @@ def test_first_maximum_is_argmax_with_ties_signed_zeros_and_nan():
     assert torch.equal(first_maximum(few), few.argmax(0))
 
 
+@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("classes", [2, 25, 118])
-@pytest.mark.parametrize("shape", [(8, 72, 72, 64), (32, 112, 112, 40), (32, 9, 31, 17)])
-def test_last_layer_by_itself_gives_the_same_bits(classes, shape):
+@pytest.mark.parametrize(
+    "shape",
+    [(8, 72, 72, 64), (32, 112, 112, 40), (32, 9, 31, 17), (20, 33, 40, 47), (64, 40, 33, 47)],
+)
+def test_last_layer_by_itself_gives_the_same_bits(classes, shape, threads):
     torch.manual_seed(classes)
-    whole = torch.nn.Conv3d(shape[0], classes, 1)
+    head = torch.nn.Conv3d(shape[0], classes, 1)
     features = torch.nn.functional.leaky_relu(10 * torch.randn(1, *shape))
-    parts = list(_slices_for_head(features.shape))
-    assert (parts[0].start, parts[-1].stop) == (0, shape[1])
-    with torch.inference_mode():
-        expected = whole(features)
-        for rows in parts:
-            assert torch.equal(whole(features[:, :, rows]), expected[:, :, rows])
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.inference_mode():
+            expected = head(features)[0]
+            parts = list(_logits(head, features))
+    finally:
+        torch.set_num_threads(before)
+    assert (parts[0][0].start, parts[-1][0].stop) == (0, shape[1])
+    for slices, logits in parts:
+        assert torch.equal(logits, expected[:, slices])
 
 
 @pytest.mark.parametrize("threads", [1, 2])
