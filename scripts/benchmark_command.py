@@ -39,6 +39,10 @@ from tests.parity.matrix import compare_folders
 SAMPLE_S = 0.2
 """Reading the PSS stops the process for a moment, so not more often than needed."""
 
+SETTLE_S = 20.0
+"""Pause before each run: a machine is busy for some seconds with taking back a program's gigabytes,
+which would be counted as the next program's time."""
+
 PROGRAMS = {"upstream": "totalsegmentator.bin.TotalSegmentator", "totalfast": "totalfast"}
 
 FORWARD_HOOK = """
@@ -163,6 +167,7 @@ def run(
     """Run one command; return wall and CPU seconds, or peak bytes of its process tree."""
     if hasattr(os, "sync"):
         os.sync()  # what the last program wrote is not for this one to wait for
+    time.sleep(SETTLE_S)
     before = os.times()
     began = time.perf_counter()
     process = subprocess.Popen(

@@ -102,6 +102,13 @@ def segment(
         nnU-Net plans identifier.
     robust_crop
         For tasks that look at a region: find it with the 3 mm model instead of the 6 mm model.
+    higher_order_resampling
+        Let nnU-Net's own resampling go all the way from the scan to the model's spacing and, for
+        the logits, back, for smooth masks.
+    save_probabilities
+        File for the probabilities of all classes (``.npz``, key "probabilities", float32,
+        (classes, z, y, x)) of the last model at its resolution; a ``.pkl`` beside it describes the
+        image. Takes much memory.
     export
         Not upstream's. How labels come to the scan's grid: "auto" or "nearest" as upstream does,
         "linear" from interpolated logits, for smooth masks.

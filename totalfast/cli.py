@@ -205,6 +205,14 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
         help="With --fast or --fastest: write the result at the model's resolution.",
     )
     add(
+        "-sp",
+        "--save_probabilities",
+        type=_path,
+        metavar="filepath",
+        help="Also write the probabilities of all classes (.npz) at the model's resolution, and "
+        "what nnU-Net knows of the image (.pkl). Takes much memory.",
+    )
+    add(
         "-ndm",
         "--no_derived_masks",
         action="store_true",
@@ -297,6 +305,13 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
         help="Predict in 3 pieces, for less memory on large scans.",
     )
     add(
+        "-ho",
+        "--higher_order_resampling",
+        "--high_order_resampling",
+        action="store_true",
+        help="Resample from the scan to the model and back as nnU-Net does, for smooth masks.",
+    )
+    add(
         "--export",
         choices=EXPORTS,
         default="auto",
@@ -308,7 +323,6 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
 def _add_unsupported_flags(group: Any) -> None:  # noqa: ANN401 - argparse's class is private
     for flags in (
         ("--higher_order_resampling_LEGACY", "--high_order_resampling_LEGACY"),
-        ("-ho", "--higher_order_resampling", "--high_order_resampling"),
         ("-r", "--radiomics"),
         ("-sii", "--stats_include_incomplete"),
         ("-sx", "--statistics_extra"),
@@ -335,6 +349,5 @@ def _add_unsupported_flags(group: Any) -> None:  # noqa: ANN401 - argparse's cla
         type=_positive,
         metavar="mm3",
     )
-    add("-sp", "--save_probabilities", type=_path)
     add("-l", "--license_number")
     add("--test", metavar="0|1|3", choices=[0, 1, 3], type=int, default=0)

@@ -6,7 +6,7 @@ Knows names and rules; knows nothing of arrays or files' contents.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,8 +33,6 @@ UNSUPPORTED_DEFAULTS: dict[str, Any] = {
     "remove_small_blobs": False,
     "statistics_normalized_intensities": False,
     "higher_order_resampling_LEGACY": False,
-    "higher_order_resampling": False,
-    "save_probabilities": None,
     "report": None,
     "statistics_extra": False,
     "model_size": "big",
@@ -89,6 +87,8 @@ class Options:
     resampling_order: int = 1
     plans: str = "nnUNetPlans"
     robust_crop: bool = False
+    higher_order_resampling: bool = False
+    save_probabilities: Path | None = None
     export: str = "auto"
 
     def __post_init__(self) -> None:
@@ -103,6 +103,17 @@ class Options:
             raise OptionError(f"export must be one of {', '.join(EXPORTS)}, not '{self.export}'.")
         if self.export == "linear" and (self.save_lowres or self.force_split):
             raise OptionError("export='linear' does not work with save_lowres or force_split.")
+        if self.export == "linear" and (self.higher_order_resampling or self.save_probabilities):
+            raise OptionError(
+                "export='linear' does not work with save_probabilities or higher_order_resampling, "
+                "which interpolate logits in their own way."
+            )
+        archive = self.save_probabilities
+        if archive is not None and (archive.is_dir() or archive.suffix == ".pkl"):
+            raise OptionError(
+                f"save_probabilities needs the name of an .npz file to write, not {archive}; "
+                "a .pkl file is written beside it."
+            )
         for name in ("nr_thr_resamp", "nr_thr_saving"):
             if getattr(self, name) < 1:
                 raise OptionError(f"{name} must be at least 1, not {getattr(self, name)}.")
@@ -127,7 +138,15 @@ class Options:
                     )
             elif name not in own:
                 raise OptionError(f"unknown option '{name}'.")
-        return cls(**{name: value for name, value in keywords.items() if name in own})
+        taken = {name: value for name, value in keywords.items() if name in own}
+        if taken.get("save_probabilities") is not None:
+            taken["save_probabilities"] = Path(taken["save_probabilities"]).absolute()
+        return cls(**taken)
+
+    @property
+    def lowres(self) -> bool:
+        """Whether the result stays on the model's grid; as upstream's, -ho comes before -sl."""
+        return self.save_lowres and not self.higher_order_resampling
 
     def resolved_task(self) -> Task:
         """Look up the task at the resolution that was asked for."""
@@ -138,9 +157,10 @@ class Options:
             plans=self.plans,
             robust_crop=self.robust_crop,
         )
-        if task.crop is not None and self.save_lowres:
+        if task.crop is not None and self.lowres:
             raise OptionError(f"save_lowres does not work with task {self.task}, which crops.")
-        return task
+        # The model's own resampling then goes all the way from the scan and back to it.
+        return replace(task, spacing_mm=None) if self.higher_order_resampling else task
 
 
 def check_output(output: Path, *, ml: bool) -> None:

@@ -25,10 +25,16 @@ from totalfast.sliding_window import plan_tiles
 from totalfast.stages.clean import clean_labels, skin_mask
 from totalfast.stages.crop import box_around, remove_outside
 from totalfast.stages.merge import merge_part, thirds, wants_split, whole
-from totalfast.stages.predict import predict_part
+from totalfast.stages.predict import predict_part, predict_probabilities
 from totalfast.stages.read import open_scan, read_image
 from totalfast.stages.resample import to_model_grid
-from totalfast.stages.write import PendingFiles, label_image, write_labels, write_masks
+from totalfast.stages.write import (
+    PendingFiles,
+    label_image,
+    write_labels,
+    write_masks,
+    write_probabilities,
+)
 from totalfast.upstream import check_license
 
 if TYPE_CHECKING:
@@ -41,6 +47,7 @@ if TYPE_CHECKING:
     from totalfast.geometry import Box
     from totalfast.options import Options
     from totalfast.session import Session
+    from totalfast.stages.predict import Probabilities
     from totalfast.stages.read import ScannerImage
     from totalfast.stages.resample import ModelImage
     from totalfast.tasks import Crop, Task
@@ -135,11 +142,11 @@ def _load(task: Task, options: Options, session: Session) -> list[Future[Model]]
 
 
 def _say_what_is_done(task: Task, options: Options) -> None:
-    if task.resolution != "default" and task.spacing_mm is not None:
+    if task.coarse_mm is not None:
         logger.info(
             "Using '%s' option: resampling to lower resolution (%dmm)",
             task.resolution,
-            int(task.spacing_mm[0]),
+            task.coarse_mm,
         )
     if task.hint:
         logger.info(task.hint)
@@ -264,15 +271,32 @@ def predict(
         ]
         tile_share = 1.0 / sum(tile.count for tile in tiles)
         for piece in pieces:
+            voxels = model_image.voxels[piece.predicted]
+            on_tile = partial(progress.advance, run.work.part * tile_share)
             with run.session.predicting:
-                found = predict_part(
-                    model_image.voxels[piece.predicted],
-                    spacing_mm=spacing_zyx,
-                    model=model,
-                    step=task.tile_step,
-                    on_tile=partial(progress.advance, run.work.part * tile_share),
-                    linear_to=shape if linear else None,
-                )
+                if options.save_probabilities is None:
+                    found = predict_part(
+                        voxels,
+                        spacing_mm=spacing_zyx,
+                        model=model,
+                        step=task.tile_step,
+                        on_tile=on_tile,
+                        linear_to=shape if linear else None,
+                    )
+                else:
+                    found, probabilities = predict_probabilities(
+                        voxels,
+                        spacing_mm=spacing_zyx,
+                        model=model,
+                        step=task.tile_step,
+                        on_tile=on_tile,
+                    )
+                    # As upstream's, one file: the last model's, of the first piece.
+                    if part is task.parts[-1] and piece is pieces[0]:
+                        progress.stage("Saving probabilities")
+                        save_probabilities(
+                            probabilities, options.save_probabilities, model_image, model
+                        )
             if part.labels is None:
                 labels[piece.kept] = found[piece.inside]
             else:
@@ -293,7 +317,7 @@ def restore(
     names: Mapping[int, str],
 ) -> nib.Nifti1Image:
     """Bring labels (z, y, x) to the scanner grid, or only to the scan's axes with save_lowres."""
-    if options.save_lowres:
+    if options.lowres:
         lowres = nib.Nifti1Image(labels.T, model_image.grid.stored().affine)
         lowres = lowres.as_reoriented(ornt_transform(axcodes2ornt("RAS"), image.grid.orientation))
         voxels = np.asfortranarray(lowres.dataobj)
@@ -345,6 +369,16 @@ def save(
             write_masks(result, task.classes, folder=output, files=files, threads=threads)
         if _writes_skin(task, options):
             write_body_and_skin(result, output, image=image, files=files, threads=threads)
+
+
+def save_probabilities(
+    probabilities: Probabilities, path: Path, model_image: ModelImage, model: Model
+) -> None:
+    """Write the probabilities of a model image, or of its first slices, and what belongs to them."""
+    with PendingFiles() as files:
+        write_probabilities(
+            probabilities, path, affine=model_image.grid.affine, model=model, files=files
+        )
 
 
 def preview(

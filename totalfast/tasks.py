@@ -84,6 +84,8 @@ class Task:
     """Whether TotalSegmentator asks for a licence number."""
     hint: str | None = None
     """What upstream tells users of the task."""
+    coarse_mm: int | None = None
+    """With a coarser resolution than the default: the spacing that upstream tells users of."""
 
     @property
     def tile_step(self) -> float:
@@ -135,7 +137,7 @@ def resolve_task(
         config |= raw["sub_modes"][resolution]
     else:
         config |= raw
-    task_id, folds = config["task_id"], config["folds"]
+    task_id, folds, resample = config["task_id"], config["folds"], config["resample"]
     ids = task_id if isinstance(task_id, list) else [task_id]
     return Task(
         name=name,
@@ -147,7 +149,7 @@ def resolve_task(
             )
             for model_id in ids
         ),
-        spacing_mm=_spacing(config["resample"]),
+        spacing_mm=_spacing(resample),
         trainer=config["trainer"],
         plans=config["plans"],
         configuration=config["model"],
@@ -157,6 +159,7 @@ def resolve_task(
         crop=_crop(name, config, robust=robust_crop or config["robust_crop"]),
         licensed=bool(raw.get("commercial")),
         hint=raw.get("info_msg"),
+        coarse_mm=None if resolution == "default" or resample is None else int(resample),
     )
 
 

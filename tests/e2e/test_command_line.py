@@ -109,7 +109,7 @@ def test_skip_saving_leaves_nothing(run, scan, tmp_path):
         (["-i", "{scan}", "-o", "{folder}/s", "-rs", "liver"], 2, "roi_subset=['liver'] is not"),
         (["-i", "{scan}", "-o", "{folder}/s", "-s"], 2, "statistics=True is not supported yet"),
         (["-i", "{scan}", "-o", "{folder}/s", "-ot", "dicom_seg"], 2, "not supported yet"),
-        (["-i", "{scan}", "-o", "{folder}/s", "-ho"], 2, "not supported yet"),
+        (["-i", "{scan}", "-o", "{folder}/s", "-bs"], 2, "not supported yet"),
         (["-i", "{scan}", "-o", "{folder}/s", "-sl"], 2, "only works together with fast"),
         (["-i", "{scan}", "-o", "{folder}/s", "-d", "tpu"], 2, "Invalid device type: 'tpu'"),
         (["-i", "{scan}", "-o", "{folder}/s", "-ta", "breasts", "-f"], 2, "does not work with"),

@@ -6,7 +6,8 @@ Knows models and label maps; knows nothing of files or orientations.
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -90,6 +91,64 @@ def predict_part(
     labels[box] = found
     restored: NDArray[np.unsignedinteger] = labels.transpose(model.plans.transpose_backward)
     return restored
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probabilities:
+    """What nnU-Net gives for ``save_probabilities``.
+
+    Parameters
+    ----------
+    values
+        float32, (classes, z, y, x), model grid. For a model of regions each is one of its own.
+    cropping
+        What nnU-Net's properties say of the box that the network looked at.
+    """
+
+    values: NDArray[np.float32]
+    cropping: dict[str, Any]
+
+
+def predict_probabilities(
+    voxels: NDArray[np.float32],
+    *,
+    spacing_mm: Sequence[float],
+    model: Model,
+    step: float,
+    on_tile: Callable[[], None],
+) -> tuple[NDArray[np.unsignedinteger], Probabilities]:
+    """Label a model image through the probabilities of all classes, by nnU-Net's own export.
+
+    The labels are the probabilities' argmax, whose ties are not the logits'. Takes the memory that
+    nnU-Net takes: all classes on the model grid, in float32 and more than once.
+
+    Parameters are those of ``predict_part``.
+    """
+    import torch
+    from nnunetv2.inference.export_prediction import (
+        convert_predicted_logits_to_segmentation_with_correct_shape,
+    )
+
+    image = to_network_image(voxels, spacing_mm=spacing_mm, model=model)
+    logits = predict_logits(model, torch.from_numpy(image.voxels), step=step, on_tile=on_tile)
+    backward = model.plans.transpose_backward
+    cropping = {
+        "shape_before_cropping": image.full_shape,
+        "bbox_used_for_cropping": [[part.start, part.stop] for part in image.box],
+        "shape_after_cropping_and_before_resampling": image.cropped_shape,
+    }
+    properties = {"spacing": [image.spacing_mm[axis] for axis in backward]} | cropping
+    with inference_settings(model.device):
+        labels, values = convert_predicted_logits_to_segmentation_with_correct_shape(
+            logits,
+            model.plans,
+            model.configuration,
+            model.labels,
+            properties,
+            return_probabilities=True,
+            num_threads_torch=usable_cores(),
+        )
+    return labels, Probabilities(values=values, cropping=cropping)
 
 
 def _axes_to(

@@ -1,4 +1,4 @@
-"""Write label maps and masks as NIfTI files that appear whole or not at all.
+"""Write label maps, masks and probabilities as files that appear whole or not at all.
 
 The only stage that writes images to the disk. Knows label maps and headers; knows nothing of
 models.
@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import io
+import pickle
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import nibabel as nib
 import numpy as np
@@ -20,10 +23,12 @@ from totalfast.upstream import label_table_xml
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
-    from pathlib import Path
     from types import TracebackType
 
     from numpy.typing import NDArray
+
+    from totalfast.stages.predict import Probabilities
+    from totalfast.weights import Model
 
 PIECE_BYTES = 4 << 20
 """Voxels that are turned into a mask and compressed at a time; small enough for the cache."""
@@ -110,6 +115,49 @@ def write_labels(image: nib.Nifti1Image, path: Path, *, files: PendingFiles, thr
         with part.open("wb") as stream:
             stream.write(head)
             stream.write(voxels.data)
+
+
+def write_probabilities(
+    probabilities: Probabilities,
+    path: Path,
+    *,
+    affine: NDArray[np.float64],
+    model: Model,
+    files: PendingFiles,
+) -> None:
+    """Write probabilities as nnU-Net does: ``path`` holds them, a ``.pkl`` beside it the image.
+
+    Parameters
+    ----------
+    probabilities
+        Of one model.
+    path
+        A compressed numpy archive whatever its name; float32 (classes, z, y, x) under the key
+        "probabilities".
+    affine
+        4x4, mm, of the model grid, (x, y, z).
+    model
+        Whose reader decides what is said of an image.
+    files
+        Where they are registered.
+    """
+    shape = probabilities.values.shape[:0:-1]
+    properties = _read_properties(model, shape, affine) | probabilities.cropping
+    with files.path(path).open("wb") as archive:
+        np.savez_compressed(archive, probabilities=probabilities.values)
+    with files.path(path.with_suffix(".pkl")).open("wb") as stream:
+        pickle.dump(properties, stream)
+
+
+def _read_properties(
+    model: Model, shape: tuple[int, ...], affine: NDArray[np.float64]
+) -> dict[str, Any]:
+    """What a model's reader says of an image file; it reads files only, so it gets one."""
+    with tempfile.TemporaryDirectory(prefix="totalfast-") as folder:
+        path = Path(folder) / "image.nii"
+        nib.save(nib.Nifti1Image(np.zeros(shape, dtype=np.uint8), affine), path)
+        _, properties = model.plans.image_reader_writer_class().read_images([str(path)])
+    return dict(properties)
 
 
 def write_masks(
