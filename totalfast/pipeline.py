@@ -374,7 +374,7 @@ def save(
 def save_probabilities(
     probabilities: Probabilities, path: Path, model_image: ModelImage, model: Model
 ) -> None:
-    """Write the probabilities of a model image, or of its first slices, and what belongs to them."""
+    """Write the probabilities of a model image, or of its first slices."""
     with PendingFiles() as files:
         write_probabilities(
             probabilities, path, affine=model_image.grid.affine, model=model, files=files

@@ -15,6 +15,20 @@ import numpy as np
 jit = functools.partial(numba.njit, nogil=True, cache=True, error_model="numpy")
 
 
+@numba.extending.intrinsic
+def choose(typing_context, condition, one, other):
+    """``one if condition else other`` without a branch.
+
+    A branch that leaves an array's element as it is becomes a masked store, which costs some
+    processors more than all else in a loop.
+    """
+
+    def generate(context, builder, signature, arguments):
+        return builder.select(*arguments)
+
+    return one(numba.types.boolean, one, one), generate
+
+
 @jit
 def spacing_at(magnitude, bits, low):
     """Distance of neighbouring numbers of the rounded dtype at a magnitude."""
@@ -35,83 +49,130 @@ def rounded(value, bits, low):
     return result
 
 
+VOXELS_A_BLOCK = 512
+"""So many that their running values stay in the first cache."""
+
+
 @jit
-def summarise(logits, by_voxel, label, lead, magnitude):
+def summarise(logits, first, last, by_voxel, label, lead, magnitude):
     """Per voxel: first maximum, its lead over smaller labels, largest absolute logit.
 
-    ``logits`` are (classes, y, x); ``by_voxel`` gets the same as (y, x, classes), in which
-    the classes of a cell's corner lie side by side.
+    Of the voxels from ``first`` to before ``last``. ``logits`` are (classes, voxels);
+    ``by_voxel`` gets the same as (voxels, classes), in which the classes of a cell's corner lie
+    side by side. All arrays are contiguous, else the loops can't be vectorised.
     """
-    classes, height, width = logits.shape
-    for y in range(height):
-        best = logits[0, y].copy()
-        before = np.full_like(best, -np.inf)
-        largest = np.abs(best)
-        winner = np.zeros(width, dtype=np.uint16)
+    classes = logits.shape[0]
+    # All of one width, so that a vector holds as many of each.
+    best = np.empty(VOXELS_A_BLOCK, dtype=logits.dtype)
+    before, largest = np.empty_like(best), np.empty_like(best)
+    winner, odd = np.empty_like(best), np.empty_like(best)
+    for start in range(first, last, VOXELS_A_BLOCK):
+        count = min(VOXELS_A_BLOCK, last - start)
+        for n in range(count):
+            value = logits[0, start + n]
+            best[n], before[n], largest[n] = value, -np.inf, abs(value)
+            winner[n], odd[n] = 0, value - value
         for k in range(1, classes):
-            for x in range(width):
-                value = logits[k, y, x]
-                ahead = value > best[x]
-                before[x] = best[x] if ahead else before[x]
-                winner[x] = k if ahead else winner[x]
-                best[x] = value if ahead else best[x]
-                size = abs(value)
-                # NaN and infinity stay, and send their cells the long way.
-                largest[x] = largest[x] if largest[x] >= size else size
-        for x in range(width):
+            number = best.dtype.type(k)
+            row = logits[k, start : start + count]
+            for n in range(count):
+                value = row[n]
+                top, second, at, size = best[n], before[n], winner[n], largest[n]
+                ahead = value > top
+                before[n] = choose(ahead, top, second)
+                winner[n] = choose(ahead, number, at)
+                best[n] = choose(ahead, value, top)
+                largest[n] = choose(size >= abs(value), size, abs(value))
+                odd[n] += value - value
+        for n in range(count):
             for k in range(classes):
-                by_voxel[y, x, k] = logits[k, y, x]
-            label[y, x] = winner[x]
-            lead[y, x] = best[x] - before[x]
-            magnitude[y, x] = largest[x]
-        for k in range(classes):
-            for x in range(width):
-                if logits[k, y, x] != logits[k, y, x]:
-                    magnitude[y, x] = np.inf
+                by_voxel[start + n, k] = logits[k, start + n]
+            label[start + n] = winner[n]
+            lead[start + n] = best[n] - before[n]
+            # NaN and infinity send their cells the long way.
+            magnitude[start + n] = largest[n] if odd[n] == 0 else np.inf
+
+
+# Below, a name never stands for one array here and another there, nor for a part of one: numba
+# would count references, and threads would wait for each other's counting.
 
 
 @jit
-def take_corners(a, b, k, nz, ys, ny, xs, nx, corners):
-    """Fill in the logits of class k at the corners of a cell, x fastest."""
+def take_corners(a, b, k, nz, ys, ny, xs, nx, corners, c):
+    """Fill ``corners[c]`` with the logits of class k at the corners of a cell, x fastest."""
     n = 0
     for iz in range(nz):
-        logits = a if iz == 0 else b
         for iy in range(ny):
             for ix in range(nx):
-                corners[n] = logits[ys[iy], xs[ix], k]
+                corners[c, n] = a[ys[iy], xs[ix], k] if iz == 0 else b[ys[iy], xs[ix], k]
                 n += 1
 
 
 @jit
-def drop_losers(a, b, j, nz, ys, ny, xs, nx, tolerance, gap, possible):
+def smallest_lead(logits, ys, xs, j, lead):
+    """How far class j is ahead of each class at four corners, at least."""
+    (y, v), (x, u) = ys, xs
+    p, q, r, s = logits[y, x, j], logits[y, u, j], logits[v, x, j], logits[v, u, j]
+    for k in range(len(lead)):
+        one, two = p - logits[y, x, k], q - logits[y, u, k]
+        three, four = r - logits[v, x, k], s - logits[v, u, k]
+        one = choose(two < one, two, one)
+        three = choose(four < three, four, three)
+        lead[k] = choose(three < one, three, one)
+
+
+@jit
+def drop_losers(a, b, j, ys, xs, tolerance, gap, other, possible):
     """Unmark the classes that can't win over class j in a cell: the rule at the top of ``linear``.
 
     ``tolerance`` is the spacing of the rounded dtype at the cell's largest magnitude.
     """
-    gap[:] = np.inf
-    for iz in range(nz):
-        logits = a if iz == 0 else b
-        for iy in range(ny):
-            for ix in range(nx):
-                corner = logits[ys[iy], xs[ix]]
-                top = corner[j]
-                for k in range(len(gap)):
-                    ahead = top - corner[k]
-                    gap[k] = ahead if ahead < gap[k] else gap[k]
+    smallest_lead(a, ys, xs, j, gap)
+    smallest_lead(b, ys, xs, j, other)
     for k in range(len(gap)):
-        if k != j and (gap[k] > tolerance or (k > j and gap[k] >= 0.0)):
-            possible[k] = False
+        gap[k] = choose(other[k] < gap[k], other[k], gap[k])
+    for k in range(j):
+        possible[k] &= not gap[k] > tolerance
+    for k in range(j + 1, len(gap)):
+        possible[k] &= not gap[k] >= 0.0
 
 
 @jit
-def interpolated(corners, wz, nz, wy, ny, wx, nx):
-    """Scipy's sum: each corner times its three weights one by one, x fastest."""
+def four_corners(label, lead, size, ys, xs):
+    """Their common label or -1, their smallest lead and their largest magnitude."""
+    (y, v), (x, u) = ys, xs
+    first = label[y, x]
+    alike = first == label[y, u] and first == label[v, x] and first == label[v, u]
+    return (
+        np.int64(first) if alike else -1,
+        min(min(lead[y, x], lead[y, u]), min(lead[v, x], lead[v, u])),
+        max(max(size[y, x], size[y, u]), max(size[v, x], size[v, u])),
+    )
+
+
+@jit
+def add_pivots(label, ys, xs, pivots, found):
+    """Append the labels at four corners that are not yet among the ``found`` pivots."""
+    for y in ys:
+        for x in xs:
+            at_corner, new = label[y, x], True
+            for p in range(found):
+                new = new and pivots[p] != at_corner
+            if new:
+                pivots[found] = at_corner
+                found += 1
+    return found
+
+
+@jit
+def interpolated(corners, c, wz, nz, wy, ny, wx, nx):
+    """Scipy's sum over ``corners[c]``: each times its three weights one by one, x fastest."""
     total = 0.0
     n = 0
     for iz in range(nz):
         for iy in range(ny):
             for ix in range(nx):
-                term = corners[n]
+                term = corners[c, n]
                 if nz == 2:
                     term = term * wz[iz]
                 if ny == 2:
@@ -124,11 +185,14 @@ def interpolated(corners, wz, nz, wy, ny, wx, nx):
 
 
 @jit
-def halve(values, count, weights, corners):
-    """Interpolate along the slowest axis of ``corners`` samples: leaves the first ``count``."""
-    if corners == 2:
+def halve(values, kept, count, weights, corners, out):
+    """Interpolate along the slowest axis of ``corners`` samples: ``count`` are left of each."""
+    for c in range(kept):
         for n in range(count):
-            values[n] = values[n] * weights[0] + values[count + n] * weights[1]
+            value = values[c, n]
+            if corners == 2:
+                value = value * weights[0] + values[c, count + n] * weights[1]
+            out[c, n] = value
 
 
 @jit
@@ -136,11 +200,20 @@ def exact_winner(corners, candidates, kept, wz, nz, wy, ny, wx, nx, bits, low):
     """First maximum of the candidates, interpolated and rounded as scipy and nnU-Net do."""
     winner, best = 0, 0.0
     for c in range(kept):
-        value = rounded(interpolated(corners[c], wz, nz, wy, ny, wx, nx), bits, low)
+        value = rounded(interpolated(corners, c, wz, nz, wy, ny, wx, nx), bits, low)
         # The first NaN wins over all, as in torch's and NumPy's argmax.
         if c == 0 or (best == best and (value > best or value != value)):
             winner, best = candidates[c], value
     return winner
+
+
+@jit
+def fill_box(out, y_start, y_stop, x_start, x_stop, label):
+    """Set all slices of a box to a label; -1 leaves them as they are."""
+    if label >= 0:
+        for row in range(out.shape[0]):
+            for y in range(y_start, y_stop):
+                out[row, y, x_start:x_stop] = label
 
 
 @jit
@@ -153,75 +226,62 @@ def fill_labels(lower, upper, weights_z, nz, axis_y, runs_y, axis_x, runs_x, bit
     classes = a.shape[2]
     candidates = np.empty(classes, dtype=np.int64)
     possible = np.empty(classes, dtype=np.bool_)
-    gap = np.empty(classes, dtype=a.dtype)
+    gap, other = np.empty(classes, dtype=a.dtype), np.empty(classes, dtype=a.dtype)
     corners = np.empty((classes, nz * ny * nx), dtype=np.float64)
-    on_plane = np.empty((classes, nz * ny * nx), dtype=np.float64)
-    on_line = np.empty((classes, ny * nx), dtype=np.float64)
+    on_plane = np.empty((classes, ny * nx), dtype=np.float64)
+    on_line = np.empty((classes, nx), dtype=np.float64)
     pivots = np.empty(8, dtype=np.int64)
     for run_y in range(runs_y.shape[0]):
-        y_start, y_stop = runs_y[run_y]
-        ys = (y_lower[y_start], y_upper[y_start])
+        y_start, y_stop = runs_y[run_y, 0], runs_y[run_y, 1]
+        # Where an axis has one corner only, both are that one.
+        ys = (y_lower[y_start], y_upper[y_start] if ny == 2 else y_lower[y_start])
+        # Cells side by side that one label fills are filled at once, when their row ends.
+        alike, alike_from = -1, 0
         for run_x in range(runs_x.shape[0]):
-            x_start, x_stop = runs_x[run_x]
-            xs = (x_lower[x_start], x_upper[x_start])
-            found = 0
-            lead, size = np.inf, 0.0
-            for iz in range(nz):
-                label = label_a if iz == 0 else label_b
-                leads = lead_a if iz == 0 else lead_b
-                sizes = size_a if iz == 0 else size_b
-                for iy in range(ny):
-                    for ix in range(nx):
-                        y, x = ys[iy], xs[ix]
-                        lead = min(lead, leads[y, x])
-                        size = max(size, sizes[y, x])
-                        at_corner = label[y, x]
-                        new = True
-                        for p in range(found):
-                            new = new and pivots[p] != at_corner
-                        if new:
-                            pivots[found] = at_corner
-                            found += 1
+            x_start, x_stop = runs_x[run_x, 0], runs_x[run_x, 1]
+            xs = (x_lower[x_start], x_upper[x_start] if nx == 2 else x_lower[x_start])
+            common, lead, size = four_corners(label_a, lead_a, size_a, ys, xs)
+            common_above, lead_above, size_above = four_corners(label_b, lead_b, size_b, ys, xs)
+            lead, size = min(lead, lead_above), max(size, size_above)
             finite = math.isfinite(size)
             tolerance = spacing_at(size, bits, low) if finite else np.inf
             kept = 0
-            if found == 1 and lead > tolerance:
-                candidates[0] = pivots[0]
+            if common >= 0 and common == common_above and lead > tolerance:
+                candidates[0] = common
                 kept = 1
             else:
                 possible[:] = True
+                found = add_pivots(label_a, ys, xs, pivots, 0)
+                found = add_pivots(label_b, ys, xs, pivots, found)
                 for p in range(found if finite else 0):
-                    drop_losers(a, b, pivots[p], nz, ys, ny, xs, nx, tolerance, gap, possible)
+                    drop_losers(a, b, pivots[p], ys, xs, tolerance, gap, other, possible)
                 for k in range(classes):
                     if possible[k]:
                         candidates[kept] = k
                         kept += 1
+            label = candidates[0] if kept == 1 else -1
+            if label != alike:
+                fill_box(out, y_start, y_stop, alike_from, x_start, alike)
+                alike, alike_from = label, x_start
             if kept == 1:
-                for row in range(out.shape[0]):
-                    for y in range(y_start, y_stop):
-                        for x in range(x_start, x_stop):
-                            out[row, y, x] = candidates[0]
                 continue
 
+            compared = kept if finite else 0
             for c in range(kept):
-                take_corners(a, b, candidates[c], nz, ys, ny, xs, nx, corners[c])
+                take_corners(a, b, candidates[c], nz, ys, ny, xs, nx, corners, c)
             # Axis by axis is eight times less work than scipy's sum and differs from it in the last
             # bits of float64, so that a lead beyond this decides for both, rounding included.
             clear = tolerance + 1e-12 * size
             for row in range(out.shape[0]):
                 wz = (weights_z[0, row], weights_z[1, row])
-                for c in range(kept if finite else 0):
-                    on_plane[c] = corners[c]
-                    halve(on_plane[c], ny * nx, wz, nz)
+                halve(corners, compared, ny * nx, wz, nz, on_plane)
                 for y in range(y_start, y_stop):
                     wy = (wy_lower[y], wy_upper[y])
-                    for c in range(kept if finite else 0):
-                        on_line[c] = on_plane[c, : ny * nx]
-                        halve(on_line[c], nx, wy, ny)
+                    halve(on_plane, compared, nx, wy, ny, on_line)
                     for x in range(x_start, x_stop):
                         wx = (wx_lower[x], wx_upper[x])
                         winner, best, second = 0, -np.inf, -np.inf
-                        for c in range(kept if finite else 0):
+                        for c in range(compared):
                             value = on_line[c, 0]
                             if nx == 2:
                                 value = value * wx[0] + on_line[c, 1] * wx[1]
@@ -234,6 +294,7 @@ def fill_labels(lower, upper, weights_z, nz, axis_y, runs_y, axis_x, runs_x, bit
                                 corners, candidates, kept, wz, nz, wy, ny, wx, nx, bits, low
                             )
                         out[row, y, x] = winner
+        fill_box(out, y_start, y_stop, alike_from, out.shape[2], alike)
 
 
 @jit
@@ -243,7 +304,7 @@ def fill_regions(
     """Like ``fill_labels`` for regions: paint each where its probability exceeds 0.5."""
     y_lower, y_upper, wy_lower, wy_upper, ny = axis_y
     x_lower, x_upper, wx_lower, wx_upper, nx = axis_x
-    corners = np.empty(nz * ny * nx, dtype=np.float64)
+    corners = np.empty((1, nz * ny * nx), dtype=np.float64)
     for run_y in range(runs_y.shape[0]):
         y_start, y_stop = runs_y[run_y]
         ys = (y_lower[y_start], y_upper[y_start])
@@ -252,12 +313,12 @@ def fill_regions(
             xs = (x_lower[x_start], x_upper[x_start])
             out[:, y_start:y_stop, x_start:x_stop] = 0
             for k in range(a.shape[2]):
-                take_corners(a, b, k, nz, ys, ny, xs, nx, corners)
+                take_corners(a, b, k, nz, ys, ny, xs, nx, corners, 0)
                 above = below = 0
-                for value in corners:
+                for value in corners[0]:
                     above += math.isfinite(value) and value >= threshold
                     below += math.isfinite(value) and value < threshold
-                if below == len(corners):
+                if below == corners.shape[1]:
                     continue
                 for row in range(out.shape[0]):
                     wz = (weights_z[0, row], weights_z[1, row])
@@ -266,8 +327,10 @@ def fill_regions(
                         for x in range(x_start, x_stop):
                             wx = (wx_lower[x], wx_upper[x])
                             if (
-                                above == len(corners)
-                                or rounded(interpolated(corners, wz, nz, wy, ny, wx, nx), bits, low)
+                                above == corners.shape[1]
+                                or rounded(
+                                    interpolated(corners, 0, wz, nz, wy, ny, wx, nx), bits, low
+                                )
                                 >= threshold
                             ):
                                 out[row, y, x] = regions[k]

@@ -145,16 +145,20 @@ class LinearExport:
             magnitude=np.empty(shape, logits.dtype),
         )
 
-        def summarise(rows: slice) -> None:
-            self._cells.summarise(logits[:, rows], *(array[rows] for array in plane))
+        by_class = logits.reshape(logits.shape[0], -1)
+        by_voxel = plane.logits.reshape(-1, logits.shape[0])
+        rest = [array.reshape(-1) for array in plane[1:]]
 
-        list(pool.map(summarise, _parts(shape[0], self._threads)))
+        def summarise(voxels: slice) -> None:
+            self._cells.summarise(by_class, voxels.start, voxels.stop, by_voxel, *rest)
+
+        list(pool.map(summarise, _parts(by_class.shape[1], self._threads)))
         return plane
 
     def _fill(self, rows: list[int], pool: ThreadPoolExecutor) -> None:
         z = self._axes[0]
         lower, upper = int(z.lower[rows[0]]), int(z.upper[rows[0]])
-        planes = (self._planes[lower], self._planes[upper])
+        planes = (self._planes[lower], self._planes[upper if z.corners == 2 else lower])
         out = self._out[rows[0] : rows[-1] + 1]
         weights_z = np.stack([z.lower_weight[rows], z.upper_weight[rows]])
 
