@@ -29,6 +29,7 @@ import psutil
 import torch
 from benchmark_command import machine
 from make_standin_weights import label_map_facts
+from readme import write_table
 
 from totalfast.export import export_labels
 
@@ -146,6 +147,39 @@ def plot_growth(series: dict[str, list[dict[str, float]]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+NAMES = {
+    "nnunet_default": "nnU-Net, default",
+    "nearest": "totalfast, `nearest`",
+    "linear": "totalfast, `linear`: equal to the default",
+    "plans_torch": "totalfast, `plans` with nnU-Net's torch resampler",
+}
+
+
+def table(result: dict[str, Any]) -> str:
+    """Markdown of one run."""
+    lines = [
+        "| export | time | times faster | memory above the logits |",
+        "|---|---|---|---|",
+    ]
+    faster = result["times_faster_than_nnunet_default"]
+    some = result["nnunet_default_extrapolated_from_classes"]
+    for name, run in result["runs"].items():
+        estimated = name == "nnunet_default" and some is not None
+        memory = "not measured" if estimated else f"{run['peak_bytes'] / 1e9:.2f} GB"
+        lines.append(
+            f"| {NAMES[name]} | {run['seconds']:.{0 if run['seconds'] > 10 else 1}f} s"
+            f"{' (estimated)' if estimated else ''} | {faster[name]:.0f} | {memory} |"
+        )
+    text = f"{result['case']} voxels, {result['boundary_cells']:.0%} of the cells at boundaries; "
+    if some is not None:
+        text += (
+            f"nnU-Net's time is that of {some} classes times {result['case'].split()[0]}/{some}. "
+        )
+    where = result["machine"]
+    text += f"{where['cores']} cores of {where['processor']}."
+    return "\n".join(lines) + f"\n\n{text}\n"
+
+
 def main() -> int:
     """Command line."""
     from nnunetv2.preprocessing.resampling.default_resampling import resample_data_or_seg_to_shape
@@ -158,6 +192,7 @@ def main() -> int:
     parser.add_argument("--source", type=int, nargs=3, default=(100, 134, 134), metavar="N")
     parser.add_argument("--target", type=int, nargs=3, default=(300, 512, 512), metavar="N")
     parser.add_argument("--repeats", type=int, default=3, help="of totalfast's nearest and linear")
+    parser.add_argument("--readme", action="store_true", help="also write README's table")
     parser.add_argument("--growth", type=Path, metavar="PICTURE", help="draw how both grow")
     options = parser.parse_args()
     source, target = tuple(options.source), tuple(options.target)
@@ -227,6 +262,8 @@ def main() -> int:
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps({k: v for k, v in result.items() if k != "machine"}, indent=1))
+    if options.readme:
+        write_table("benchmark_export.py", table(result))
     return int(result["linear_differing_voxels"] > 0)
 
 

@@ -139,6 +139,7 @@ def predict_probabilities(
     }
     properties = {"spacing": [image.spacing_mm[axis] for axis in backward]} | cropping
     with inference_settings(model.device):
+        # With nnU-Net's number of threads: a softmax's last bits depend on it.
         labels, values = convert_predicted_logits_to_segmentation_with_correct_shape(
             logits,
             model.plans,
@@ -146,7 +147,6 @@ def predict_probabilities(
             model.labels,
             properties,
             return_probabilities=True,
-            num_threads_torch=usable_cores(),
         )
     return labels, Probabilities(values=values, cropping=cropping)
 
