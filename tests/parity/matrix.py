@@ -172,8 +172,6 @@ IN_CI_BY_INPUT = {
     ("iso3", True),
     ("oblique", True),
     ("permuted", True),
-    ("slope", True),
-    ("4d", True),
     ("one-slice", True),
 }
 

@@ -43,11 +43,7 @@ def scans(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("scan", "flags"),
-    [
-        ("oblique", ("--fast", "-ml")),
-        ("lps", ("-ta", "lung_vessels_LEGACY", "-ml")),
-        ("lps", ("-ta", "body", "-ml", "-fs")),
-    ],
+    [("oblique", ("--fast", "-ml")), ("lps", ("-ta", "body", "-ml", "-fs"))],
 )
 def test_probabilities_are_upstreams(scan, flags, scans, standin_home, tmp_path):
     saved = {}
@@ -78,7 +74,7 @@ def test_probabilities_are_upstreams(scan, flags, scans, standin_home, tmp_path)
 
 @pytest.mark.parametrize(
     ("scan", "task", "fast"),
-    [("thick", "total", True), ("oblique", "total", True), ("lps", "liver_segments", False)],
+    [("thick", "total", True), ("lps", "liver_segments", False)],
 )
 def test_higher_order_resampling_is_nnunets_full_export(
     scan, task, fast, scans, standin_home, tmp_path, monkeypatch
