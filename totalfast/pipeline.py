@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass, replace
 from functools import partial
 from threading import Thread
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import nibabel as nib
 import numpy as np
@@ -271,32 +271,22 @@ def predict(
         ]
         tile_share = 1.0 / sum(tile.count for tile in tiles)
         for piece in pieces:
-            voxels = model_image.voxels[piece.predicted]
-            on_tile = partial(progress.advance, run.work.part * tile_share)
+            probabilities = None
+            given: dict[str, Any] = {
+                "voxels": model_image.voxels[piece.predicted],
+                "spacing_mm": spacing_zyx,
+                "model": model,
+                "step": task.tile_step,
+                "on_tile": partial(progress.advance, run.work.part * tile_share),
+            }
             with run.session.predicting:
                 if options.save_probabilities is None:
-                    found = predict_part(
-                        voxels,
-                        spacing_mm=spacing_zyx,
-                        model=model,
-                        step=task.tile_step,
-                        on_tile=on_tile,
-                        linear_to=shape if linear else None,
-                    )
+                    found = predict_part(**given, linear_to=shape if linear else None)
                 else:
-                    found, probabilities = predict_probabilities(
-                        voxels,
-                        spacing_mm=spacing_zyx,
-                        model=model,
-                        step=task.tile_step,
-                        on_tile=on_tile,
-                    )
-                    # As upstream's, one file: the last model's, of the first piece.
-                    if part is task.parts[-1] and piece is pieces[0]:
-                        progress.stage("Saving probabilities")
-                        save_probabilities(
-                            probabilities, options.save_probabilities, model_image, model
-                        )
+                    found, probabilities = predict_probabilities(**given)
+            # As upstream's, one file: the last model's, of the first piece.
+            if probabilities and part is task.parts[-1] and piece is pieces[0]:
+                save_probabilities(probabilities, model_image, model, options)
             if part.labels is None:
                 labels[piece.kept] = found[piece.inside]
             else:
@@ -372,12 +362,19 @@ def save(
 
 
 def save_probabilities(
-    probabilities: Probabilities, path: Path, model_image: ModelImage, model: Model
+    probabilities: Probabilities, model_image: ModelImage, model: Model, options: Options
 ) -> None:
     """Write the probabilities of a model image, or of its first slices."""
+    if options.save_probabilities is None:
+        return
+    reader = model.plans.image_reader_writer_class()
     with PendingFiles() as files:
         write_probabilities(
-            probabilities, path, affine=model_image.grid.affine, model=model, files=files
+            probabilities,
+            options.save_probabilities,
+            affine=model_image.grid.affine,
+            reader=reader,
+            files=files,
         )
 
 

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from totalfast.stages.predict import Probabilities
-    from totalfast.weights import Model
 
 PIECE_BYTES = 4 << 20
 """Voxels that are turned into a mask and compressed at a time; small enough for the cache."""
@@ -122,7 +121,7 @@ def write_probabilities(
     path: Path,
     *,
     affine: NDArray[np.float64],
-    model: Model,
+    reader: Any,  # noqa: ANN401 - nnU-Net is untyped
     files: PendingFiles,
 ) -> None:
     """Write probabilities as nnU-Net does: ``path`` holds them, a ``.pkl`` beside it the image.
@@ -136,13 +135,13 @@ def write_probabilities(
         "probabilities".
     affine
         4x4, mm, of the model grid, (x, y, z).
-    model
-        Whose reader decides what is said of an image.
+    reader
+        nnU-Net's, of the model; decides what is said of an image.
     files
         Where they are registered.
     """
     shape = probabilities.values.shape[:0:-1]
-    properties = _read_properties(model, shape, affine) | probabilities.cropping
+    properties = _read_properties(reader, shape, affine) | probabilities.cropping
     with files.path(path).open("wb") as archive:
         np.savez_compressed(archive, probabilities=probabilities.values)
     with files.path(path.with_suffix(".pkl")).open("wb") as stream:
@@ -150,13 +149,15 @@ def write_probabilities(
 
 
 def _read_properties(
-    model: Model, shape: tuple[int, ...], affine: NDArray[np.float64]
+    reader: Any,  # noqa: ANN401
+    shape: tuple[int, ...],
+    affine: NDArray[np.float64],
 ) -> dict[str, Any]:
-    """What a model's reader says of an image file; it reads files only, so it gets one."""
+    """What nnU-Net's reader says of an image file; it reads files only, so it gets one."""
     with tempfile.TemporaryDirectory(prefix="totalfast-") as folder:
         path = Path(folder) / "image.nii"
         nib.save(nib.Nifti1Image(np.zeros(shape, dtype=np.uint8), affine), path)
-        _, properties = model.plans.image_reader_writer_class().read_images([str(path)])
+        _, properties = reader.read_images([str(path)])
     return dict(properties)
 
 
