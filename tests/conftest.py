@@ -60,3 +60,9 @@ def _torch_settings(torch):
         torch.is_inference_mode_enabled(),
         torch.get_default_dtype(),
     )
+
+
+@pytest.fixture(scope="session")
+def scans(tmp_path_factory):
+    """Folder for the made scans, which all tests share."""
+    return tmp_path_factory.mktemp("scans")

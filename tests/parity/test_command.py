@@ -17,11 +17,6 @@ from .matrix import (
 CASES = [case for case in all_cases() if case.in_ci]
 
 
-@pytest.fixture(scope="session")
-def scans(tmp_path_factory):
-    return tmp_path_factory.mktemp("scans")
-
-
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_command_leaves_what_totalsegmentator_leaves(case, scans, standin_home, tmp_path):
     scan = input_file(case.scan, scans)

@@ -22,11 +22,6 @@ SPACINGS = st.tuples(*[st.sampled_from([0.1, 0.4, 0.7, 0.8, 1.5, 3.0, 6.5])] * 3
 SHAPES = st.tuples(*[st.integers(1, 40)] * 3)
 
 
-@pytest.fixture(scope="module")
-def scans(tmp_path_factory):
-    return tmp_path_factory.mktemp("scans")
-
-
 def made(spacing, shape, axes="RAS"):
     image = nib.Nifti1Image(np.zeros(shape, np.int16), np.diag([*spacing, 1.0]))
     turn = nib.orientations.ornt_transform(

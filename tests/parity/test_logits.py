@@ -36,11 +36,6 @@ if __name__ == "__main__":
 """Upstream's --higher_order_resampling without its approximation: nnU-Net's own export."""
 
 
-@pytest.fixture(scope="session")
-def scans(tmp_path_factory):
-    return tmp_path_factory.mktemp("scans")
-
-
 @pytest.mark.parametrize(
     ("scan", "flags"),
     [("oblique", ("--fast", "-ml")), ("lps", ("-ta", "body", "-ml", "-fs"))],
