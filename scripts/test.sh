@@ -10,4 +10,5 @@ python=${PYTHON:-python3}
 "$environment/bin/ruff" check .
 "$environment/bin/ruff" format --check .
 "$environment/bin/mypy"
-exec "$environment/bin/python" -m pytest "$@"
+# Two at a time: half of a test is the start of a command, which one core does.
+exec "$environment/bin/python" -m pytest -n 2 --dist worksteal "$@"

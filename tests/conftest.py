@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
+import filelock
 import pytest
 
 TINY_IDS = (
@@ -25,11 +28,12 @@ def standin_home(tmp_path_factory) -> Path:
     ready = os.environ.get("TOTALFAST_STANDIN_HOME")
     if ready:
         return Path(ready)
-    home = tmp_path_factory.mktemp("standins")
     maker = Path(__file__).resolve().parents[1] / "scripts" / "make_standin_weights.py"
-    subprocess.run(
-        [sys.executable, maker, home, "--tiny", "--ids", *map(str, TINY_IDS)], check=True
-    )
+    with _one_at_a_time(tmp_path_factory, "standins") as home:
+        if not home.exists():
+            subprocess.run(
+                [sys.executable, maker, home, "--tiny", "--ids", *map(str, TINY_IDS)], check=True
+            )
     return home
 
 
@@ -64,5 +68,15 @@ def _torch_settings(torch):
 
 @pytest.fixture(scope="session")
 def scans(tmp_path_factory):
-    """Folder for the made scans, which all tests share."""
+    """Folder for the made scans, which the tests of one process share."""
     return tmp_path_factory.mktemp("scans")
+
+
+@contextlib.contextmanager
+def _one_at_a_time(tmp_path_factory, name: str) -> Iterator[Path]:
+    """Give a path that is the same for all processes of a test run, to one of them at a time."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    with filelock.FileLock(folder / f"{name}.lock"):
+        yield folder / name
