@@ -12,6 +12,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -273,31 +274,29 @@ def run_pair(case: Case, scan: Path, home: Path, folder: Path) -> Comparison:
     environment.pop("TOTALSEG_WEIGHTS_PATH", None)
     outputs, seconds, texts = {}, {}, {}
     workers = () if (case.scan, case.flags) in SIX_WORKERS else ONE_WORKER
-    for program in ("totalsegmentator.bin.TotalSegmentator", "totalfast"):
-        output = folder / program.split(".")[0]
-        target = output / ("seg.nii.gz" if case.ml else "seg")
-        command = [sys.executable, "-m", program, "-i", scan, "-o", target, "-d", "cpu"]
-        own = {}
-        if program != "totalfast":
-            # What upstream leaves in its temporary folder is none of our tests' business.
-            (folder / "temporary").mkdir(parents=True)
-            own = {"TMPDIR": str(folder / "temporary")}
-        began = time.perf_counter()
-        done = subprocess.run(
-            [*command, *case.flags, *workers],
-            env={**environment, **own},
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=1800,
-        )
-        if done.returncode:
-            raise RuntimeError(f"{program} failed on {case.name}:\n{done.stdout}\n{done.stderr}")
-        seconds[program], outputs[program], texts[program] = (
-            time.perf_counter() - began,
-            output,
-            done.stdout,
-        )
+    # What upstream leaves in its temporary folder is none of our tests' business. The folder's path
+    # is short, as that of a socket in it may have 107 characters.
+    with tempfile.TemporaryDirectory(prefix="u") as temporary:
+        own = {"totalsegmentator.bin.TotalSegmentator": {"TMPDIR": temporary}, "totalfast": {}}
+        for program, variables in own.items():
+            output = folder / program.split(".")[0]
+            target = output / ("seg.nii.gz" if case.ml else "seg")
+            command = [sys.executable, "-m", program, "-i", scan, "-o", target, "-d", "cpu"]
+            began = time.perf_counter()
+            done = subprocess.run(
+                [*command, *case.flags, *workers],
+                env={**environment, **variables},
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=1800,
+            )
+            if done.returncode:
+                raise RuntimeError(
+                    f"{program} failed on {case.name}:\n{done.stdout}\n{done.stderr}"
+                )
+            seconds[program] = time.perf_counter() - began
+            outputs[program], texts[program] = output, done.stdout
     expected, actual = outputs.values()
     comparison = compare_folders(case.name, expected, actual)
     comparison.upstream_s, comparison.totalfast_s = seconds.values()
