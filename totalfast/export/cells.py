@@ -30,6 +30,12 @@ def choose(typing_context, condition, one, other):
 
 
 @jit
+def smaller(one, other):
+    """The smaller of two numbers, without a branch."""
+    return choose(other < one, other, one)
+
+
+@jit
 def spacing_at(magnitude, bits, low):
     """Distance of neighbouring numbers of the rounded dtype at a magnitude."""
     exponent = math.frexp(magnitude)[1] - 1
@@ -54,6 +60,18 @@ VOXELS_A_BLOCK = 512
 
 
 @jit
+def ranked(value, number, best, before, winner, largest):
+    """Maximum, what it leads, first maximum and magnitude, with one value more."""
+    ahead = value > best
+    return (
+        choose(ahead, value, best),
+        choose(ahead, best, before),
+        choose(ahead, number, winner),
+        choose(largest >= abs(value), largest, abs(value)),
+    )
+
+
+@jit
 def summarise(logits, first, last, by_voxel, label, lead, magnitude):
     """Per voxel: first maximum, its lead over smaller labels, largest absolute logit.
 
@@ -66,24 +84,33 @@ def summarise(logits, first, last, by_voxel, label, lead, magnitude):
     best = np.empty(VOXELS_A_BLOCK, dtype=logits.dtype)
     before, largest = np.empty_like(best), np.empty_like(best)
     winner, odd = np.empty_like(best), np.empty_like(best)
+    number = best.dtype.type
     for start in range(first, last, VOXELS_A_BLOCK):
         count = min(VOXELS_A_BLOCK, last - start)
         for n in range(count):
             value = logits[0, start + n]
             best[n], before[n], largest[n] = value, -np.inf, abs(value)
             winner[n], odd[n] = 0, value - value
-        for k in range(1, classes):
-            number = best.dtype.type(k)
-            row = logits[k, start : start + count]
+        # Four classes a turn: what runs stays in registers for so long.
+        for k in range(1, classes - 3, 4):
+            one, two, three, four = number(k), number(k + 1), number(k + 2), number(k + 3)
             for n in range(count):
-                value = row[n]
-                top, second, at, size = best[n], before[n], winner[n], largest[n]
-                ahead = value > top
-                before[n] = choose(ahead, top, second)
-                winner[n] = choose(ahead, number, at)
-                best[n] = choose(ahead, value, top)
-                largest[n] = choose(size >= abs(value), size, abs(value))
-                odd[n] += value - value
+                a, b = logits[k, start + n], logits[k + 1, start + n]
+                c, d = logits[k + 2, start + n], logits[k + 3, start + n]
+                top, second, at, size = ranked(a, one, best[n], before[n], winner[n], largest[n])
+                top, second, at, size = ranked(b, two, top, second, at, size)
+                top, second, at, size = ranked(c, three, top, second, at, size)
+                top, second, at, size = ranked(d, four, top, second, at, size)
+                best[n], before[n], winner[n], largest[n] = top, second, at, size
+                odd[n] += ((a - a) + (b - b)) + ((c - c) + (d - d))
+        for k in range(classes - (classes - 1) % 4, classes):
+            for n in range(count):
+                a = logits[k, start + n]
+                top, second, at, size = ranked(
+                    a, number(k), best[n], before[n], winner[n], largest[n]
+                )
+                best[n], before[n], winner[n], largest[n] = top, second, at, size
+                odd[n] += a - a
         for n in range(count):
             for k in range(classes):
                 by_voxel[start + n, k] = logits[k, start + n]
@@ -109,32 +136,56 @@ def take_corners(a, b, k, nz, ys, ny, xs, nx, corners, c):
 
 
 @jit
-def smallest_lead(logits, ys, xs, j, lead):
-    """How far class j is ahead of each class at four corners, at least."""
+def smallest_leads(a, b, j, ys, xs, lead):
+    """How far class j is ahead of each class at the eight corners of a cell, at least."""
     (y, v), (x, u) = ys, xs
-    p, q, r, s = logits[y, x, j], logits[y, u, j], logits[v, x, j], logits[v, u, j]
+    a0, a1, a2, a3 = a[y, x, j], a[y, u, j], a[v, x, j], a[v, u, j]
+    b0, b1, b2, b3 = b[y, x, j], b[y, u, j], b[v, x, j], b[v, u, j]
     for k in range(len(lead)):
-        one, two = p - logits[y, x, k], q - logits[y, u, k]
-        three, four = r - logits[v, x, k], s - logits[v, u, k]
-        one = choose(two < one, two, one)
-        three = choose(four < three, four, three)
-        lead[k] = choose(three < one, three, one)
+        one = smaller(a0 - a[y, x, k], a1 - a[y, u, k])
+        two = smaller(a2 - a[v, x, k], a3 - a[v, u, k])
+        three = smaller(b0 - b[y, x, k], b1 - b[y, u, k])
+        four = smaller(b2 - b[v, x, k], b3 - b[v, u, k])
+        lead[k] = smaller(smaller(one, two), smaller(three, four))
 
 
 @jit
-def drop_losers(a, b, j, ys, xs, tolerance, gap, other, possible):
-    """Unmark the classes that can't win over class j in a cell: the rule at the top of ``linear``.
+def smallest_lead(a, b, j, k, ys, xs):
+    """How far class j is ahead of class k at the eight corners of a cell, at least."""
+    lead = np.inf
+    for y in ys:
+        for x in xs:
+            lead = min(lead, min(a[y, x, j] - a[y, x, k], b[y, x, j] - b[y, x, k]))
+    return lead
+
+
+@jit
+def loses(k, j, lead, tolerance):
+    """Whether class k can't win where class j is ahead by ``lead``: the rule of ``linear``."""
+    return (k < j and lead > tolerance) or (k > j and lead >= 0.0)
+
+
+@jit
+def possible_winners(a, b, pivots, found, ys, xs, tolerance, lead, candidates):
+    """Put those classes into ``candidates`` that can win over ``found`` pivots; return how many.
 
     ``tolerance`` is the spacing of the rounded dtype at the cell's largest magnitude.
     """
-    smallest_lead(a, ys, xs, j, gap)
-    smallest_lead(b, ys, xs, j, other)
-    for k in range(len(gap)):
-        gap[k] = choose(other[k] < gap[k], other[k], gap[k])
-    for k in range(j):
-        possible[k] &= not gap[k] > tolerance
-    for k in range(j + 1, len(gap)):
-        possible[k] &= not gap[k] >= 0.0
+    smallest_leads(a, b, pivots[0], ys, xs, lead)
+    count = 0
+    for k in range(len(lead)):
+        if not loses(k, pivots[0], lead[k], tolerance):
+            candidates[count] = k
+            count += 1
+    for p in range(1, found):
+        j, kept = pivots[p], 0
+        for c in range(count):
+            k = candidates[c]
+            if not loses(k, j, smallest_lead(a, b, j, k, ys, xs), tolerance):
+                candidates[kept] = k
+                kept += 1
+        count = kept
+    return count
 
 
 @jit
@@ -225,8 +276,7 @@ def fill_labels(lower, upper, weights_z, nz, axis_y, runs_y, axis_x, runs_x, bit
     x_lower, x_upper, wx_lower, wx_upper, nx = axis_x
     classes = a.shape[2]
     candidates = np.empty(classes, dtype=np.int64)
-    possible = np.empty(classes, dtype=np.bool_)
-    gap, other = np.empty(classes, dtype=a.dtype), np.empty(classes, dtype=a.dtype)
+    leads = np.empty(classes, dtype=a.dtype)
     corners = np.empty((classes, nz * ny * nx), dtype=np.float64)
     on_plane = np.empty((classes, ny * nx), dtype=np.float64)
     on_line = np.empty((classes, nx), dtype=np.float64)
@@ -245,20 +295,17 @@ def fill_labels(lower, upper, weights_z, nz, axis_y, runs_y, axis_x, runs_x, bit
             lead, size = min(lead, lead_above), max(size, size_above)
             finite = math.isfinite(size)
             tolerance = spacing_at(size, bits, low) if finite else np.inf
-            kept = 0
             if common >= 0 and common == common_above and lead > tolerance:
                 candidates[0] = common
                 kept = 1
-            else:
-                possible[:] = True
+            elif finite:
                 found = add_pivots(label_a, ys, xs, pivots, 0)
                 found = add_pivots(label_b, ys, xs, pivots, found)
-                for p in range(found if finite else 0):
-                    drop_losers(a, b, pivots[p], ys, xs, tolerance, gap, other, possible)
+                kept = possible_winners(a, b, pivots, found, ys, xs, tolerance, leads, candidates)
+            else:
                 for k in range(classes):
-                    if possible[k]:
-                        candidates[kept] = k
-                        kept += 1
+                    candidates[k] = k
+                kept = classes
             label = candidates[0] if kept == 1 else -1
             if label != alike:
                 fill_box(out, y_start, y_stop, alike_from, x_start, alike)

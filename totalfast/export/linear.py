@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     import torch
-    from numpy.typing import NDArray
+    from numpy.typing import DTypeLike, NDArray
 
     from totalfast.geometry import LinearWeights
 
@@ -51,6 +51,16 @@ class _Plane(NamedTuple):
     """How far the maximum is ahead of every smaller label; infinite for label 0."""
     magnitude: NDArray[Any]
     """Largest absolute logit."""
+
+    @classmethod
+    def empty(cls, classes: int, shape: Sequence[int], dtype: DTypeLike) -> _Plane:
+        """Room for a slice of a (y, x) shape."""
+        return cls(
+            logits=np.empty((*shape, classes), dtype),
+            label=np.empty(shape, np.uint16),
+            lead=np.empty(shape, dtype),
+            magnitude=np.empty(shape, dtype),
+        )
 
 
 @functools.cache
@@ -110,7 +120,10 @@ class LinearExport:
             self._regions = np.asarray(regions, dtype=np.uint16)
             self._threshold = region_threshold(rounded_to)
         self._runs_y, self._runs_x = (_runs(axis) for axis in axes[1:])
-        self._planes: dict[int, _Plane] = {}
+        self._by_class: torch.Tensor | None = None
+        """Room for the logits of one slice, (classes, y, x)."""
+        self._planes: list[_Plane] = []
+        """Room for two slices: the n-th is at ``n % 2``."""
         needed: dict[int, list[int]] = {}
         for row, last in enumerate(np.maximum(axes[0].lower, axes[0].upper)):
             needed.setdefault(int(last), []).append(row)
@@ -119,8 +132,6 @@ class LinearExport:
 
     def add(self, first: int, slab: torch.Tensor) -> None:
         """Take slices ``first, first + 1, ...``: logits (classes, slices, y, x), any device."""
-        import torch
-
         if self._out.size == 0:
             return
         with ThreadPoolExecutor(max_workers=self._threads) as pool:
@@ -128,37 +139,34 @@ class LinearExport:
                 index = first + offset
                 if index not in self._used:
                     continue
-                plane = slab[:, offset].to("cpu")
-                wide = torch.float64 if plane.dtype == torch.float64 else torch.float32
-                logits = plane.to(wide).contiguous().numpy()
-                self._planes[index] = self._summary(logits, pool)
-                self._planes = {k: self._planes[k] for k in self._planes if k >= index - 1}
+                self._take(index, slab[:, offset], pool)
                 for rows in _groups(self._rows_of.get(index, []), self._axes[0]):
                     self._fill(rows, pool)
 
-    def _summary(self, logits: NDArray[Any], pool: ThreadPoolExecutor) -> _Plane:
-        shape = logits.shape[1:]
-        plane = _Plane(
-            logits=np.empty((*shape, logits.shape[0]), logits.dtype),
-            label=np.empty(shape, dtype=np.uint16),
-            lead=np.empty(shape, logits.dtype),
-            magnitude=np.empty(shape, logits.dtype),
-        )
+    def _take(self, index: int, logits: torch.Tensor, pool: ThreadPoolExecutor) -> None:
+        """Summarise a slice, (classes, y, x)."""
+        import torch
 
-        by_class = logits.reshape(logits.shape[0], -1)
-        by_voxel = plane.logits.reshape(-1, logits.shape[0])
+        classes, *shape = logits.shape
+        if self._by_class is None:
+            wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+            self._by_class = torch.empty((classes, *shape), dtype=wide)
+            dtype = self._by_class.numpy().dtype
+            self._planes = [_Plane.empty(classes, shape, dtype) for _ in range(2)]
+        by_class = self._by_class.copy_(logits).flatten(1).numpy()
+        plane = self._planes[index % 2]
+        by_voxel = plane.logits.reshape(-1, classes)
         rest = [array.reshape(-1) for array in plane[1:]]
 
         def summarise(voxels: slice) -> None:
             self._cells.summarise(by_class, voxels.start, voxels.stop, by_voxel, *rest)
 
         list(pool.map(summarise, _parts(by_class.shape[1], self._threads)))
-        return plane
 
     def _fill(self, rows: list[int], pool: ThreadPoolExecutor) -> None:
         z = self._axes[0]
         lower, upper = int(z.lower[rows[0]]), int(z.upper[rows[0]])
-        planes = (self._planes[lower], self._planes[upper if z.corners == 2 else lower])
+        planes = [self._planes[n % 2] for n in (lower, upper if z.corners == 2 else lower)]
         out = self._out[rows[0] : rows[-1] + 1]
         weights_z = np.stack([z.lower_weight[rows], z.upper_weight[rows]])
 
