@@ -11,8 +11,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -44,20 +46,32 @@ def main() -> int:
     parser.add_argument("home", type=Path, help="TOTALSEG_HOME_DIR with tiny stand-ins")
     parser.add_argument("--only", default="", help="run the cases whose name contains this")
     parser.add_argument("--rest", action="store_true", help="only what the tests do not run")
+    parser.add_argument("--jobs", type=int, default=1, help="pairs at a time")
     parser.add_argument("--json", type=Path, help="write the results here")
     options = parser.parse_args()
-    rows, skipped, failed = [], [], 0
-    with tempfile.TemporaryDirectory(prefix="totalfast-parity-") as scratch:
+    rows, failed = [], 0
+    with (
+        tempfile.TemporaryDirectory(prefix="totalfast-parity-") as scratch,
+        ThreadPoolExecutor(options.jobs) as pool,
+    ):
         scans = Path(scratch) / "scans"
         scans.mkdir()
-        for number, case in enumerate(all_cases()):
-            if options.only not in case.name or (options.rest and case.in_ci):
-                continue
-            scan = input_file(case.scan, scans)
-            if scan is None:
-                skipped.append(case.name)
-                continue
-            result = run_pair(case, scan, options.home, Path(scratch) / str(number))
+        wanted = [
+            (case, input_file(case.scan, scans))
+            for case in all_cases()
+            if options.only in case.name and not (options.rest and case.in_ci)
+        ]
+        skipped = [case.name for case, scan in wanted if scan is None]
+        pairs = [(case, scan) for case, scan in wanted if scan is not None]
+
+        def run(number: int) -> Comparison:
+            case, scan = pairs[number]
+            try:
+                return run_pair(case, scan, options.home, Path(scratch) / str(number))
+            except (RuntimeError, subprocess.TimeoutExpired) as error:
+                return Comparison(case.name, problems=[str(error)])
+
+        for (case, _), result in zip(pairs, pool.map(run, range(len(pairs))), strict=True):
             problems = failures(case, result)
             failed += bool(problems)
             rows.append({**dataclasses.asdict(result), "failures": problems})
