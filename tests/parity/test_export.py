@@ -11,11 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from totalfast.errors import OptionError
-from totalfast.export import choose_method, export_labels
+from totalfast.export import choose_method, export_labels, resampling_axes
+from totalfast.export.linear import CellExport
+from totalfast.export.on_device import DeviceExport
+from totalfast.geometry import CENTERS
 
 ISOTROPIC = ((1.0, 1.0, 1.0), (1.0, 1.0, 1.0))
 COARSE_Z = ((5.0, 1.0, 1.0), (2.0, 0.7, 0.7))
 COARSE_X = ((1.0, 1.0, 5.0), (1.0, 1.0, 1.0))
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 LINEAR = {"is_seg": False, "order": 1, "order_z": 0, "force_separate_z": None}
 
 
@@ -81,6 +85,26 @@ def test_linear_equals_nnunet(make, spacings, classes):
             )
             assert found.dtype == (np.uint8 if classes < 256 else np.uint16)
             np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("make", [structured, one_ulp_apart, noise, with_infinities])
+@pytest.mark.parametrize("separate", [None, 0, 2])
+@pytest.mark.parametrize("regions", [None, (3, 1, 2, 4, 5)])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_linear_on_a_device_equals_linear_by_cells(make, separate, regions, dtype, device):
+    random = np.random.default_rng(0)
+    for source, target in (((6, 7, 8), (17, 15, 20)), ((9, 8, 10), (5, 11, 10))):
+        logits = torch.from_numpy(make(random, 5, source, 1.0).astype(dtype))
+        axes = resampling_axes(source, target, CENTERS, separate)
+        wanted, found = np.full((2, *target), 9, np.uint8)
+        CellExport(axes, wanted, rounded_to=dtype, regions=regions, threads=2).add(0, logits)
+        on_device = DeviceExport(axes, found, rounded_to=dtype, regions=regions)
+        for start in range(source[0]):  # as from a window, whose memory is used again
+            slab = logits[:, start : start + 1].to(device, copy=True)
+            on_device.add(start, slab)
+            slab.zero_()
+        np.testing.assert_array_equal(found, wanted)
 
 
 @settings(deadline=None, max_examples=60)

@@ -131,19 +131,20 @@ def export_labels(
         ]
         return found if source == shape else gather(found, axes, threads=threads)
     if method == "linear":
-        from totalfast.export.linear import LinearExport
+        from totalfast.export.linear import linear_export
 
         separate = None
         if coordinates == CENTERS:
             separate = separate_axis(
                 spacing, new_spacing, resampling=resampling, force_separate_z=force_separate_z
             )
-        linear = LinearExport(
+        linear = linear_export(
             resampling_axes(source, shape, coordinates, separate),
             out,
             rounded_to=str(tensor.dtype).removeprefix("torch."),
-            threads=threads,
             regions=regions,
+            device=tensor.device,
+            threads=threads,
         )
         for start in range(0, source[0], SLICES_A_BATCH):
             linear.add(start, tensor[:, start : start + SLICES_A_BATCH])

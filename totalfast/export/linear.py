@@ -14,12 +14,14 @@ only lose to class j
 - if ``logit_j - logit_k`` exceeds, at every corner, the spacing of the rounded dtype at the
   cell's largest magnitude of both, so that rounding can't make the two equal.
 
-In most cells one class beats all others, and the cell is filled with it.
+In most cells one class beats all others, and the cell is filled with it. That is ``CellExport``,
+compiled by numba; a CUDA device is quick enough to interpolate all classes (``on_device``).
 """
 
 from __future__ import annotations
 
 import functools
+from abc import ABC, abstractmethod
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -76,11 +78,32 @@ def prepare() -> None:
     axis = linear_weights(size, 2 * size, CENTERS)
     out = np.zeros(3 * (2 * size,), dtype=np.uint8)
     # The parts of arrays must have the layout that they have in a real run, threads included.
-    export = LinearExport([axis, axis, axis], out, rounded_to="float16", threads=threads)
+    export = CellExport([axis, axis, axis], out, rounded_to="float16", threads=threads)
     export.add(0, torch.zeros((2, size, size, size), dtype=torch.half))
 
 
-class LinearExport:
+def linear_export(
+    axes: Sequence[LinearWeights],
+    out: NDArray[np.unsignedinteger],
+    *,
+    rounded_to: str,
+    regions: Sequence[int] | None,
+    device: torch.device,
+    threads: int,
+) -> LinearExport:
+    """The export for logits on a device; for the parameters see ``LinearExport``.
+
+    Logits of any device but CUDA are worked on by the CPU, in ``threads`` parts at a time: MPS
+    knows no float64.
+    """
+    if device.type == "cuda":
+        from totalfast.export.on_device import DeviceExport
+
+        return DeviceExport(axes, out, rounded_to=rounded_to, regions=regions)
+    return CellExport(axes, out, rounded_to=rounded_to, regions=regions, threads=threads)
+
+
+class LinearExport(ABC):
     """Takes the source slices in order and fills the target slices that they complete.
 
     Parameters
@@ -91,8 +114,6 @@ class LinearExport:
         Filled: unsigned integers, (z, y, x); its shape is that of ``axes``.
     rounded_to
         "float16", "float32" or "float64": what nnU-Net's array of resampled logits would hold.
-    threads
-        Parts of a slice that are worked on at a time.
     regions
         For region-based models, the label of each channel in the order they are painted; None
         takes the first maximum.
@@ -104,26 +125,15 @@ class LinearExport:
         out: NDArray[np.unsignedinteger],
         *,
         rounded_to: str,
-        threads: int,
         regions: Sequence[int] | None = None,
     ) -> None:
-        # Imported here: numba takes a second that exports to the nearest voxel need not wait for.
-        from totalfast.export import cells
-
-        self._cells = cells
         self._axes = axes
         self._out = out
         self._bits, self._low = MANTISSA_BITS[rounded_to]
-        self._threads = max(threads, 1)
         self._regions: NDArray[np.uint16] | None = None
         if regions is not None:
             self._regions = np.asarray(regions, dtype=np.uint16)
             self._threshold = region_threshold(rounded_to)
-        self._runs_y, self._runs_x = (_runs(axis) for axis in axes[1:])
-        self._by_class: torch.Tensor | None = None
-        """Room for the logits of one slice, (classes, y, x)."""
-        self._planes: list[_Plane] = []
-        """Room for two slices: the n-th is at ``n % 2``."""
         needed: dict[int, list[int]] = {}
         for row, last in enumerate(np.maximum(axes[0].lower, axes[0].upper)):
             needed.setdefault(int(last), []).append(row)
@@ -134,17 +144,61 @@ class LinearExport:
         """Take slices ``first, first + 1, ...``: logits (classes, slices, y, x), any device."""
         if self._out.size == 0:
             return
-        with ThreadPoolExecutor(max_workers=self._threads) as pool:
-            for offset in range(slab.shape[1]):
-                index = first + offset
-                if index not in self._used:
-                    continue
-                self._take(index, slab[:, offset], pool)
-                for rows in _groups(self._rows_of.get(index, []), self._axes[0]):
-                    self._fill(rows, pool)
+        for offset in range(slab.shape[1]):
+            index = first + offset
+            if index not in self._used:
+                continue
+            self._take(index, slab[:, offset])
+            z = self._axes[0]
+            for rows in _groups(self._rows_of.get(index, []), z):
+                lower = int(z.lower[rows[0]])
+                self._fill(rows, lower, int(z.upper[rows[0]]) if z.corners == 2 else lower)
 
-    def _take(self, index: int, logits: torch.Tensor, pool: ThreadPoolExecutor) -> None:
-        """Summarise a slice, (classes, y, x)."""
+    @abstractmethod
+    def _take(self, index: int, logits: torch.Tensor) -> None:
+        """Keep what a slice (classes, y, x) says until the one after the next comes."""
+
+    @abstractmethod
+    def _fill(self, rows: list[int], lower: int, upper: int) -> None:
+        """Fill neighbouring target slices, all of them between the same two source slices."""
+
+
+class CellExport(LinearExport):
+    """Looks only at the classes that can win in a cell, on the CPU.
+
+    Parameters
+    ----------
+    threads
+        Parts of a slice that are worked on at a time.
+    """
+
+    def __init__(
+        self,
+        axes: Sequence[LinearWeights],
+        out: NDArray[np.unsignedinteger],
+        *,
+        rounded_to: str,
+        threads: int,
+        regions: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__(axes, out, rounded_to=rounded_to, regions=regions)
+        # Imported here: numba takes a second that exports to the nearest voxel need not wait for.
+        from totalfast.export import cells
+
+        self._cells = cells
+        self._threads = max(threads, 1)
+        self._runs_y, self._runs_x = (_runs(axis) for axis in axes[1:])
+        self._by_class: torch.Tensor | None = None
+        """Room for the logits of one slice, (classes, y, x)."""
+        self._planes: list[_Plane] = []
+        """Room for two slices: the n-th is at ``n % 2``."""
+
+    def add(self, first: int, slab: torch.Tensor) -> None:
+        """Take slices ``first, first + 1, ...``: logits (classes, slices, y, x), any device."""
+        with ThreadPoolExecutor(max_workers=self._threads) as self._pool:
+            super().add(first, slab)
+
+    def _take(self, index: int, logits: torch.Tensor) -> None:
         import torch
 
         classes, *shape = logits.shape
@@ -161,12 +215,11 @@ class LinearExport:
         def summarise(voxels: slice) -> None:
             self._cells.summarise(by_class, voxels.start, voxels.stop, by_voxel, *rest)
 
-        list(pool.map(summarise, _parts(by_class.shape[1], self._threads)))
+        list(self._pool.map(summarise, _parts(by_class.shape[1], self._threads)))
 
-    def _fill(self, rows: list[int], pool: ThreadPoolExecutor) -> None:
+    def _fill(self, rows: list[int], lower: int, upper: int) -> None:
         z = self._axes[0]
-        lower, upper = int(z.lower[rows[0]]), int(z.upper[rows[0]])
-        planes = [self._planes[n % 2] for n in (lower, upper if z.corners == 2 else lower)]
+        planes = [self._planes[n % 2] for n in (lower, upper)]
         out = self._out[rows[0] : rows[-1] + 1]
         weights_z = np.stack([z.lower_weight[rows], z.upper_weight[rows]])
 
@@ -182,7 +235,7 @@ class LinearExport:
                     planes[0].logits, planes[1].logits, self._regions, self._threshold, *common
                 )
 
-        list(pool.map(fill, _parts(len(self._runs_y), 2 * self._threads)))
+        list(self._pool.map(fill, _parts(len(self._runs_y), 2 * self._threads)))
 
 
 def _arrays(axis: LinearWeights) -> tuple[Any, ...]:

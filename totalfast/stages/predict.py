@@ -183,14 +183,19 @@ def _linear(
     on_tile: Callable[[], None],
 ) -> NDArray[np.unsignedinteger]:
     """Interpolate logits slice by slice, as they leave the sliding window."""
-    from totalfast.export.linear import LinearExport
+    from totalfast.export.linear import linear_export
 
     out = np.zeros(
         tuple(len(axis.lower) for axis in axes),
         dtype=label_dtype(len(model.labels.foreground_labels)),
     )
-    export = LinearExport(
-        axes, out, rounded_to="float16", threads=usable_cores(), regions=model.regions
+    export = linear_export(
+        axes,
+        out,
+        rounded_to="float16",
+        regions=model.regions,
+        device=model.device,
+        threads=usable_cores(),
     )
     for start, slab in final_logits(model, tensor, step=step, on_tile=on_tile):
         export.add(start, slab)

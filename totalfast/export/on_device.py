@@ -1,0 +1,105 @@
+"""``linear`` where all classes are interpolated: for devices on which that costs little.
+
+Knows tensors and per-axis interpolation weights, in torch's terms only; the arithmetic is that of
+``cells``, operation by operation, and so is the result.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from totalfast.export.linear import LinearExport
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+
+CLASSES_AT_A_TIME = 8
+"""Classes that are interpolated at a time: what is held is small beside a network's activations."""
+
+
+class DeviceExport(LinearExport):
+    """Interpolates every class on the device that the logits are on, which must know float64."""
+
+    _planes: dict[int, torch.Tensor] | None = None
+
+    def _take(self, index: int, logits: torch.Tensor) -> None:
+        before = (self._planes or {}).get(index - 1)
+        # A copy: what is handed over is part of a window that moves on.
+        self._planes = {index: logits.clone()} | ({} if before is None else {index - 1: before})
+
+    def _fill(self, rows: list[int], lower: int, upper: int) -> None:
+        import torch
+
+        planes = self._planes or {}
+        shape = (len(rows), *self._out.shape[1:])
+        device = planes[lower].device
+        labels = torch.zeros(shape, dtype=torch.int32, device=device)
+        best: torch.Tensor | None = None
+        for k, value in enumerate(self._interpolated(planes[lower], planes[upper], rows)):
+            if self._regions is not None:
+                labels.masked_fill_(value >= self._threshold, int(self._regions[k]))
+            elif best is None:
+                best = value
+            else:
+                # The first of equals wins, and the first NaN over all.
+                ahead = (value > best) | (value.isnan() & ~best.isnan())
+                labels.masked_fill_(ahead, k)
+                best = torch.where(ahead, value, best)
+        self._out[rows[0] : rows[-1] + 1] = labels.cpu().numpy().astype(self._out.dtype)
+
+    def _interpolated(
+        self, lower: torch.Tensor, upper: torch.Tensor, rows: list[int]
+    ) -> Iterator[torch.Tensor]:
+        """Each class at the target voxels of some slices, float64 (slices, y, x), rounded.
+
+        Scipy's sum: each corner times its three weights one by one, x fastest.
+        """
+        import torch
+
+        axes = []
+        for number, axis in enumerate(self._axes):
+            part = rows if number == 0 else slice(None)
+            along = [-1 if number == k else 1 for k in range(3)]
+            both = [(axis.lower, axis.lower_weight), (axis.upper, axis.upper_weight)]
+            axes.append(
+                [
+                    (
+                        torch.from_numpy(index.astype(np.int64)).to(lower.device),
+                        torch.from_numpy(weight[part]).to(lower.device).reshape(along),
+                    )
+                    for index, weight in both[: axis.corners]
+                ]
+            )
+        for start in range(0, len(lower), CLASSES_AT_A_TIME):
+            stop = start + CLASSES_AT_A_TIME
+            total: torch.Tensor | None = None
+            for plane, (_, weight_z) in zip((lower, upper), axes[0], strict=False):
+                for (y, weight_y), (x, weight_x) in itertools.product(*axes[1:]):
+                    corner = plane[start:stop].index_select(1, y).index_select(2, x)
+                    term = corner.double()[:, None]
+                    for corners, weight in zip(axes, (weight_z, weight_y, weight_x), strict=True):
+                        if len(corners) == 2:
+                            term = term * weight
+                    total = term if total is None else total + term
+            if total is not None:
+                yield from self._rounded(total.expand(-1, len(rows), -1, -1))
+
+    def _rounded(self, values: torch.Tensor) -> torch.Tensor:
+        """``cells.rounded`` of all values."""
+        import torch
+
+        if self._bits == 52:
+            return values
+        exponent = ((values.contiguous().view(torch.int64) >> 52) & 0x7FF) - 1023
+        exponent = exponent.clamp(self._low, 900)
+        big = ((exponent + (52 - self._bits + 1023)) << 52).view(torch.float64) * 1.5
+        result = (values + big) - big
+        if self._bits == 10:
+            infinite = torch.copysign(torch.full_like(values, torch.inf), values)
+            result = torch.where(result.abs() > 65504.0, infinite, result)
+        return torch.where(values.isfinite() & (values != 0), result, values)
