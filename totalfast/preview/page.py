@@ -5,11 +5,13 @@ Lays the page out; the slices, the surface and the colours are modules of their 
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageDraw
 
+from totalfast.cores import usable_cores
 from totalfast.errors import InputError
 from totalfast.preview.palette import is_translucent, structure_colours
 from totalfast.preview.slices import font, slice_view
@@ -107,14 +109,24 @@ def draw_preview(
 
     x0, y0 = MARGIN_PX, MARGIN_PX + TITLE_PX
     x1, y1 = x0 + left_px + GAP_PX, y0 + top_px + GAP_PX
-    seen: set[int] = set()
-    for axis, (x, y), cell, shape in (
+    cells = (
         (2, (x0, y0), (left_px, top_px), (deep, wide)),
         (1, (x0, y1), (left_px, bottom_px), (high, wide)),
         (0, (x1, y1), (middle_px, bottom_px), (high, deep)),
-    ):
-        index = volume.telling_slice(axis)
-        picture, found = slice_view(volume, axis, index, shape, colours=colours, names=known)
+    )
+    indices = {axis: volume.telling_slice(axis) for axis in range(3)}
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        body = pool.submit(surface_view, volume, colours, translucent, (body_px, right_px))
+        slices = [
+            pool.submit(
+                slice_view, volume, axis, indices[axis], shape, colours=colours, names=known
+            )
+            for axis, _, _, shape in cells
+        ]
+    seen: set[int] = set()
+    for (axis, (x, y), cell, _), drawn in zip(cells, slices, strict=True):
+        index = indices[axis]
+        picture, found = drawn.result()
         at = x + (cell[0] - picture.width) // 2, y + (cell[1] - picture.height) // 2
         page.paste(picture, at)
         seen |= found
@@ -125,7 +137,7 @@ def draw_preview(
         )  # fmt: skip
     _write_list(draw, (x1, y0), (middle_px, top_px), volume, known, palette, seen)
     x2 = x1 + middle_px + GAP_PX
-    solid = Image.fromarray(surface_view(volume, colours, translucent, (body_px, right_px)))
+    solid = Image.fromarray(body.result())
     page.paste(
         solid, (x2 + (right_px - solid.width) // 2, y0 + (body_px - solid.height) // 2), solid
     )

@@ -104,23 +104,27 @@ def enlarge_labels(
     for label, where in enumerate(find_objects(labels.astype(np.int32)), start=1):
         if where is None:
             continue
-        # Two source pixels around it, so that the border fades out inside the box.
+        # Two source pixels around it, so that the border fades out inside the box; and the pixels
+        # beside them that cubic interpolation looks at.
         low = [max(s.start - 2, 0) for s in where]
         high = [min(s.stop + 2, n) for s, n in zip(where, labels.shape, strict=True)]
+        around = [max(a - 3, 0) for a in low]
+        source = tuple(slice(a, b + 3) for a, b in zip(around, high, strict=True))
         target = [
             (int(np.floor(a * s)), int(np.ceil(b * s)))
             for a, b, s in zip(low, high, scale, strict=True)
         ]
-        mask = Image.fromarray(gaussian_filter((labels == label).astype(np.float32), SMOOTHING))
+        mask = gaussian_filter((labels[source] == label).astype(np.float32), SMOOTHING)
         part = tuple(slice(a, min(b, n)) for (a, b), n in zip(target, size, strict=True))
         rows, columns = part
         box = (
-            columns.start / scale[1], rows.start / scale[0],
-            min(columns.stop / scale[1], labels.shape[1]),
-            min(rows.stop / scale[0], labels.shape[0]),
+            columns.start / scale[1] - around[1], rows.start / scale[0] - around[0],
+            min(columns.stop / scale[1], labels.shape[1]) - around[1],
+            min(rows.stop / scale[0], labels.shape[0]) - around[0],
         )  # fmt: skip
         extent = (columns.stop - columns.start, rows.stop - rows.start)
-        share = np.asarray(mask.resize(extent, Image.Resampling.BICUBIC, box=box))
+        enlarged = Image.fromarray(mask).resize(extent, Image.Resampling.BICUBIC, box=box)
+        share = np.asarray(enlarged)
         cover[part] = np.maximum(cover[part], np.clip(2 * share - 0.5, 0, 1))
         # Between two structures both have less than a half: then the larger share counts.
         better = share > best[part] - 0.1 * (result[part] == 0)

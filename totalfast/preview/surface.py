@@ -117,7 +117,7 @@ def _first_hit(
     """Label and depth, in steps, of what each ray meets first of the wanted labels."""
     allowed = wanted.copy()
     allowed[0] = False
-    hit = allowed[rays]
+    hit = np.take(allowed, rays)
     depth = hit.argmax(axis=2)
     found = np.take_along_axis(hit, depth[..., None], 2)[..., 0]
     labels = np.take_along_axis(rays, depth[..., None], 2)[..., 0]
