@@ -60,7 +60,7 @@ VALIDATION_SEEDS = (2000, 2001)
 CHECKED_SHARE = 0.04
 SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
 """Shares of the log frequencies that are tried in the biases."""
-KERNEL_SHARE = 0.08
+KERNEL_SHARES = {"quarter": 0.08, "half": 0.05}
 """Of a kernel, that a step changes at most."""
 REPORT_STEPS = 20
 
@@ -391,6 +391,7 @@ def train_coarse(
     name: str,
     left_out: int,
     steps: int,
+    share: float,
     random: np.random.Generator,
 ) -> None:
     """Train the network without the decoder's last stages, and a head for what it then gives."""
@@ -416,7 +417,7 @@ def train_coarse(
 
     layers = [network.encoder, *stages, head]
     _run(
-        name, layers, logits_and_target, len(files), steps, random, kernel_share=KERNEL_SHARE
+        name, layers, logits_and_target, len(files), steps, random, kernel_share=share
     )  # fmt: skip
 
 
@@ -652,8 +653,8 @@ def main() -> None:
     parser.add_argument("work", type=Path, help="folder for the drawn phantoms")
     parser.add_argument("--output", type=Path, default=Path("totalfast/demo/model"))
     parser.add_argument("--phantoms", type=int, default=90)
-    parser.add_argument("--steps-quarter", type=int, default=240)
-    parser.add_argument("--steps-half", type=int, default=240)
+    parser.add_argument("--steps-quarter", type=int, default=160)
+    parser.add_argument("--steps-half", type=int, default=220)
     parser.add_argument("--steps-full", type=int, default=1200)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -683,8 +684,12 @@ def main() -> None:
         network.load_state_dict(torch.load(below, weights_only=True))
         print(f"layers below full resolution taken from {below.name}", flush=True)
     else:
-        train_coarse(network, files, "quarter resolution", 2, options.steps_quarter, random)
-        train_coarse(network, files, "half resolution", 1, options.steps_half, random)
+        for name, left_out, steps in (
+            ("quarter", 2, options.steps_quarter), ("half", 1, options.steps_half),
+        ):  # fmt: skip
+            train_coarse(
+                network, files, f"{name} resolution", left_out, steps, KERNEL_SHARES[name], random
+            )
         torch.save(network.state_dict(), below)
     # A second call, which takes the layers below from the file, must go on in the same way.
     torch.manual_seed(options.seed)
