@@ -3,18 +3,18 @@
     python scripts/train_demo_model.py WORK [--output totalfast/demo/model]
 
 WORK is a folder for what a second call reuses: the drawn phantoms (about 600 MB), and the layers
-below full resolution once they are trained. The result has
-the layout of TotalSegmentator's 3 mm model (id 297, 118 channels) with a network of a thirtieth of
-its size. It takes half an hour on two cores; equal seeds give equal weights on equal machines. What
-is printed is the log that is kept in scripts/results.
+below full resolution once they are trained. The result has the layout of TotalSegmentator's 3 mm
+model (id 297, 118 channels) with a network of a thirtieth of its size. It takes half an hour on two
+cores; equal seeds give equal weights on equal machines. What is printed is the log that is kept in
+scripts/results.
 
 How it learns a lot from little: the labels are those of the 1.5 mm phantom, and each step's loss
 looks at some thousand of its voxels, chosen so that small structures count. First the layers below
 half resolution are trained, where a step is cheap and the layout is learnt, then those below full
-resolution, their features interpolated at those places. Then the full-resolution
-layers alone learn where borders are: their kernels are one voxel, so that they are computed only
-where they are looked at, and borders are looked at most. At last the frequencies of classes, which
-the choice hid, go into the biases. Logits are interpolated as ``--export linear`` does it.
+resolution, their features interpolated at those places. Then the full-resolution layers alone learn
+where borders are: their kernels are one voxel, so that they are computed only where they are looked
+at, and borders are looked at most. At last the frequencies of classes, which the choice hid, go
+into the biases. Logits are interpolated as ``--export linear`` does it.
 """
 
 from __future__ import annotations
