@@ -1,7 +1,12 @@
-"""What is compiled ahead is what a run needs."""
+"""The compiled loops: what is compiled ahead is what a run needs; half precision."""
 
 import subprocess
 import sys
+
+import numba
+import numpy as np
+
+from totalfast.export import cells
 
 SCRIPT = """
 import numpy as np
@@ -23,3 +28,16 @@ def test_prepare_compiles_the_loops_for_the_layouts_of_a_run():
         [sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_every_half_precision_number_is_widened():
+    @numba.njit(error_model="numpy")
+    def load(source, block, bits):
+        cells.load_row(source, 0, len(source), block, bits, 0)
+
+    halves = np.arange(2**16, dtype=np.uint16)
+    block = np.empty((1, halves.size), np.float32)
+    load(halves, block, block.view(np.int32))
+    expected = halves.view(np.float16).astype(np.float32)
+    np.testing.assert_array_equal(block[0], expected)
+    np.testing.assert_array_equal(np.signbit(block[0]), np.signbit(expected))

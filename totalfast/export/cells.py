@@ -56,7 +56,45 @@ def rounded(value, bits, low):
 
 
 VOXELS_A_BLOCK = 512
-"""So many that their running values stay in the first cache."""
+"""So many that a block's logits of all classes stay in the second cache."""
+ROW = VOXELS_A_BLOCK + 16
+"""Length of a block's row: with a power of two, a voxel's classes would evict one another."""
+
+
+def load_row(source, start, count, block, bits, k):
+    """Put logits ``source[start : start + count]`` into row k of ``block``, float32 or float64.
+
+    Half-precision numbers come as uint16, as numba knows no float16. ``bits`` is the memory of
+    ``block``, as int32.
+    """
+
+
+@numba.extending.overload(load_row, jit_options={"error_model": "numpy"})
+def _load_row(source, start, count, block, bits, k):
+    if source.dtype != numba.types.uint16:
+
+        def copy(source, start, count, block, bits, k):
+            for n in range(count):
+                block[k, n] = source[start + n]
+
+        return copy
+
+    def widen(source, start, count, block, bits, k):
+        largest = np.int32(0)
+        for n in range(count):
+            half = np.int32(source[start + n])
+            rest = half & np.int32(0x7FFF)
+            largest = max(largest, rest)
+            bits[k, n] = ((half & np.int32(0x8000)) << np.int32(16)) | (rest << np.int32(13))
+        # The exponent's bias grows from 15 to 127; multiplying does that for tiny numbers too.
+        for n in range(count):
+            block[k, n] *= np.float32(2.0**112)
+        if largest >= np.int32(0x7C00):
+            for n in range(count):
+                if abs(block[k, n]) >= np.float32(65536.0):  # infinity or NaN
+                    bits[k, n] |= np.int32(0x7F800000)
+
+    return widen
 
 
 @jit
@@ -72,31 +110,35 @@ def ranked(value, number, best, before, winner, largest):
 
 
 @jit
-def summarise(logits, first, last, by_voxel, label, lead, magnitude):
+def summarise(source, stride, first, last, by_voxel, label, lead, magnitude):
     """Per voxel: first maximum, its lead over smaller labels, largest absolute logit.
 
-    Of the voxels from ``first`` to before ``last``. ``logits`` are (classes, voxels);
-    ``by_voxel`` gets the same as (voxels, classes), in which the classes of a cell's corner lie
-    side by side. All arrays are contiguous, else the loops can't be vectorised.
+    Of the voxels from ``first`` to before ``last``. Logit k of voxel n is ``source[k*stride + n]``;
+    ``by_voxel`` gets it at ``[n, k]``, so that the classes of a cell's corner lie side by side. All
+    arrays are contiguous, else the loops can't be vectorised. A block of voxels is done at a time:
+    what waits is the memory, so that nothing but ``by_voxel`` may be written there.
     """
-    classes = logits.shape[0]
+    classes = by_voxel.shape[1]
+    block = np.empty((classes, ROW), dtype=by_voxel.dtype)
+    bits = block.view(np.int32)
     # All of one width, so that a vector holds as many of each.
-    best = np.empty(VOXELS_A_BLOCK, dtype=logits.dtype)
+    best = np.empty(VOXELS_A_BLOCK, dtype=by_voxel.dtype)
     before, largest = np.empty_like(best), np.empty_like(best)
     winner, odd = np.empty_like(best), np.empty_like(best)
     number = best.dtype.type
     for start in range(first, last, VOXELS_A_BLOCK):
         count = min(VOXELS_A_BLOCK, last - start)
+        for k in range(classes):
+            load_row(source, k * stride + start, count, block, bits, k)
         for n in range(count):
-            value = logits[0, start + n]
+            value = block[0, n]
             best[n], before[n], largest[n] = value, -np.inf, abs(value)
             winner[n], odd[n] = 0, value - value
         # Four classes a turn: what runs stays in registers for so long.
         for k in range(1, classes - 3, 4):
             one, two, three, four = number(k), number(k + 1), number(k + 2), number(k + 3)
             for n in range(count):
-                a, b = logits[k, start + n], logits[k + 1, start + n]
-                c, d = logits[k + 2, start + n], logits[k + 3, start + n]
+                a, b, c, d = block[k, n], block[k + 1, n], block[k + 2, n], block[k + 3, n]
                 top, second, at, size = ranked(a, one, best[n], before[n], winner[n], largest[n])
                 top, second, at, size = ranked(b, two, top, second, at, size)
                 top, second, at, size = ranked(c, three, top, second, at, size)
@@ -105,7 +147,7 @@ def summarise(logits, first, last, by_voxel, label, lead, magnitude):
                 odd[n] += ((a - a) + (b - b)) + ((c - c) + (d - d))
         for k in range(classes - (classes - 1) % 4, classes):
             for n in range(count):
-                a = logits[k, start + n]
+                a = block[k, n]
                 top, second, at, size = ranked(
                     a, number(k), best[n], before[n], winner[n], largest[n]
                 )
@@ -113,7 +155,7 @@ def summarise(logits, first, last, by_voxel, label, lead, magnitude):
                 odd[n] += a - a
         for n in range(count):
             for k in range(classes):
-                by_voxel[start + n, k] = logits[k, start + n]
+                by_voxel[start + n, k] = block[k, n]
             label[start + n] = winner[n]
             lead[start + n] = best[n] - before[n]
             # NaN and infinity send their cells the long way.

@@ -188,8 +188,6 @@ class CellExport(LinearExport):
         self._cells = cells
         self._threads = max(threads, 1)
         self._runs_y, self._runs_x = (_runs(axis) for axis in axes[1:])
-        self._by_class: torch.Tensor | None = None
-        """Room for the logits of one slice, (classes, y, x)."""
         self._planes: list[_Plane] = []
         """Room for two slices: the n-th is at ``n % 2``."""
 
@@ -201,21 +199,26 @@ class CellExport(LinearExport):
     def _take(self, index: int, logits: torch.Tensor) -> None:
         import torch
 
+        logits = logits.to("cpu")
         classes, *shape = logits.shape
-        if self._by_class is None:
-            wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
-            self._by_class = torch.empty((classes, *shape), dtype=wide)
-            dtype = self._by_class.numpy().dtype
-            self._planes = [_Plane.empty(classes, shape, dtype) for _ in range(2)]
-        by_class = self._by_class.copy_(logits).flatten(1).numpy()
+        if not logits[0].is_contiguous():
+            logits = logits.contiguous()
+        if not self._planes:
+            wide = np.float64 if logits.dtype == torch.float64 else np.float32
+            self._planes = [_Plane.empty(classes, shape, wide) for _ in range(2)]
         plane = self._planes[index % 2]
+        # One array over all that the slice's classes span, so that it is known to be contiguous.
+        stride, voxels = logits.stride(0), plane.label.size
+        source = logits.as_strided(((classes - 1) * stride + voxels,), (1,))
+        if logits.dtype == torch.half:
+            source = source.view(torch.uint16)
         by_voxel = plane.logits.reshape(-1, classes)
         rest = [array.reshape(-1) for array in plane[1:]]
 
-        def summarise(voxels: slice) -> None:
-            self._cells.summarise(by_class, voxels.start, voxels.stop, by_voxel, *rest)
+        def summarise(part: slice) -> None:
+            self._cells.summarise(source.numpy(), stride, part.start, part.stop, by_voxel, *rest)
 
-        list(self._pool.map(summarise, _parts(by_class.shape[1], self._threads)))
+        list(self._pool.map(summarise, _parts(voxels, self._threads)))
 
     def _fill(self, rows: list[int], lower: int, upper: int) -> None:
         z = self._axes[0]
