@@ -174,7 +174,8 @@ def table(result: dict[str, Any]) -> str:
         )
     text = f"{result['case']} voxels, {result['boundary_cells']:.0%} of the cells at boundaries; "
     if some is not None:
-        text += f"nnU-Net's times are those of {some} classes times {result['case'].split()[0]}/{some}. "
+        classes = result["case"].split()[0]
+        text += f"nnU-Net's times are those of {some} classes times {classes}/{some}. "
     where = result["machine"]
     text += f"{where['cores']} cores of {where['processor']}."
     return "\n".join(lines) + f"\n\n{text}\n"
