@@ -10,5 +10,7 @@ python=${PYTHON:-python3}
 "$environment/bin/ruff" check .
 "$environment/bin/ruff" format --check .
 "$environment/bin/mypy"
-# Two at a time: half of a test is the start of a command, which one core does.
+# Two at a time: half of a test is the start of a command, which one core does. Threads that wait for
+# work must not keep the cores from one another meanwhile.
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 exec "$environment/bin/python" -m pytest -n 2 --dist worksteal "$@"
