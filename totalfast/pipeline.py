@@ -285,8 +285,10 @@ def predict(
                 else:
                     found, probabilities = predict_probabilities(**given)
             # As upstream's, one file: the last model's, of the first piece.
-            if probabilities and part is task.parts[-1] and piece is pieces[0]:
-                save_probabilities(probabilities, model_image, model, options)
+            target = options.save_probabilities
+            if target and probabilities and part is task.parts[-1] and piece is pieces[0]:
+                progress.stage("Saving probabilities")
+                save_probabilities(probabilities, target, model_image, model)
             if part.labels is None:
                 labels[piece.kept] = found[piece.inside]
             else:
@@ -362,19 +364,13 @@ def save(
 
 
 def save_probabilities(
-    probabilities: Probabilities, model_image: ModelImage, model: Model, options: Options
+    probabilities: Probabilities, path: Path, model_image: ModelImage, model: Model
 ) -> None:
     """Write the probabilities of a model image, or of its first slices."""
-    if options.save_probabilities is None:
-        return
     reader = model.plans.image_reader_writer_class()
     with PendingFiles() as files:
         write_probabilities(
-            probabilities,
-            options.save_probabilities,
-            affine=model_image.grid.affine,
-            reader=reader,
-            files=files,
+            probabilities, path, affine=model_image.grid.affine, reader=reader, files=files
         )
 
 
