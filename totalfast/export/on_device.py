@@ -14,9 +14,12 @@ import numpy as np
 from totalfast.export.linear import LinearExport
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     import torch
+    from numpy.typing import NDArray
+
+    from totalfast.geometry import LinearWeights
 
 CLASSES_AT_A_TIME = 8
 """Classes that are interpolated at a time: what is held is small beside a network's activations."""
@@ -25,17 +28,31 @@ CLASSES_AT_A_TIME = 8
 class DeviceExport(LinearExport):
     """Interpolates every class on the device that the logits are on, which must know float64."""
 
-    _planes: dict[int, torch.Tensor] | None = None
+    def __init__(
+        self,
+        axes: Sequence[LinearWeights],
+        out: NDArray[np.unsignedinteger],
+        *,
+        rounded_to: str,
+        regions: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__(axes, out, rounded_to=rounded_to, regions=regions)
+        self._planes: dict[int, torch.Tensor] = {}
+        """The last two slices."""
+        self._in_plane: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
+        """Corners along y and x, on the device."""
 
     def _take(self, index: int, logits: torch.Tensor) -> None:
-        before = (self._planes or {}).get(index - 1)
+        if not self._in_plane:
+            self._in_plane = [_corners(self._axes[k], k, logits.device) for k in (1, 2)]
         # A copy: what is handed over is part of a window that moves on.
-        self._planes = {index: logits.clone()} | ({} if before is None else {index - 1: before})
+        self._planes = {k: plane for k, plane in self._planes.items() if k == index - 1}
+        self._planes[index] = logits.clone()
 
     def _fill(self, rows: list[int], lower: int, upper: int) -> None:
         import torch
 
-        planes = self._planes or {}
+        planes = self._planes
         shape = (len(rows), *self._out.shape[1:])
         device = planes[lower].device
         labels = torch.zeros(shape, dtype=torch.int32, device=device)
@@ -59,22 +76,7 @@ class DeviceExport(LinearExport):
 
         Scipy's sum: each corner times its three weights one by one, x fastest.
         """
-        import torch
-
-        axes = []
-        for number, axis in enumerate(self._axes):
-            part = rows if number == 0 else slice(None)
-            along = [-1 if number == k else 1 for k in range(3)]
-            both = [(axis.lower, axis.lower_weight), (axis.upper, axis.upper_weight)]
-            axes.append(
-                [
-                    (
-                        torch.from_numpy(index.astype(np.int64)).to(lower.device),
-                        torch.from_numpy(weight[part]).to(lower.device).reshape(along),
-                    )
-                    for index, weight in both[: axis.corners]
-                ]
-            )
+        axes = [_corners(self._axes[0], 0, lower.device, rows), *self._in_plane]
         for start in range(0, len(lower), CLASSES_AT_A_TIME):
             stop = start + CLASSES_AT_A_TIME
             total: torch.Tensor | None = None
@@ -103,3 +105,24 @@ class DeviceExport(LinearExport):
             infinite = torch.copysign(torch.full_like(values, torch.inf), values)
             result = torch.where(result.abs() > 65504.0, infinite, result)
         return torch.where(values.isfinite() & (values != 0), result, values)
+
+
+def _corners(
+    axis: LinearWeights, number: int, device: torch.device, rows: list[int] | None = None
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Index and weight of one or both neighbours along an axis of a (z, y, x) grid.
+
+    Of all target voxels or of some ``rows``; the weights are shaped to multiply a volume.
+    """
+    import torch
+
+    part = slice(None) if rows is None else rows
+    shape = [-1 if number == k else 1 for k in range(3)]
+    both = [(axis.lower, axis.lower_weight), (axis.upper, axis.upper_weight)]
+    return [
+        (
+            torch.from_numpy(index[part].astype(np.int64)).to(device),
+            torch.from_numpy(weight[part]).to(device).reshape(shape),
+        )
+        for index, weight in both[: axis.corners]
+    ]
