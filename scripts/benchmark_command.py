@@ -155,39 +155,42 @@ class Watch:
             time.sleep(SAMPLE_S)
 
 
+def command(program: str, scan: Path, target: Path, flags: list[str]) -> list[str | Path]:
+    """Command line of one of ``PROGRAMS``."""
+    module = PROGRAMS[program]
+    return [sys.executable, "-m", module, "-i", scan, "-o", target, "-d", "cpu", *flags]
+
+
 def run(
-    program: str,
-    scan: Path,
-    target: Path,
-    flags: list[str],
-    environment: dict[str, str],
-    *,
-    watched: bool,
+    command: list[str | Path], environment: dict[str, str], *, timed: bool, watched: bool
 ) -> dict[str, float]:
-    """Run one command; return wall and CPU seconds, or peak bytes of its process tree."""
+    """Run one command; return wall and CPU seconds, and peak bytes of its process tree.
+
+    Watching slows a command of a few seconds down.
+    """
     if hasattr(os, "sync"):
         os.sync()  # what the last program wrote is not for this one to wait for
     time.sleep(SETTLE_S)
     before = os.times()
     began = time.perf_counter()
     process = subprocess.Popen(
-        [sys.executable, "-m", PROGRAMS[program], "-i", scan, "-o", target, "-d", "cpu", *flags],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
     watch = Watch(process) if watched else None
     _, errors = process.communicate()
     wall = time.perf_counter() - began
-    if process.returncode:
-        raise RuntimeError(f"{program} failed: {errors.decode()[-2000:]}")
-    if watch is not None:
-        return {"peak_bytes": watch.peak_bytes}
     after = os.times()
+    if process.returncode:
+        raise RuntimeError(f"{command} failed: {errors.decode()[-2000:]}")
     cpu = (
         after.children_user + after.children_system - before.children_user - before.children_system
     )
-    return {"wall_s": wall, "cpu_s": cpu}
+    figures: dict[str, float] = {}
+    if timed:
+        figures |= {"wall_s": wall, "cpu_s": cpu}
+    if watch is not None:
+        figures["peak_bytes"] = watch.peak_bytes
+    return figures
 
 
 def forward_seconds(log: Path) -> dict[str, float]:
@@ -249,14 +252,19 @@ def benchmark(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
             log.unlink(missing_ok=True)
             folder = scratch / f"{program}-{repeat}"
             target = folder / name
-            figures = run(program, scan, target, options.flags, hooked, watched=False)
+            figures = run(
+                command(program, scan, target, options.flags), hooked, timed=True, watched=False
+            )
             figures |= forward_seconds(log)
             figures["outside_network_s"] = figures["wall_s"] - figures["network_s"]
             result["runs"][program].append(figures)
             print(program, {key: round(value, 2) for key, value in figures.items()}, flush=True)
     peaks = {
         program: run(
-            program, scan, scratch / f"{program}-watched" / name, options.flags, base, watched=True
+            command(program, scan, scratch / f"{program}-watched" / name, options.flags),
+            base,
+            timed=False,
+            watched=True,
         )["peak_bytes"]
         for program in PROGRAMS
     }

@@ -22,7 +22,7 @@ from totalfast.errors import (
 
 if TYPE_CHECKING:
     from totalfast.api import segment
-    from totalfast.predictor import ArgmaxPredictor
+    from totalfast.nnunet.predictor import ArgmaxPredictor
     from totalfast.session import Session
 
 __all__ = [
@@ -41,7 +41,7 @@ __all__ = [
 __version__ = importlib.metadata.version("totalfast")
 
 _LAZY = {
-    "ArgmaxPredictor": "totalfast.predictor",
+    "ArgmaxPredictor": "totalfast.nnunet.predictor",
     "Session": "totalfast.session",
     "segment": "totalfast.api",
 }

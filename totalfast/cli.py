@@ -20,7 +20,13 @@ from typing import TYPE_CHECKING, Any
 import totalfast
 from totalfast import upstream
 from totalfast.errors import OptionError, TotalfastError
-from totalfast.options import EXPORTS, validate_device
+from totalfast.options import (
+    AGGREGATIONS,
+    EXPORTS,
+    MODEL_SIZES,
+    SMALL_BLOB_MM3,
+    validate_device,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -28,7 +34,11 @@ if TYPE_CHECKING:
 
 CITATION = "If you use this tool please cite: https://pubs.rsna.org/doi/10.1148/ryai.230024"
 
-SUBCOMMANDS = {"demo": "totalfast.demo.command", "preview": "totalfast.preview.command"}
+SUBCOMMANDS = {
+    "demo": "totalfast.demo.command",
+    "nnunet": "totalfast.nnunet.command",
+    "preview": "totalfast.preview.command",
+}
 """Word to the module whose ``build_parser`` and ``run`` answer to it."""
 
 INTERRUPTED = 130
@@ -44,6 +54,7 @@ examples:
 other commands (each has a --help):
   totalfast demo                                   try it without a scan or a download
   totalfast preview ct.nii.gz seg.nii.gz out.png   a picture of a scan and its labels
+  totalfast nnunet -i DIR -o DIR -m MODEL          any nnU-Net v2 model
 
 The flags are TotalSegmentator's; those marked [not yet] are refused so far.
 Not a medical device. TotalSegmentator is by Jakob Wasserthal et al.; please cite
@@ -182,6 +193,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_run_flags(parser)
     _add_model_flags(parser)
+    _add_statistics_flags(parser.add_argument_group("statistics"))
     _add_unsupported_flags(parser.add_argument_group("TotalSegmentator's other flags [not yet]"))
     return parser
 
@@ -299,6 +311,50 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
         help="Tasks that look at a region: find it with the 3 mm model instead of the 6 mm model.",
     )
     add(
+        "-rs",
+        "--roi_subset",
+        nargs="+",
+        metavar="class",
+        help="Tasks total...: segment these classes only, where a rough model finds them. Much "
+        "faster; see --list-classes.",
+    )
+    add(
+        "-rsr",
+        "--roi_subset_robust",
+        nargs="+",
+        metavar="class",
+        help="The same, found with the 3 mm model instead of the 6 mm model: slower, safer.",
+    )
+    add(
+        "-bs",
+        "--body_seg",
+        action="store_true",
+        help="Find the body first and look at nothing else; for scans with much air or table.",
+    )
+    add(
+        "-ms",
+        "--model_size",
+        choices=MODEL_SIZES,
+        default="big",
+        help="Task total_v3: 'small' takes the smaller models.",
+    )
+    add(
+        "-rmb",
+        "--remove_small_blobs",
+        nargs="?",
+        const=SMALL_BLOB_MM3,
+        default=False,
+        type=_positive,
+        metavar="mm3",
+        help="Remove blobs of up to this volume (200 if none is given).",
+    )
+    add(
+        "-v1o",
+        "--v1_order",
+        action="store_true",
+        help="Task total: label map with the labels of TotalSegmentator v1.",
+    )
+    add(
         "-fs",
         "--force_split",
         action="store_true",
@@ -320,34 +376,49 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_statistics_flags(group: Any) -> None:  # noqa: ANN401 - argparse's class is private
+    add = group.add_argument
+    add(
+        "-s",
+        "--statistics",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="filepath",
+        help="Also write volume (mm3) and mean intensity of each class: statistics.json in the "
+        "output directory, or the file given.",
+    )
+    add(
+        "-sii",
+        "--stats_include_incomplete",
+        action="store_true",
+        help="Count structures that the scan's edge cuts, too.",
+    )
+    add(
+        "-sa",
+        "--stats_aggregation",
+        choices=AGGREGATIONS,
+        default="mean",
+        help="Mean (default) or median of the intensities.",
+    )
+    add(
+        "-sx",
+        "--statistics_extra",
+        action="store_true",
+        help="More figures of the intensities; not with --fast.",
+    )
+
+
 def _add_unsupported_flags(group: Any) -> None:  # noqa: ANN401 - argparse's class is private
     for flags in (
         ("--higher_order_resampling_LEGACY", "--high_order_resampling_LEGACY"),
         ("-r", "--radiomics"),
-        ("-sii", "--stats_include_incomplete"),
-        ("-sx", "--statistics_extra"),
-        ("-bs", "--body_seg"),
-        ("-v1o", "--v1_order"),
     ):
         group.add_argument(*flags, action="store_true")
     add = group.add_argument
     add("-ot", "--output_type", nargs="+")
     add("-t", "--nora_tag", default="None")
-    add("-ms", "--model_size", choices=["big", "small"], default="big")
-    add("-rs", "--roi_subset", nargs="+", metavar="class")
-    add("-rsr", "--roi_subset_robust", nargs="+", metavar="class")
-    add("-s", "--statistics", nargs="?", const=True, default=False, metavar="filepath")
     add("-rp", "--report", type=_path, metavar="filepath")
-    add("-sa", "--stats_aggregation", choices=["mean", "median"], default="mean")
-    add("-cp", "--crop_path", type=_path)
-    add(
-        "-rmb",
-        "--remove_small_blobs",
-        nargs="?",
-        const=200.0,
-        default=False,
-        type=_positive,
-        metavar="mm3",
-    )
     add("-l", "--license_number")
+    add("-cp", "--crop_path", type=_path)
     add("--test", metavar="0|1|3", choices=[0, 1, 3], type=int, default=0)

@@ -18,30 +18,23 @@ if TYPE_CHECKING:
 
 UNSUPPORTED_DEFAULTS: dict[str, Any] = {
     "nora_tag": "None",
-    "roi_subset": None,
-    "statistics": False,
     "radiomics": False,
-    "crop_path": None,
-    "body_seg": False,
     "output_type": "nifti",
     "test": 0,
     "license_number": None,
-    "statistics_exclude_masks_at_border": True,
-    "v1_order": False,
-    "roi_subset_robust": None,
-    "stats_aggregation": "mean",
-    "remove_small_blobs": False,
-    "statistics_normalized_intensities": False,
     "higher_order_resampling_LEGACY": False,
     "report": None,
-    "statistics_extra": False,
-    "model_size": "big",
 }
 """Upstream's keywords that totalfast does not support yet, and the values that need no support."""
 
 EXPORTS = ("auto", "nearest", "linear")
 """Upstream's own way (nearest-neighbour from the model grid), the same said aloud, and smooth
 masks from logits that are interpolated on the scanner grid."""
+
+AGGREGATIONS = ("mean", "median")
+MODEL_SIZES = ("big", "small")
+SMALL_BLOB_MM3 = 200.0
+"""What ``remove_small_blobs=True`` stands for."""
 
 DEVICE_PATTERN = re.compile(r"^(gpu|cpu|mps|gpu:\d+)$")
 
@@ -75,6 +68,18 @@ class Options:
     fast: bool = False
     fastest: bool = False
     task: str = "total"
+    roi_subset: tuple[str, ...] | None = None
+    roi_subset_robust: tuple[str, ...] | None = None
+    body_seg: bool = False
+    statistics: bool | Path = False
+    statistics_exclude_masks_at_border: bool = True
+    stats_aggregation: str = "mean"
+    statistics_extra: bool = False
+    statistics_normalized_intensities: bool = False
+    v1_order: bool = False
+    remove_small_blobs: bool | float = False
+    model_size: str = "big"
+    crop_path: Path | None = None
     force_split: bool = False
     quiet: bool = False
     verbose: bool = False
@@ -114,6 +119,20 @@ class Options:
                 f"save_probabilities needs the name of an .npz file to write, not {archive}; "
                 "a .pkl file is written beside it."
             )
+        if self.stats_aggregation not in AGGREGATIONS:
+            raise OptionError(
+                f"stats_aggregation must be one of {', '.join(AGGREGATIONS)}, "
+                f"not '{self.stats_aggregation}'."
+            )
+        if self.model_size not in MODEL_SIZES:
+            raise OptionError(
+                f"model_size must be one of {', '.join(MODEL_SIZES)}, not '{self.model_size}'."
+            )
+        if self.remove_small_blobs is not False and self.remove_small_blobs <= 0:
+            raise OptionError(
+                "remove_small_blobs must be a volume above 0, in mm3, "
+                f"not {self.remove_small_blobs}."
+            )
         for name in ("nr_thr_resamp", "nr_thr_saving"):
             if getattr(self, name) < 1:
                 raise OptionError(f"{name} must be at least 1, not {getattr(self, name)}.")
@@ -139,9 +158,27 @@ class Options:
             elif name not in own:
                 raise OptionError(f"unknown option '{name}'.")
         taken = {name: value for name, value in keywords.items() if name in own}
-        if taken.get("save_probabilities") is not None:
-            taken["save_probabilities"] = Path(taken["save_probabilities"]).absolute()
+        for name in ("save_probabilities", "crop_path", "statistics"):
+            if taken.get(name) is not None and not isinstance(taken[name], bool):
+                taken[name] = Path(taken[name]).absolute()
+        for name in ("roi_subset", "roi_subset_robust"):
+            if taken.get(name) is not None:
+                if not isinstance(taken[name], list | tuple):
+                    raise OptionError(f"{name} must be a list of class names, not {taken[name]!r}.")
+                taken[name] = tuple(taken[name])
         return cls(**taken)
+
+    @property
+    def selected(self) -> tuple[str, ...] | None:
+        """The classes that were asked for; None: all."""
+        return self.roi_subset if self.roi_subset_robust is None else self.roi_subset_robust
+
+    @property
+    def blob_mm3(self) -> float | None:
+        """Volume up to which blobs are removed; None: none are."""
+        if self.remove_small_blobs is False:
+            return None
+        return SMALL_BLOB_MM3 if self.remove_small_blobs is True else self.remove_small_blobs
 
     @property
     def lowres(self) -> bool:
@@ -150,15 +187,26 @@ class Options:
 
     def resolved_task(self) -> Task:
         """Look up the task at the resolution that was asked for."""
+        selected = self.selected
         task = resolve_task(
             self.task,
             fast=self.fast,
             fastest=self.fastest,
             plans=self.plans,
-            robust_crop=self.robust_crop,
+            model_size=self.model_size,
+            # For MR upstream always finds classes with the finer model.
+            robust_crop=self.robust_crop
+            or self.roi_subset_robust is not None
+            or (selected is not None and self.task.endswith("_mr")),
+            roi_subset=selected,
+            body_seg=self.body_seg,
         )
         if task.crop is not None and self.lowres:
-            raise OptionError(f"save_lowres does not work with task {self.task}, which crops.")
+            raise OptionError(
+                f"save_lowres does not work with task {self.task}, which crops."
+                if selected is None and not self.body_seg
+                else "save_lowres does not work together with roi_subset or body_seg, which crop."
+            )
         # The model's own resampling then goes all the way from the scan and back to it.
         return replace(task, spacing_mm=None) if self.higher_order_resampling else task
 

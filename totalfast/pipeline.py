@@ -19,15 +19,16 @@ from nibabel.orientations import axcodes2ornt, ornt_transform
 from totalfast.cores import usable_cores
 from totalfast.export import nearest_to_scanner_grid
 from totalfast.export.linear import prepare as prepare_linear
-from totalfast.geometry import Grid
+from totalfast.geometry import Grid, to_canonical
 from totalfast.progress import Progress, Work, timed
-from totalfast.sliding_window import plan_tiles
+from totalfast.sliding_window import Tiling, plan_tiles
 from totalfast.stages.clean import clean_labels, skin_mask
 from totalfast.stages.crop import box_around, remove_outside
-from totalfast.stages.merge import merge_part, thirds, wants_split, whole
+from totalfast.stages.merge import keep_labels, merge_part, thirds, wants_split, whole
 from totalfast.stages.predict import predict_part, predict_probabilities
 from totalfast.stages.read import open_scan, read_image
 from totalfast.stages.resample import to_model_grid
+from totalfast.stages.vertebrae import refine_vertebrae, separate_vertebrae
 from totalfast.stages.write import (
     PendingFiles,
     label_image,
@@ -39,7 +40,6 @@ from totalfast.upstream import check_license
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from concurrent.futures import Future
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -55,6 +55,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+VERTEBRAE_TASKS = ("vertebrae_pp", "vertebrae_pp_refined")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
@@ -66,6 +68,19 @@ class Run:
     work: Work
     keeps_scan: bool
     """The scan's intensities are needed once more at the end."""
+
+    def rough(self) -> Run:
+        """What a run has at hand that only looks for something: no option but the basic ones."""
+        options = replace(
+            self.options,
+            export="auto",
+            force_split=False,
+            save_probabilities=None,
+            statistics=False,
+            remove_small_blobs=False,
+        )
+        work = replace(self.work, part=self.work.rough or self.work.part, resample=0.0)
+        return replace(self, options=options, work=work, keeps_scan=True)
 
 
 def run(
@@ -99,9 +114,7 @@ def run(
         check_license(task.name)
     scan = open_scan(source)  # before models are looked for, or even downloaded
     _say_what_is_done(task, options)
-    # Loading takes turns, and the rough model is needed first.
-    rough_models = [] if task.crop is None else _load(task.crop.rough, options, session)
-    models = _load(task, options, session)
+    _begin_loading(task, options, session)
     if options.export == "linear":
         Thread(target=prepare_linear, name="totalfast-compile", daemon=True).start()
     with Progress(disable=options.quiet) as progress:
@@ -110,17 +123,19 @@ def run(
             session=session,
             progress=progress,
             work=Work.of(scan, task, device=options.device),
-            keeps_scan=_writes_skin(task, options) or options.preview,
+            keeps_scan=_writes_skin(task, options)
+            or options.preview
+            or bool(options.statistics and not options.fast)
+            or task.refined_by is not None,
         )
         progress.expect(this.work.total)
         progress.stage("Reading")
         image = read_image(scan)
         progress.advance(this.work.read)
 
-        if task.crop is None:
-            result = segment(this, image, task, models)
-        else:
-            result = segment_region(this, image, task, models, task.crop, rough_models)
+        result = segment(this, image, task)
+        if task.refined_by is not None:
+            refine(this, result, image, task, task.refined_by)
         progress.advance(this.work.restore)
 
         saved = "nothing was saved"
@@ -137,8 +152,14 @@ def run(
     return result
 
 
-def _load(task: Task, options: Options, session: Session) -> list[Future[Model]]:
-    return [session.load(task, part, device=options.device) for part in task.parts]
+def _begin_loading(task: Task, options: Options, session: Session) -> None:
+    """Begin to load all models that a task needs; what is needed first comes first."""
+    if task.crop is not None:
+        _begin_loading(task.crop.rough, options, session)
+    if task.refined_by is not None:
+        _begin_loading(task.refined_by, options, session)
+    for part in task.parts:
+        session.load(task, part, device=options.device)
 
 
 def _say_what_is_done(task: Task, options: Options) -> None:
@@ -158,29 +179,27 @@ def _say_what_is_done(task: Task, options: Options) -> None:
         logger.info("Export 'plans': logits resampled to the scan's grid, as upstream does")
 
 
-def segment(
-    run: Run, image: ScannerImage, task: Task, models: list[Future[Model]]
-) -> nib.Nifti1Image:
+def segment(run: Run, image: ScannerImage, task: Task) -> nib.Nifti1Image:
+    """Label an image on its own grid: all of it, or what lies around a region of it."""
+    if task.crop is None:
+        return segment_all(run, image, task)
+    return segment_region(run, image, task, task.crop)
+
+
+def segment_all(run: Run, image: ScannerImage, task: Task) -> nib.Nifti1Image:
     """Label all of an image; drops its voxels on the way, unless the run needs them again."""
     model_image = resample(image, task, run.options)
     run.progress.advance(run.work.resample)
     if not run.keeps_scan:
         image.drop_voxels()
-    labels = label(run, model_image, task, models)
+    labels = label(run, model_image, task)
     run.progress.stage("Restoring")
     return restore(labels, model_image, image, run.options, task.classes)
 
 
-def segment_region(
-    run: Run,
-    image: ScannerImage,
-    task: Task,
-    models: list[Future[Model]],
-    crop: Crop,
-    rough_models: list[Future[Model]],
-) -> nib.Nifti1Image:
-    """Label what lies around the structures that a rough model finds, and nothing else."""
-    rough, box = find_region(run, image, crop, rough_models)
+def segment_region(run: Run, image: ScannerImage, task: Task, crop: Crop) -> nib.Nifti1Image:
+    """Label what lies around the structures that a rough task finds, and nothing else."""
+    rough, box = find_region(run, image, crop)
     if box is None:
         logger.info("INFO: Crop is empty. Returning empty segmentation.")
         nothing = np.zeros(image.grid.shape, dtype=np.uint8, order="F")
@@ -188,31 +207,44 @@ def segment_region(
     region = image.cropped(box)
     if not run.keeps_scan:
         image.drop_voxels()
-    result = uncrop(segment(run, region, task, models), image, box, task.classes)
+    result = uncrop(segment_all(run, region, task), image, box, task.classes)
     if crop.outside is not None:
         keep_near(result, box, rough, crop, image)
     return result
 
 
-def find_region(
-    run: Run, image: ScannerImage, crop: Crop, models: list[Future[Model]]
-) -> tuple[NDArray[np.uint8], Box | None]:
-    """Run the rough model: its labels (z, y, x), RAS+ axes, and the box that they give."""
-    logger.info("Generating rough segmentation for cropping...")
+def find_region(run: Run, image: ScannerImage, crop: Crop) -> tuple[NDArray[np.uint8], Box | None]:
+    """Run the rough task: its labels (z, y, x), RAS+ axes, and the box that they give."""
+    logger.info(crop.announced)
     if crop.robust:
         logger.info("  (Using more robust (but slower) 3mm model for cropping.)")
-    rough_run = replace(
-        run,
-        options=replace(run.options, export="auto", force_split=False),
-        work=replace(run.work, part=run.work.rough),
-    )
-    model_image = resample(image, crop.rough, rough_run.options)
-    labels = label(rough_run, model_image, crop.rough, models)
+    rough_run = run.rough()
+    if crop.rough.crop is None:
+        model_image = resample(image, crop.rough, rough_run.options)
+        labels = label(rough_run, model_image, crop.rough)
+    else:
+        found = segment(rough_run, image, crop.rough)
+        labels = to_canonical(np.asanyarray(found.dataobj), image.grid).transpose(2, 1, 0)
     box = box_around(labels, crop.labels, scanner=image.grid, margin_mm=crop.margin_mm)
     if box is not None:
         shape = tuple(part.stop - part.start for part in box)
         logger.info("  cropping from %s to %s", image.grid.shape, shape)
     return labels, box
+
+
+def refine(
+    run: Run, result: nib.Nifti1Image, image: ScannerImage, task: Task, bodies: Task
+) -> None:
+    """Cut vertebrae, dilated, to the bodies that another task finds, in place."""
+    logger.info("Generating vertebrae body mask for refinement...")
+    found = segment(run.rough(), image, bodies)
+    voxels = np.asanyarray(result.dataobj)
+    voxels[...] = refine_vertebrae(
+        voxels,
+        np.asanyarray(found.dataobj),
+        task.classes,
+        zooms_mm=image.header.get_zooms()[:3],
+    )
 
 
 def resample(image: ScannerImage, task: Task, options: Options) -> ModelImage:
@@ -224,23 +256,20 @@ def resample(image: ScannerImage, task: Task, options: Options) -> ModelImage:
     return found
 
 
-def label(
-    run: Run, model_image: ModelImage, task: Task, models: list[Future[Model]]
-) -> NDArray[np.uint8]:
+def label(run: Run, model_image: ModelImage, task: Task) -> NDArray[np.uint8]:
     """Run a task's models and clean up: labels (z, y, x), RAS+ axes, of ``_label_grid``."""
     with timed(None if task.several_models else "Predicting...", "  Predicted in"):
-        labels = predict(run, model_image, task, models)
-    return clean_labels(
-        labels,
-        task=task.name,
-        classes=task.classes,
-        voxel_mm3=float(np.prod(_label_grid(model_image, run.options).stored().spacing_mm)),
-    )
+        labels = predict(run, model_image, task)
+    grid = _label_grid(model_image, run.options).stored()
+    voxel_mm3 = float(np.prod(grid.spacing_mm))
+    labels = clean_labels(labels, task=task.name, classes=task.classes, voxel_mm3=voxel_mm3)
+    if task.name in VERTEBRAE_TASKS:
+        zooms_mm = grid.spacing_mm.astype(np.float32)
+        labels = separate_vertebrae(labels, task.classes, zooms_mm=zooms_mm)
+    return keep_labels(labels, task.classes) if task.selected else labels
 
 
-def predict(
-    run: Run, model_image: ModelImage, task: Task, models: list[Future[Model]]
-) -> NDArray[np.uint8]:
+def predict(run: Run, model_image: ModelImage, task: Task) -> NDArray[np.uint8]:
     """Run all of a task's models and join their labels: uint8, (z, y, x), RAS+ axes.
 
     On the model grid; with export "linear" on the scanner's.
@@ -259,11 +288,11 @@ def predict(
         pieces = thirds(slices)
     spacing_zyx = [float(mm) for mm in model_image.grid.spacing_mm[::-1]]
     labels = np.zeros(shape, dtype=np.uint8)
-    for index, (part, future) in enumerate(zip(task.parts, models, strict=True)):
+    for index, part in enumerate(task.parts):
         if task.several_models:
             logger.info("Predicting part %d of %d ...", index + 1, len(task.parts))
         progress.stage("Loading model")
-        model = future.result()
+        model = run.session.load(task, part, device=options.device).result()
         progress.stage(f"Predicting {index + 1}/{len(task.parts)}")
         tiles = [
             plan_tiles(model_image.voxels[piece.predicted].shape, model.patch_size, task.tile_step)
@@ -276,7 +305,7 @@ def predict(
                 "voxels": model_image.voxels[piece.predicted],
                 "spacing_mm": spacing_zyx,
                 "model": model,
-                "step": task.tile_step,
+                "tiling": Tiling(step=task.tile_step),
                 "on_tile": partial(progress.advance, run.work.part * tile_share),
             }
             with run.session.predicting:

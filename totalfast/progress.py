@@ -109,7 +109,8 @@ class Work:
         if task.crop is not None:
             rough = 1.7 * network_s_per_voxel * voxels(task.crop.rough.spacing_mm)
         save = 3e-8 * native
-        total = read + rough + resample + part * len(task.parts) + restore + save
+        models = len(task.parts) + (task.refined_by is not None)
+        total = read + rough + resample + part * models + restore + save
         return cls(
             read=read, rough=rough, resample=resample, part=part, restore=restore, save=save,
             total=total,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ from totalfast.errors import PredictionError
 from totalfast.export.nearest import first_maximum, label_dtype
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     import torch
     from torch import nn
@@ -40,6 +41,29 @@ SLICES_PER_ARGMAX = 2
 
 MAX_THREADS = 8
 """nnU-Net caps torch's threads at its ``default_num_processes``, which is 8."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tiling:
+    """How an image is predicted tile by tile: nnU-Net's options of the same meaning.
+
+    Parameters
+    ----------
+    step
+        Tile step as a share of the tile size.
+    gaussian
+        Whether the middle of a tile counts more than its rim.
+    mirror_axes
+        Spatial axes along which each tile is also predicted mirrored, in every combination, and
+        averaged; TotalSegmentator's tiles are not.
+    on_device
+        Whether logits are summed up on a CUDA device that the network runs on, or on the CPU.
+    """
+
+    step: float
+    gaussian: bool = True
+    mirror_axes: tuple[int, ...] = ()
+    on_device: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,9 +101,21 @@ class Tiles:
 
 
 def plan_tiles(shape: tuple[int, ...], patch: tuple[int, ...], step: float) -> Tiles:
-    """Lay nnU-Net's tiles over an image of ``shape`` (z, y, x)."""
+    """Lay nnU-Net's tiles over an image of ``shape`` (z, y, x).
+
+    A patch of two axes (y, x) is laid over every slice.
+    """
     from nnunetv2.inference.sliding_window_prediction import compute_steps_for_sliding_window
 
+    if len(patch) == 2:
+        plane = plan_tiles((patch[0], *shape[1:]), (patch[0], *patch), step)
+        return Tiles(
+            patch=(1, *patch),
+            starts=(tuple(range(shape[0])), *plane.starts[1:]),
+            shape=shape,
+            below=(0, *plane.below[1:]),
+            above=(0, *plane.above[1:]),
+        )
     missing = [max(p - n, 0) for n, p in zip(shape, patch, strict=True)]
     below = tuple(m // 2 for m in missing)
     padded = tuple(n + m for n, m in zip(shape, missing, strict=True))
@@ -95,8 +131,8 @@ def plan_tiles(shape: tuple[int, ...], patch: tuple[int, ...], step: float) -> T
 def predict_labels(
     model: Model,
     image: torch.Tensor,
+    tiling: Tiling,
     *,
-    step: float,
     on_tile: Callable[[], None] = lambda: None,
 ) -> torch.Tensor:
     """Predict the label of every voxel, at network resolution.
@@ -104,11 +140,11 @@ def predict_labels(
     Parameters
     ----------
     model
-        A loaded 3-D model.
+        A loaded model. One of 2-D images is run slice by slice.
     image
         float32, (channels, z, y, x), normalised, on the CPU.
-    step
-        Tile step as a share of the tile size.
+    tiling
+        How tiles are laid, mirrored and weighted.
     on_tile
         Called after each tile.
 
@@ -125,7 +161,7 @@ def predict_labels(
 
     dtype = label_dtype(len(model.labels.foreground_labels))
     labels = torch.from_numpy(np.empty(tuple(image.shape[1:]), dtype=dtype))
-    for start, logits in final_logits(model, image, step=step, on_tile=on_tile):
+    for start, logits in final_logits(model, image, tiling, on_tile=on_tile):
         if model.labels.has_regions:
             found = torch.as_tensor(model.labels.convert_logits_to_segmentation(logits))
         else:
@@ -137,8 +173,8 @@ def predict_labels(
 def predict_logits(
     model: Model,
     image: torch.Tensor,
+    tiling: Tiling,
     *,
-    step: float,
     on_tile: Callable[[], None] = lambda: None,
 ) -> torch.Tensor:
     """Predict all logits, float16, (classes, z, y, x), on the CPU: what nnU-Net's export takes.
@@ -148,7 +184,7 @@ def predict_logits(
     import torch
 
     logits = torch.empty((model.heads, *image.shape[1:]), dtype=torch.half)
-    for start, slab in final_logits(model, image, step=step, on_tile=on_tile):
+    for start, slab in final_logits(model, image, tiling, on_tile=on_tile):
         logits[:, start : start + slab.shape[1]] = slab.to("cpu")
     return logits
 
@@ -156,8 +192,8 @@ def predict_logits(
 def final_logits(
     model: Model,
     image: torch.Tensor,
+    tiling: Tiling,
     *,
-    step: float,
     on_tile: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """Yield (first slice, logits of a few slices) along z as they become final.
@@ -167,14 +203,15 @@ def final_logits(
     """
     import torch
 
-    tiles = plan_tiles(tuple(image.shape[1:]), model.patch_size, step)
+    tiles = plan_tiles(tuple(image.shape[1:]), model.patch_size, tiling.step)
     # As in nnU-Net, results stay on CUDA devices and nowhere else.
-    device = model.device if model.device.type == "cuda" else torch.device("cpu")
+    stay = tiling.on_device and model.device.type == "cuda"
+    device = model.device if stay else torch.device("cpu")
     padding = [n for pair in zip(tiles.below[::-1], tiles.above[::-1], strict=True) for n in pair]
     if any(padding):
         image = torch.nn.functional.pad(image, padding)
     image = image.to(device)
-    window = _RollingWindow(model, tiles, device)
+    window = _RollingWindow(model, tiles, tiling, device)
     starts_z, starts_y, starts_x = tiles.starts
     with inference_settings(model.device):
         for z in starts_z:
@@ -186,6 +223,16 @@ def final_logits(
                     window.add(image[box], box)
                     on_tile()
         yield from window.advance(tiles.padded_shape[0])
+
+
+def mirrorings(axes: Sequence[int]) -> list[tuple[int, ...]]:
+    """All combinations of spatial axes, as axes of a batch, in nnU-Net's order."""
+    shifted = [axis + 2 for axis in axes]
+    return [
+        some
+        for count in range(1, len(shifted) + 1)
+        for some in itertools.combinations(shifted, count)
+    ]
 
 
 def split_head(network: nn.Module) -> tuple[nn.Module, nn.Module | None]:
@@ -251,24 +298,27 @@ def _zeros(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
 class _RollingWindow:
     """Accumulators as deep as one tile, moved along z; slices that leave it are final."""
 
-    def __init__(self, model: Model, tiles: Tiles, device: torch.device) -> None:
+    def __init__(self, model: Model, tiles: Tiles, tiling: Tiling, device: torch.device) -> None:
         import torch
         from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 
         self.model = model
+        plain = model.device.type == "cpu" and not tiling.mirror_axes and len(model.patch_size) == 3
         self.networks = [
-            split_head(network) if model.device.type == "cpu" else (network, None)
-            for network in model.networks
+            split_head(network) if plain else (network, None) for network in model.networks
         ]
+        self.mirrorings = mirrorings(tiling.mirror_axes)
         self.tiles = tiles
         self.first = 0
         area = (tiles.patch[0], *tiles.padded_shape[1:])
         self.sums = [_zeros((model.heads, *area), device) for _ in model.networks]
         self.weight = torch.zeros(area, dtype=torch.half, device=device)
         self._slice = torch.empty(model.heads, *tiles.patch[1:], device=device)
-        self.gaussian = compute_gaussian(
-            tiles.patch, sigma_scale=1.0 / 8, value_scaling_factor=10, device=device
-        )
+        self.gaussian = torch.ones(tiles.patch, dtype=torch.half, device=device)
+        if tiling.gaussian:
+            self.gaussian = compute_gaussian(
+                model.patch_size, sigma_scale=1.0 / 8, value_scaling_factor=10, device=device
+            ).reshape(tiles.patch)
 
     def add(self, tile: torch.Tensor, box: tuple[slice, ...]) -> None:
         """Run every fold's network on a tile (channels, z, y, x) and add its weighted logits."""
@@ -278,7 +328,7 @@ class _RollingWindow:
         place = (slice(None), slice(None), *box[2:])
         batch = torch.clone(tile[None], memory_format=torch.contiguous_format).to(self.model.device)
         for (network, head), total in zip(self.networks, self.sums, strict=True):
-            answer = network(batch)
+            answer = self._answer(network, batch)
             if self.model.device.type != "cpu":
                 logits = answer[0].to(total.device)
                 logits *= self.gaussian
@@ -287,6 +337,22 @@ class _RollingWindow:
             for slices, logits in _logits(head, answer):
                 self._add_up(total[place][:, slices], logits, self.gaussian[slices])
         self.weight[place[1:]] += self.gaussian
+
+    def _answer(self, network: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        """The network's answer to (1, channels, z, y, x), averaged over its mirror images.
+
+        A network of 2-D images gets the one slice that its tiles have.
+        """
+        import torch
+
+        slices = len(self.model.patch_size) == 2
+        tile = batch[:, :, 0] if slices else batch
+        answer: torch.Tensor = network(tile)
+        for axes in self.mirrorings:
+            answer += torch.flip(network(torch.flip(tile, axes)), axes)
+        if self.mirrorings:
+            answer /= len(self.mirrorings) + 1
+        return answer[:, :, None] if slices else answer
 
     def _add_up(self, total: torch.Tensor, logits: torch.Tensor, weight: torch.Tensor) -> None:
         """``total += logits * weight``, slice by slice, in memory that is used again.

@@ -6,10 +6,11 @@ changes changes here.
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from totalfast.errors import OptionError, UnsupportedError
+from totalfast.errors import OptionError
 from totalfast.upstream import (
     CLASS_MAPS,
     DEFAULT_CONFIG,
@@ -20,16 +21,23 @@ from totalfast.upstream import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping, Sequence
 
-UNSUPPORTED_TASKS = frozenset({"teeth", "vertebrae_pp", "vertebrae_pp_refined", "test"})
-"""Tasks with steps of their own, which are refused until they are supported."""
+BROKEN_TASKS = frozenset({"test"})
+"""In upstream's table, but of no use there either (2.18.0)."""
 
 ROUGH_MARGIN_MM = (20.0, 20.0, 20.0)
-"""Around what the rough model found; what upstream's table says instead is never used (2.18.0)."""
+"""Around what the rough model found; what upstream's table says instead is only used where another
+task than the rough total one finds the region (2.18.0)."""
+
+BODY_MARGIN_MM = (3.0, 3.0, 3.0)
+"""Around the body, for ``body_seg``."""
 
 BODY_REGIONS = frozenset({"body_trunc", "body_extremities"})
 """Classes that the rough body model finds, and the one of ``total`` does not."""
+
+SMALL_PLANS = "nnUNetResEncUNetLPlans_8"
+"""Of the smaller models of ``total_v3``."""
 
 COARSE_STEP_TASKS = frozenset({"total", "total_v3", "total_mr"})
 """Tasks whose tiles overlap by a fifth instead of a half (TotalSegmentator 2.18.0, nnunet.py)."""
@@ -51,13 +59,15 @@ class Crop:
     rough: Task
     labels: frozenset[int]
     """Of the rough task: what the box is drawn around."""
-    robust: bool
-    """Whether the finer of the rough models is used, at 3 mm."""
     margin_mm: tuple[float, float, float]
-    outside: frozenset[int] | None
+    robust: bool = False
+    """Whether the finer of the rough models is used, at 3 mm."""
+    outside: frozenset[int] | None = None
     """Of the rough task: where else nothing is kept; None keeps all."""
-    outside_mm: float
+    outside_mm: float = 0.0
     """How far around those something is kept."""
+    announced: str = "Generating rough segmentation for cropping..."
+    """What upstream tells users when it begins."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,11 +85,15 @@ class Task:
     configuration: str
     folds: tuple[int, ...] | None
     classes: Mapping[int, str]
-    """Label to class name, in upstream's order."""
+    """Label to class name, in upstream's order; only those that were asked for."""
     several_models: bool
     """Whether upstream treats the task as a list of models, even a list of one."""
+    selected: bool = False
+    """Whether only some classes were asked for, and others must not be kept."""
     crop: Crop | None = None
     """None looks at the whole scan."""
+    refined_by: Task | None = None
+    """Whose first class the result is cut to, at the scan's resolution."""
     licensed: bool = False
     """Whether TotalSegmentator asks for a licence number."""
     hint: str | None = None
@@ -99,7 +113,10 @@ def resolve_task(
     fast: bool = False,
     fastest: bool = False,
     plans: str = "nnUNetPlans",
+    model_size: str = "big",
     robust_crop: bool = False,
+    roi_subset: Sequence[str] | None = None,
+    body_seg: bool = False,
 ) -> Task:
     """Look up a task.
 
@@ -111,23 +128,27 @@ def resolve_task(
         Coarser models; ``fast`` wins if both are set.
     plans
         nnU-Net plans identifier of the model folder.
+    model_size
+        "small" takes the smaller models of ``total_v3``.
     robust_crop
         Find the region with the 3 mm model instead of the 6 mm model.
+    roi_subset
+        Classes of a ``total`` task: only these, and only the models and the region that they need.
+    body_seg
+        Look at the body only, if the task looks at no region yet.
 
     Raises
     ------
     OptionError
-        If upstream has no such task, or not at this resolution.
-    UnsupportedError
-        If totalfast can't run it yet.
+        If upstream has no such task or class, or not at this resolution.
     """
-    if name not in TASKS or name not in TASK_CONFIGS:
+    if name not in TASKS or name not in TASK_CONFIGS or name in BROKEN_TASKS:
         raise OptionError(f"unknown task '{name}'. 'totalfast --list-tasks' shows all of them.")
-    if name in UNSUPPORTED_TASKS:
-        raise UnsupportedError(f"task '{name}' is not supported yet; use TotalSegmentator for it.")
     raw = TASK_CONFIGS[name]
     if raw.get("disallow_fast") and fast:
         raise OptionError(f"task {name} does not work with option --fast")
+    if roi_subset is not None:
+        _check_classes(name, roi_subset)
     config: dict[str, Any] = {**DEFAULT_CONFIG, "plans": plans}
     resolution = "default"
     if "sub_modes" in raw:
@@ -137,67 +158,154 @@ def resolve_task(
         config |= raw["sub_modes"][resolution]
     else:
         config |= raw
+    if name == "total_v3" and model_size == "small":
+        config["plans"] = SMALL_PLANS
     task_id, folds, resample = config["task_id"], config["folds"], config["resample"]
-    ids = task_id if isinstance(task_id, list) else [task_id]
+    classes = CLASS_MAPS[name]
+    if roi_subset is not None:
+        classes = {
+            label: structure for label, structure in classes.items() if structure in roi_subset
+        }
     return Task(
         name=name,
         resolution=resolution,
-        parts=tuple(
-            Part(
-                model_id=model_id,
-                labels=_part_labels(name, model_id) if isinstance(task_id, list) else None,
-            )
-            for model_id in ids
-        ),
+        parts=_parts(name, task_id, roi_subset),
         spacing_mm=_spacing(resample),
         trainer=config["trainer"],
         plans=config["plans"],
         configuration=config["model"],
         folds=None if folds is None else tuple(folds),
-        classes=CLASS_MAPS[name],
+        classes=classes,
         several_models=isinstance(task_id, list),
-        crop=_crop(name, config, robust=robust_crop or config["robust_crop"]),
+        selected=roi_subset is not None,
+        crop=_crop(
+            name,
+            config,
+            robust=robust_crop or config["robust_crop"],
+            roi_subset=roi_subset,
+            body_seg=body_seg,
+        ),
+        refined_by=_vertebral_bodies() if name == "vertebrae_pp_refined" else None,
         licensed=bool(raw.get("commercial")),
         hint=raw.get("info_msg"),
         coarse_mm=None if resolution == "default" or resample is None else int(resample),
     )
 
 
-def _crop(name: str, config: dict[str, Any], *, robust: bool) -> Crop | None:
-    """Choose the rough model as upstream does (2.18.0, python_api.py)."""
-    regions = config["crop"]
-    if regions is None:
-        return None
-    of_mr = name.endswith("_mr")
-    rough_name = "total_mr" if of_mr or config["modality"] == "mr" else "total"
-    model_id = 852 if of_mr else 297 if robust else 298
-    trainer = (
-        "nnUNetTrainer_2000epochs_NoMirroring" if of_mr else "nnUNetTrainer_4000epochs_NoMirroring"
+def _check_classes(task: str, roi_subset: Sequence[str]) -> None:
+    if not task.startswith("total"):
+        raise OptionError(
+            f"roi_subset only works with task 'total' or 'total_mr', not with '{task}'."
+        )
+    known = CLASS_MAPS[task].values()
+    for structure in roi_subset:
+        if structure not in known:
+            close = difflib.get_close_matches(structure, known, n=3)
+            hint = f" Did you mean {' or '.join(close)}?" if close else ""
+            raise OptionError(
+                f"task '{task}' has no class '{structure}'.{hint} "
+                f"'totalfast --list-classes {task}' shows all of them."
+            )
+
+
+def _parts(
+    name: str, task_id: int | list[int], roi_subset: Sequence[str] | None
+) -> tuple[Part, ...]:
+    """The models of a task; of several, those that know one of the classes asked for."""
+    if not isinstance(task_id, list):
+        return (Part(model_id=task_id, labels=None),)
+    if roi_subset is not None:
+        ids = {part: model_id for model_id, part in PART_NAMES[name].items()}
+        task_id = [
+            ids[part]
+            for part, structures in PART_CLASS_MAPS[name].items()
+            if not set(roi_subset).isdisjoint(structures.values())
+        ]
+    return tuple(
+        Part(model_id=model_id, labels=_part_labels(name, model_id)) for model_id in task_id
     )
-    spacing_mm = 3.0 if robust or of_mr else 6.0
-    if not BODY_REGIONS.isdisjoint(regions):
-        rough_name, model_id, spacing_mm, trainer = "body", 300, 6.0, "nnUNetTrainer"
-    classes = CLASS_MAPS[rough_name]
-    label_of = {class_name: label for label, class_name in classes.items()}
+
+
+def _crop(
+    name: str,
+    config: dict[str, Any],
+    *,
+    robust: bool,
+    roi_subset: Sequence[str] | None,
+    body_seg: bool,
+) -> Crop | None:
+    """Choose region and rough model as upstream does (2.18.0, python_api.py)."""
+    regions = config["crop"] if config["crop"] is not None else roi_subset
+    if regions is None:
+        return _body_crop() if body_seg and not name.endswith("_mr") else None
+    if config["crop_model"] is not None:
+        rough, margin_mm = resolve_task(config["crop_model"]), config["crop_addon"]
+    else:
+        rough = _rough_task(name, config, regions, robust=robust)
+        margin_mm = ROUGH_MARGIN_MM
+    label_of = {structure: label for label, structure in rough.classes.items()}
+    for structure in regions:
+        if structure not in label_of:
+            raise OptionError(
+                f"roi_subset does not work with class '{structure}' of task '{name}': the region "
+                f"is found by the models of task '{rough.name}', which do not know it."
+            )
     outside = config["remove_outside"]
+    x, y, z = (float(mm) for mm in margin_mm)
     return Crop(
-        rough=Task(
-            name=rough_name,
-            resolution="fast" if spacing_mm == 3.0 else "fastest",
-            parts=(Part(model_id=model_id, labels=None),),
-            spacing_mm=(spacing_mm,) * 3,
-            trainer=trainer,
-            plans="nnUNetPlans",
-            configuration="3d_fullres",
-            folds=(0,),
-            classes=classes,
-            several_models=False,
-        ),
-        labels=frozenset(label_of[region] for region in regions),
-        robust=robust,
-        margin_mm=ROUGH_MARGIN_MM,
+        rough=rough,
+        labels=frozenset(label_of[structure] for structure in regions),
+        robust=robust and config["crop_model"] is None,
+        margin_mm=(x, y, z),
         outside=None if outside is None else frozenset(label_of[region] for region in outside),
         outside_mm=float(config["remove_outside_dilation"] or 0),
+    )
+
+
+def _rough_task(
+    name: str, config: dict[str, Any], regions: Collection[str], *, robust: bool
+) -> Task:
+    """The coarse ``total`` or ``body`` task that a region is found with."""
+    if not BODY_REGIONS.isdisjoint(regions):
+        return _single_model("body", 300, spacing_mm=6.0, trainer="nnUNetTrainer")
+    of_mr = name.endswith("_mr")
+    return _single_model(
+        "total_mr" if of_mr or config["modality"] == "mr" else "total",
+        852 if of_mr else 297 if robust else 298,
+        spacing_mm=3.0 if robust or of_mr else 6.0,
+        trainer="nnUNetTrainer_2000epochs_NoMirroring"
+        if of_mr
+        else "nnUNetTrainer_4000epochs_NoMirroring",
+    )
+
+
+def _body_crop() -> Crop:
+    rough = _single_model("body", 300, spacing_mm=6.0, trainer="nnUNetTrainer")
+    return Crop(
+        rough=rough,
+        labels=frozenset(rough.classes),
+        margin_mm=BODY_MARGIN_MM,
+        announced="Generating rough body segmentation...",
+    )
+
+
+def _vertebral_bodies() -> Task:
+    return _single_model("vertebrae_body", 305, spacing_mm=1.5, trainer="nnUNetTrainer_DASegOrd0")
+
+
+def _single_model(name: str, model_id: int, *, spacing_mm: float, trainer: str) -> Task:
+    """A task that upstream spells out in its code instead of its table."""
+    return Task(
+        name=name,
+        resolution="fast" if spacing_mm == 3.0 else "fastest",
+        parts=(Part(model_id=model_id, labels=None),),
+        spacing_mm=(spacing_mm,) * 3,
+        trainer=trainer,
+        plans="nnUNetPlans",
+        configuration="3d_fullres",
+        folds=(0,),
+        classes=CLASS_MAPS[name],
+        several_models=False,
     )
 
 

@@ -49,6 +49,7 @@ __all__ = [
     "format_tasks_table",
     "label_names",
     "label_table_xml",
+    "postprocessing",
     "version",
     "weights_home",
 ]
@@ -126,6 +127,13 @@ def check_license(task: str) -> None:
             "https://backend.totalsegmentator.com/license-academic/. Store it once with "
             "'totalseg_set_license -l NUMBER'."
         )
+
+
+def postprocessing() -> Any:  # noqa: ANN401 - a module without types
+    """Upstream's module of steps on label maps, for what is too rare to be ours."""
+    from totalsegmentator import postprocessing
+
+    return postprocessing
 
 
 def custom_trainer(name: str) -> type | None:

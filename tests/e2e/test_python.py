@@ -137,7 +137,7 @@ def test_linear_export_interpolates_all_logits(scan):
     import torch
     from scipy import ndimage
 
-    from totalfast.sliding_window import predict_logits
+    from totalfast.sliding_window import Tiling, predict_logits
     from totalfast.stages.normalise import to_network_image
     from totalfast.stages.read import open_scan, read_image
     from totalfast.stages.resample import to_model_grid
@@ -150,9 +150,9 @@ def test_linear_export_interpolates_all_logits(scan):
     image = to_model_grid(
         read_image(open_scan(scan)), spacing_mm=task.spacing_mm, order=1, threads=1
     )
-    network = to_network_image(image.voxels, spacing_mm=(6.0, 6.0, 6.0), model=model)
+    network = to_network_image(image.voxels[None], spacing_mm=(6.0, 6.0, 6.0), model=model)
     assert network.cropped_shape == network.full_shape == network.voxels.shape[1:]
-    logits = predict_logits(model, torch.from_numpy(network.voxels), step=task.tile_step)
+    logits = predict_logits(model, torch.from_numpy(network.voxels), Tiling(step=task.tile_step))
     target = image.canonical.shape[::-1]
     zoom = [m / n for n, m in zip(logits.shape[1:], target, strict=True)]
     resampled = np.stack(

@@ -200,6 +200,33 @@ def all_cases() -> list[Case]:
     for flags, in_ci in modes:
         cases.append(Case("oblique", flags, in_ci=in_ci, structured="--fast" in flags))
         cases.append(Case("ct", flags, structured=False))
+    # Only some classes: the models, the region and the files that they need.
+    subsets: list[tuple[tuple[str, ...], bool]] = [
+        (("-rs", "liver", "vertebrae_T12", "-ml"), True),
+        (("-rs", "heart", "stomach", "aorta", "--fast", "-s"), True),
+        (("-rsr", "spleen", "rib_left_9"), False),
+        (("-rs", "brain", "--fast"), False),
+        (("-rs", "skull", "brain", "-ml", "-s"), False),
+        (("-ta", "total_mr", "-rs", "liver", "spleen", "-ml"), False),
+        (("-bs", "-ml", "-fs"), False),
+        (("-bs", "--fast", "-rs", "liver", "-ml"), False),
+        (("-ta", "body_mr", "-bs", "-ml"), False),
+    ]
+    # Figures, and what is done to labels.
+    extras: list[tuple[tuple[str, ...], bool]] = [
+        (("-s", "-sx", "-sa", "median", "--fastest", "-ml"), True),
+        (("-s", "-sii", "--fast", "-sl", "-ml"), False),
+        (("-s", "-ml"), False),
+        (("-s", "-rs", "liver", "heart", "-ml"), False),
+        (("-rmb", "900", "--fast", "-ml"), True),
+        (("-rmb", "--fast", "-s"), False),
+        (("-v1o", "-ml", "--fast"), True),
+        (("-v1o", "-ml", "-rs", "liver", "lung_upper_lobe_left"), False),
+        (("-ta", "vertebrae_pp", "-ml"), False),
+        (("-ta", "vertebrae_pp_refined", "-ml"), False),
+    ]
+    for flags, in_ci in subsets + extras:
+        cases.append(Case("oblique", flags, in_ci=in_ci, structured=False))
     tasks: list[tuple[str, ...]] = [
         ("-ta", "body"),
         ("-ta", "body", "--fast", "-ml"),
@@ -312,7 +339,12 @@ def compare_folders(name: str, expected: Path, actual: Path) -> Comparison:
     result.problems += [f"only upstream writes {path}" for path in sorted(files - ours)]
     result.problems += [f"only totalfast writes {path}" for path in sorted(ours - files)]
     combined = None
-    for number, path in enumerate(sorted(files & ours), start=1):
+    common = sorted(files & ours)
+    for path in (path for path in common if path.suffix == ".json"):
+        if (expected / path).read_text() != (actual / path).read_text():
+            result.problems.append(f"{path}: the texts differ")
+    images = [path for path in common if path.suffix != ".json"]
+    for number, path in enumerate(images, start=1):
         one, two = nib.load(expected / path), nib.load(actual / path)
         a, b = voxels_of(one), voxels_of(two)
         result.problems += header_problems(path, one, two)
@@ -326,7 +358,7 @@ def compare_folders(name: str, expected: Path, actual: Path) -> Comparison:
         used = np.flatnonzero(a.any(axis=(0, 1)))
         if used.size:
             slab = (slice(None), slice(None), slice(used[0], used[-1] + 1))
-            value = a[slab] if len(files) == 1 else np.uint8(number)
+            value = a[slab] if len(images) == 1 else np.uint8(number)
             np.copyto(combined[slab], value, where=a[slab] != 0)
     if combined is not None:
         result.classes = int(np.count_nonzero(np.unique(combined)))

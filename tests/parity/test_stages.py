@@ -11,6 +11,7 @@ import pytest
 
 from totalfast.export import nearest_to_scanner_grid
 from totalfast.stages.clean import clean_labels, skin_mask
+from totalfast.stages.normalise import resample_image
 from totalfast.stages.read import read_image
 from totalfast.stages.resample import to_model_grid
 
@@ -48,6 +49,30 @@ def test_resampling_equals_change_spacing_bit_for_bit(shape, spacing, target, or
     np.testing.assert_array_equal(found.voxels, expected.get_fdata(dtype=np.float32).T)
     np.testing.assert_array_equal(found.grid.stored().affine, expected.affine)
     assert tuple(found.grid.spacing_mm) == expected.header.get_zooms()
+
+
+@pytest.mark.parametrize(
+    ("shape", "target", "spacing", "new_spacing", "separate"),
+    [
+        ((40, 50, 30), (20, 70, 31), (2.0, 1.0, 1.0), (2.0, 0.7, 1.0), None),
+        ((230, 12, 9), (115, 6, 20), (1.0, 1.0, 1.0), (2.0, 2.0, 0.5), None),
+        ((20, 50, 30), (35, 70, 31), (8.0, 1.0, 1.0), (4.0, 0.7, 1.0), 0),
+        ((40, 20, 30), (20, 30, 71), (1.0, 5.0, 1.0), (2.0, 3.3, 0.4), 1),
+        ((40, 50, 30), (20, 30, 71), (1.0, 1.0, 5.0), (2.0, 2.0, 2.1), 2),
+        ((1, 20, 30), (4, 30, 71), (5.0, 1.0, 1.0), (1.2, 0.7, 0.4), 0),
+    ],
+)
+def test_resampling_of_the_networks_input_equals_nnunets(
+    shape, target, spacing, new_spacing, separate
+):
+    from nnunetv2.preprocessing.resampling.default_resampling import resample_data_or_seg_to_shape
+
+    image = np.random.default_rng(3).normal(0, 2, (2, *shape)).astype(np.float32)
+    image[0, : shape[0] // 2] = -1.5  # flat, where rounding would be seen first
+    expected = resample_data_or_seg_to_shape(
+        image, target, spacing, new_spacing, order=3, order_z=0, force_separate_z=None
+    )
+    np.testing.assert_array_equal(resample_image(image, target, separate), expected)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
@@ -129,7 +154,7 @@ def test_skin_in_slabs_equals_upstreams_whole_volume():
 
 def test_importing_totalfast_never_imports_the_module_that_patches_nnunet():
     code = (
-        "import sys, totalfast.cli, totalfast.pipeline, totalfast.predictor; "
+        "import sys, totalfast.cli, totalfast.pipeline, totalfast.nnunet.predictor; "
         "sys.exit('totalsegmentator.nnunet' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -12,7 +12,7 @@ import sys
 import pytest
 
 from totalfast import upstream
-from totalfast.tasks import COARSE_STEP_TASKS, UNSUPPORTED_TASKS, resolve_task
+from totalfast.tasks import BROKEN_TASKS, COARSE_STEP_TASKS, resolve_task
 
 
 @pytest.mark.parametrize("name", upstream.__all__)
@@ -64,7 +64,7 @@ def test_threads_are_capped_as_in_nnunet():
     assert default_num_processes == MAX_THREADS
 
 
-SUPPORTED_TASKS = sorted(set(upstream.TASKS) & set(upstream.TASK_CONFIGS) - UNSUPPORTED_TASKS)
+SUPPORTED_TASKS = sorted(set(upstream.TASKS) & set(upstream.TASK_CONFIGS) - BROKEN_TASKS)
 
 
 @pytest.mark.parametrize("task", SUPPORTED_TASKS)
@@ -92,12 +92,15 @@ def test_tasks_resolve_as_upstream_resolves_them(task, mode, monkeypatch):
     assert (found.folds and list(found.folds)) == expected["folds"]
     assert found.plans == expected["plans"]
     assert found.licensed == upstream.TASK_CONFIGS[task].get("commercial", False)
-    assert expected["crop_model"] is None
     assert not expected["cascade"]
     regions, outside = expected["crop"], expected["remove_outside"]
     assert (found.crop is None) == (regions is None)
     if found.crop is not None:
         names = found.crop.rough.classes
+        of_total = {"total", "total_mr", "body"}
+        assert found.crop.rough.name == expected["crop_model"] or found.crop.rough.name in of_total
+        margin = (20, 20, 20) if expected["crop_model"] is None else tuple(expected["crop_addon"])
+        assert found.crop.margin_mm == margin
         assert {names[label] for label in found.crop.labels} == set(regions)
         assert found.crop.robust == expected["robust_crop"]
         assert {names[label] for label in found.crop.outside or ()} == set(outside or ())
@@ -132,7 +135,12 @@ print("FOUND", json.dumps(found))
 
 
 def test_regions_are_looked_for_with_the_models_that_upstream_calls(tmp_path):
-    tasks = [name for name in SUPPORTED_TASKS if resolve_task(name).crop is not None]
+    tasks = [
+        name
+        for name in SUPPORTED_TASKS
+        # Upstream's own call of the task that finds teeth fails on the CPU (2.18.0).
+        if resolve_task(name).crop is not None and name != "teeth"
+    ]
     done = subprocess.run(
         [sys.executable, "-c", ROUGH_CALLS, json.dumps(tasks)],
         env={**os.environ, "TOTALSEG_HOME_DIR": str(tmp_path)},

@@ -6,6 +6,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from totalfast import ArgmaxPredictor, PredictionError
 from totalfast.sliding_window import (
+    Tiling,
     _logits,
     first_maximum,
     plan_tiles,
@@ -42,7 +43,7 @@ def test_labels_and_logits_are_nnunets(predictors, shape, step):
     theirs.tile_step_size = ours.tile_step_size = step
     image = torch.randn((1, *shape), generator=torch.Generator().manual_seed(0))
     expected = theirs.predict_logits_from_preprocessed_data(image)
-    assert torch.equal(predict_logits(ours.model, image, step=step), expected)
+    assert torch.equal(predict_logits(ours.model, image, Tiling(step=step)), expected)
     labels = ours.predict_labels_from_preprocessed_data(image)
     assert torch.equal(labels, expected.argmax(0).to(torch.uint8))
     assert labels.dtype == torch.uint8
@@ -68,8 +69,10 @@ def test_two_folds_are_averaged_in_half_precision_as_nnunet_does(folder, tmp_pat
     expected = theirs.predict_logits_from_preprocessed_data(image)
     model = load_model(copy, folds=None, device=torch.device("cpu"))
     assert len(model.networks) == 2
-    assert torch.equal(predict_logits(model, image, step=0.5), expected)
-    assert torch.equal(predict_labels(model, image, step=0.5), expected.argmax(0).to(torch.uint8))
+    assert torch.equal(predict_logits(model, image, Tiling(step=0.5)), expected)
+    assert torch.equal(
+        predict_labels(model, image, Tiling(step=0.5)), expected.argmax(0).to(torch.uint8)
+    )
 
 
 def test_overflow_is_an_error_and_settings_are_restored(predictors):
@@ -81,7 +84,7 @@ def test_overflow_is_an_error_and_settings_are_restored(predictors):
         try:
             with torch.no_grad():
                 layer.bias.add_(1e6)
-            predict_labels(broken, torch.zeros((1, 40, 32, 48)), step=0.5)
+            predict_labels(broken, torch.zeros((1, 40, 32, 48)), Tiling(step=0.5))
         finally:
             with torch.no_grad():
                 layer.bias.copy_(bias)
@@ -99,7 +102,10 @@ def test_tiles_by_hand():
 def test_each_tile_is_reported(predictors):
     seen = []
     predict_labels(
-        predictors[1].model, torch.zeros((1, 50, 24, 48)), step=0.5, on_tile=lambda: seen.append(1)
+        predictors[1].model,
+        torch.zeros((1, 50, 24, 48)),
+        Tiling(step=0.5),
+        on_tile=lambda: seen.append(1),
     )
     assert len(seen) == plan_tiles((50, 24, 48), predictors[1].model.patch_size, 0.5).count
 

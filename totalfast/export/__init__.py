@@ -31,6 +31,7 @@ __all__ = [
     "METHODS",
     "choose_method",
     "export_labels",
+    "is_default_resampling",
     "label_dtype",
     "nearest_to_scanner_grid",
     "resampling_axes",
@@ -177,18 +178,25 @@ def choose_method(resampling: Callable[..., Any] | None, *, coordinates: str) ->
     """
     if coordinates == CORNERS:
         return "nearest"
-    if resampling is None:
+    if resampling is None or is_default_resampling(resampling, order=1):
         return "linear"
+    return "plans"
+
+
+def is_default_resampling(resampling: Callable[..., Any], *, order: int) -> bool:
+    """Whether the plans name nnU-Net's default resampling, for images, with these orders.
+
+    ``order``, and 0 along an axis that is resampled by itself.
+    """
     options = getattr(resampling, "keywords", {})
     function = getattr(resampling, "func", resampling)
-    linear = (
+    return (
         getattr(function, "__name__", "") == "resample_data_or_seg_to_shape"
         and getattr(function, "__module__", "").startswith("nnunetv2.")
         and not options.get("is_seg", False)
-        and options.get("order", 3) == 1
+        and options.get("order", 3) == order
         and options.get("order_z", 0) == 0
     )
-    return "linear" if linear else "plans"
 
 
 def resampling_axes(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from numpy.typing import NDArray
 
@@ -45,6 +45,13 @@ def merge_part(
     for plane, own_plane in zip(labels, part, strict=True):
         mapped = table[own_plane]
         np.copyto(plane, mapped, where=mapped != 0)
+
+
+def keep_labels(labels: NDArray[np.uint8], kept: Collection[int]) -> NDArray[np.uint8]:
+    """Return labels with all but some set to 0."""
+    table = np.zeros(256, dtype=np.uint8)
+    table[list(kept)] = list(kept)
+    return table[labels]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,8 +19,10 @@ from totalfast.export import (
     resampling_axes,
     separate_axis,
 )
-from totalfast.geometry import CENTERS, interpolation_weights, sample_positions
+from totalfast.export.nearest import gather
+from totalfast.geometry import CENTERS, interpolation_weights, nearest_indices, sample_positions
 from totalfast.sliding_window import (
+    Tiling,
     final_logits,
     inference_settings,
     predict_labels,
@@ -46,7 +48,7 @@ def predict_part(
     *,
     spacing_mm: Sequence[float],
     model: Model,
-    step: float,
+    tiling: Tiling,
     on_tile: Callable[[], None],
     linear_to: tuple[int, int, int] | None = None,
 ) -> NDArray[np.unsignedinteger]:
@@ -60,8 +62,8 @@ def predict_part(
         Spacing along (z, y, x).
     model
         A loaded model.
-    step
-        Tile step as a share of the tile size.
+    tiling
+        How tiles are laid, mirrored and weighted.
     on_tile
         Called after each tile.
     linear_to
@@ -73,20 +75,47 @@ def predict_part(
     -------
         uint8 (uint16 from 255 labels on), (z, y, x), the model's own labels.
     """
+    image = to_network_image(voxels[None], spacing_mm=spacing_mm, model=model)
+    return predict_network_image(image, model, tiling, on_tile=on_tile, linear_to=linear_to)
+
+
+def predict_network_image(
+    image: NetworkImage,
+    model: Model,
+    tiling: Tiling,
+    *,
+    on_tile: Callable[[], None],
+    method: str = "auto",
+    linear_to: tuple[int, int, int] | None = None,
+) -> NDArray[np.unsignedinteger]:
+    """Label every voxel of what an image was before it was cropped, and resampled by nnU-Net.
+
+    Parameters
+    ----------
+    image
+        Prepared for the model.
+    model, tiling, on_tile, linear_to
+        As for ``predict_part``.
+    method
+        How logits of another grid become labels, as in ``export_labels``.
+
+    Returns
+    -------
+        As ``predict_part``.
+    """
     import torch
 
-    image = to_network_image(voxels, spacing_mm=spacing_mm, model=model)
     tensor = torch.from_numpy(image.voxels)
     shape: tuple[int, ...] = image.full_shape
     box: tuple[slice, ...] = image.box
     if linear_to is not None:
         shape = tuple(linear_to[axis] for axis in model.plans.transpose_forward)
         box, axes = _axes_to(shape, image)
-        found = _linear(model, tensor, axes, step=step, on_tile=on_tile)
+        found = _linear(model, tensor, axes, tiling=tiling, on_tile=on_tile)
     elif image.was_resampled:
-        found = _resampled(image, tensor, model, step=step, on_tile=on_tile)
+        found = _resampled(image, tensor, model, method, tiling=tiling, on_tile=on_tile)
     else:
-        found = predict_labels(model, tensor, step=step, on_tile=on_tile).numpy()
+        found = predict_labels(model, tensor, tiling, on_tile=on_tile).numpy()
     labels = np.zeros(shape, dtype=found.dtype)
     labels[box] = found
     restored: NDArray[np.unsignedinteger] = labels.transpose(model.plans.transpose_backward)
@@ -114,7 +143,7 @@ def predict_probabilities(
     *,
     spacing_mm: Sequence[float],
     model: Model,
-    step: float,
+    tiling: Tiling,
     on_tile: Callable[[], None],
 ) -> tuple[NDArray[np.unsignedinteger], Probabilities]:
     """Label a model image through the probabilities of all classes, by nnU-Net's own export.
@@ -129,8 +158,8 @@ def predict_probabilities(
         convert_predicted_logits_to_segmentation_with_correct_shape,
     )
 
-    image = to_network_image(voxels, spacing_mm=spacing_mm, model=model)
-    logits = predict_logits(model, torch.from_numpy(image.voxels), step=step, on_tile=on_tile)
+    image = to_network_image(voxels[None], spacing_mm=spacing_mm, model=model)
+    logits = predict_logits(model, torch.from_numpy(image.voxels), tiling, on_tile=on_tile)
     backward = model.plans.transpose_backward
     cropping = {
         "shape_before_cropping": image.full_shape,
@@ -179,7 +208,7 @@ def _linear(
     tensor: torch.Tensor,
     axes: Sequence[LinearWeights],
     *,
-    step: float,
+    tiling: Tiling,
     on_tile: Callable[[], None],
 ) -> NDArray[np.unsignedinteger]:
     """Interpolate logits slice by slice, as they leave the sliding window."""
@@ -197,7 +226,7 @@ def _linear(
         device=model.device,
         threads=usable_cores(),
     )
-    for start, slab in final_logits(model, tensor, step=step, on_tile=on_tile):
+    for start, slab in final_logits(model, tensor, tiling, on_tile=on_tile):
         export.add(start, slab)
     return out
 
@@ -206,19 +235,28 @@ def _resampled(
     image: NetworkImage,
     tensor: torch.Tensor,
     model: Model,
+    method: str,
     *,
-    step: float,
+    tiling: Tiling,
     on_tile: Callable[[], None],
 ) -> NDArray[np.unsignedinteger]:
     """Where the plans' spacing gives another grid: nnU-Net's export, without its memory."""
     resampling = model.configuration.resampling_fn_probabilities
-    method = choose_method(resampling, coordinates=CENTERS)
-    logger.debug("  logits are resampled by the plans' rule: export '%s'", method)
+    if method == "auto":
+        method = choose_method(resampling, coordinates=CENTERS)
+        logger.debug("  logits are resampled by the plans' rule: export '%s'", method)
+    if method == "nearest":
+        labels = predict_labels(model, tensor, tiling, on_tile=on_tile).numpy()
+        indices = [
+            nearest_indices(n, m, CENTERS)
+            for n, m in zip(labels.shape, image.cropped_shape, strict=True)
+        ]
+        return gather(labels, indices, threads=usable_cores())
     if method == "linear":
         separate = separate_axis(image.network_spacing_mm, image.spacing_mm, resampling=resampling)
         axes = resampling_axes(tensor.shape[1:], image.cropped_shape, CENTERS, separate)
-        return _linear(model, tensor, axes, step=step, on_tile=on_tile)
-    logits = predict_logits(model, tensor, step=step, on_tile=on_tile)
+        return _linear(model, tensor, axes, tiling=tiling, on_tile=on_tile)
+    logits = predict_logits(model, tensor, tiling, on_tile=on_tile)
     with inference_settings(model.device):
         return export_labels(
             logits,

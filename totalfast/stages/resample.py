@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from totalfast.geometry import (
+    CORNERS,
     Grid,
     linear_weights,
     nearest_indices,
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from totalfast.stages.read import ScannerImage
+
+CUBIC = 3
 
 PLANES_PER_SLAB = 16
 """Slices that one thread works on at a time; a slab of float64 stays in the tens of megabytes."""
@@ -86,20 +89,22 @@ def to_model_grid(
     """
     canonical = image.grid.canonical()
     stored: NDArray[Any] = to_canonical(image.stored, image.grid)
-    if spacing_mm is None or canonical.has_spacing(spacing_mm):
-        grid = canonical
+    keeps_spacing = spacing_mm is None or canonical.has_spacing(spacing_mm)
+    grid = canonical if keeps_spacing else canonical.resampled(spacing_mm or ())
+    voxels = np.empty(grid.shape[::-1], dtype=np.float32)
+    if order == CUBIC and not keeps_spacing:
+        _fill_cubic(voxels, image, stored, threads)
+        return ModelImage(voxels=voxels, grid=grid, canonical=canonical)
+    if keeps_spacing:
 
         def planes(start: int, stop: int) -> NDArray[Any]:
             return image.scale(stored[:, :, start:stop].transpose(2, 1, 0))
 
     else:
-        grid = canonical.resampled(spacing_mm)
         resample = _RESAMPLERS.get(order, _spline_planes)(image, stored, grid.shape, order)
 
         def planes(start: int, stop: int) -> NDArray[Any]:
             return truncate(resample(start, stop))
-
-    voxels = np.empty(grid.shape[::-1], dtype=np.float32)
 
     def fill(bounds: tuple[int, int]) -> None:
         voxels[slice(*bounds)] = planes(*bounds)
@@ -107,6 +112,24 @@ def to_model_grid(
     with ThreadPoolExecutor(max_workers=threads) as pool:
         list(pool.map(fill, _slabs(grid.shape[2])))
     return ModelImage(voxels=voxels, grid=grid, canonical=canonical)
+
+
+def _fill_cubic(
+    voxels: NDArray[np.float32], image: ScannerImage, stored: NDArray[Any], threads: int
+) -> None:
+    """Order 3, the usual one. scipy's axes are (x, y, z), so that slabs are cut along x."""
+    from totalfast.cubic import cubic_axis, resample_cubic
+
+    target = voxels.T
+
+    def read(y: int, planes: slice) -> NDArray[np.float64]:
+        return image.scale(stored[planes, y])
+
+    def write(planes: slice, values: NDArray[np.float64]) -> None:
+        target[planes] = truncate(values)
+
+    axes = [cubic_axis(n, m, CORNERS) for n, m in zip(stored.shape, target.shape, strict=True)]
+    resample_cubic(read, stored.shape, axes, write, threads=threads)
 
 
 def _slabs(count: int) -> Iterator[tuple[int, int]]:
@@ -171,7 +194,7 @@ def _linear_planes(
 def _spline_planes(
     image: ScannerImage, stored: NDArray[Any], shape: tuple[int, int, int], order: int
 ) -> PlaneReader:
-    """Orders 2 to 5: scipy's own prefilter and interpolation, on slabs with a halo."""
+    """Orders 2, 4 and 5: scipy's own prefilter and interpolation, on slabs with a halo."""
     from scipy import ndimage
 
     size_z = stored.shape[2]

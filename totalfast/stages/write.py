@@ -42,10 +42,13 @@ class PendingFiles:
     def __init__(self) -> None:
         self._parts: list[tuple[Path, Path]] = []
 
-    def path(self, target: Path) -> Path:
-        """Register a target, make its folder, and return the path to write to."""
+    def path(self, target: Path, *, ending: str = "") -> Path:
+        """Register a target, make its folder, and return the path to write to.
+
+        It keeps the ``ending`` of the target, for writers that go by it.
+        """
         target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_name(target.name + ".part")
+        part = target.with_name(f"{target.name.removesuffix(ending)}.part{ending}")
         self._parts.append((part, target))
         return part
 

@@ -1,0 +1,248 @@
+"""``ArgmaxPredictor`` and ``totalfast nnunet`` against nnU-Net, called, on models made by hand."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+from totalfast import ArgmaxPredictor, InputError
+from totalfast.cli import main
+from totalfast.nnunet import export_prediction_from_logits
+
+from .nnunet_models import Made
+
+TORCH = "resample_torch_fornnunet"
+TORCH_OPTIONS = (
+    ("is_seg", False),
+    ("force_separate_z", False),
+    ("memefficient_seg_resampling", False),
+)
+MODELS = {
+    "3-D": Made(),
+    "same spacing": Made(spacing=(2.7, 1.3, 1.1)),
+    "2-D": Made(dims=2, patch=(24, 32), spacing=(1.5, 1.5)),
+    "two channels": Made(channels=2, normalization="CTNormalization"),
+    "regions": Made(regions=True),
+    "2-D regions": Made(dims=2, patch=(24, 32), spacing=(1.5, 1.5), regions=True),
+    "ignore label": Made(ignore=True),
+    "three folds": Made(folds=3),
+    "mirroring": Made(mirroring=(0, 1, 2)),
+    "2-D mirroring": Made(dims=2, patch=(24, 32), spacing=(1.5, 1.5), mirroring=(0, 1)),
+    "separate z": Made(spacing=(8.0, 1.5, 1.5), patch=(8, 24, 16)),
+    "transposed": Made(transpose=(2, 0, 1), spacing=(1.5, 2.0, 1.5)),
+    "300 classes": Made(classes=300),
+    "cubic": Made(options=(("order", 3),)),
+    "torch": Made(resampling=TORCH, options=TORCH_OPTIONS),
+    "no resampling": Made(resampling="no_resampling_hack", spacing=(2.7, 1.3, 1.1)),
+    "masked": Made(normalization="ZScoreNormalization", use_mask=True),
+    "rescaled": Made(normalization="RescaleTo01Normalization"),
+    "residual": Made(network="ResidualEncoderUNet"),
+    "cascade": Made(previous_stage="3d_lowres"),
+    "nibabel reader": Made(reader="NibabelIOWithReorient"),
+}
+
+
+@pytest.fixture(params=MODELS, scope="module")
+def made(request, tmp_path_factory):
+    """A model, its folder, images, and the first stage's labels of a cascade."""
+    model, folder = MODELS[request.param], tmp_path_factory.mktemp("nnunet")
+    images = model.write_images(folder / "images")
+    before = model.write_previous_stage(images, folder / "before")
+    return model, model.write(folder), images, before
+
+
+def predictor_of(kind, folder, **settings):
+    predictor = kind(device=torch.device("cpu"), allow_tqdm=False, **settings)
+    predictor.initialize_from_trained_model_folder(str(folder), None)
+    return predictor
+
+
+def segmentations(folder):
+    return {path.name: np.asarray(nib.load(path).dataobj) for path in folder.glob("case*.nii.gz")}
+
+
+def predicted(kind, folder, images, output, *, before=None, probabilities=False):
+    output.mkdir()
+    predictor = predictor_of(kind, folder)
+    call = {nnUNetPredictor: "predict_from_files_sequential", ArgmaxPredictor: "predict_from_files"}
+    getattr(predictor, call[kind])(
+        str(images),
+        str(output),
+        save_probabilities=probabilities,
+        folder_with_segs_from_prev_stage=None if before is None else str(before),
+    )
+    return output
+
+
+def files_of(folder):
+    return {path.name for path in folder.iterdir()}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_files_are_nnunets(made, tmp_path):
+    _, folder, images, before = made
+    theirs = predicted(nnUNetPredictor, folder, images, tmp_path / "theirs", before=before)
+    ours = predicted(ArgmaxPredictor, folder, images, tmp_path / "ours", before=before)
+    expected, found = segmentations(theirs), segmentations(ours)
+    assert set(expected) == set(found) == {"case0.nii.gz", "case1.nii.gz"}
+    for name, labels in expected.items():
+        np.testing.assert_array_equal(found[name], labels)
+        assert found[name].dtype == labels.dtype
+        assert len(np.unique(labels)) > 1
+        one, two = nib.load(theirs / name), nib.load(ours / name)
+        assert np.array_equal(one.affine, two.affine)
+    assert files_of(theirs) == files_of(ours)
+
+
+@pytest.fixture(scope="module")
+def simple(tmp_path_factory):
+    """A model of regions, its folder and its images."""
+    model, folder = Made(regions=True, mirroring=(2,)), tmp_path_factory.mktemp("simple")
+    return model, model.write(folder), model.write_images(folder / "images")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_probabilities_are_nnunets(simple, tmp_path):
+    _, folder, images = simple
+    theirs = predicted(nnUNetPredictor, folder, images, tmp_path / "a", probabilities=True)
+    ours = predicted(ArgmaxPredictor, folder, images, tmp_path / "b", probabilities=True)
+    assert files_of(theirs) == files_of(ours)
+    for name in ("case0", "case1"):
+        one, two = (np.load(f / f"{name}.npz")["probabilities"] for f in (theirs, ours))
+        np.testing.assert_array_equal(one, two)
+        one, two = (pickle.loads((f / f"{name}.pkl").read_bytes()) for f in (theirs, ours))  # noqa: S301
+        assert set(one) == set(two)
+        for key, value in one.items():
+            np.testing.assert_equal(two[key], value)
+    np.testing.assert_equal(segmentations(ours), segmentations(theirs))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_arrays_are_predicted_as_nnunet_does(simple):
+    _, folder, images = simple
+    theirs, ours = (predictor_of(kind, folder) for kind in (nnUNetPredictor, ArgmaxPredictor))
+    reader = ours.plans_manager.image_reader_writer_class()
+    pairs = [reader.read_images((str(images / f"case{n}_0000.nii.gz"),)) for n in (0, 1)]
+    expected = [
+        theirs.predict_single_npy_array(image, dict(properties), None, None, False)
+        for image, properties in pairs
+    ]
+    single = ours.predict_single_npy_array(pairs[0][0], dict(pairs[0][1]), None, None, False)
+    np.testing.assert_array_equal(single, expected[0])
+    found = ours.predict_from_list_of_npy_arrays(
+        [image for image, _ in pairs], None, [dict(properties) for _, properties in pairs], None
+    )
+    for one, two in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("probabilities", [False, True])
+def test_export_takes_what_nnunets_takes(simple, tmp_path, probabilities):
+    from nnunetv2.inference import export_prediction
+
+    _, folder, images = simple
+    predictor = predictor_of(ArgmaxPredictor, folder)
+    iterator = predictor._internal_get_data_iterator_from_lists_of_filenames(
+        [[str(images / "case0_0000.nii.gz")]], None, None, 1
+    )
+    (case,) = iterator
+    logits = predictor.predict_logits_from_preprocessed_data(case["data"])
+    for name, export in (
+        ("theirs", export_prediction.export_prediction_from_logits),
+        ("ours", export_prediction_from_logits),
+    ):
+        (tmp_path / name).mkdir()
+        export(
+            logits.numpy(),
+            case["data_properties"],
+            predictor.configuration_manager,
+            predictor.plans_manager,
+            predictor.dataset_json,
+            str(tmp_path / name / "case0"),
+            probabilities,
+        )
+    np.testing.assert_equal(segmentations(tmp_path / "ours"), segmentations(tmp_path / "theirs"))
+    assert files_of(tmp_path / "ours") == files_of(tmp_path / "theirs")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_network_that_exists_is_taken(simple):
+    _, folder, _ = simple
+    loaded = predictor_of(ArgmaxPredictor, folder)
+    manual = ArgmaxPredictor(device=torch.device("cpu"), allow_tqdm=False)
+    manual.manual_initialization(
+        loaded.network,
+        loaded.plans_manager,
+        loaded.configuration_manager,
+        None,
+        loaded.dataset_json,
+        loaded.trainer_name,
+        loaded.allowed_mirroring_axes,
+    )
+    image = torch.randn((1, 20, 30, 20), generator=torch.Generator().manual_seed(0))
+    expected = loaded.predict_labels_from_preprocessed_data(image)
+    assert torch.equal(manual.predict_labels_from_preprocessed_data(image), expected)
+
+
+def test_command_leaves_what_nnunets_command_leaves(simple, tmp_path, capsys):
+    _, folder, images = simple
+    flags = ["-i", images, "-m", folder, "-f", "0", "-step_size", "0.7", "-device", "cpu"]
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    script = tmp_path / "nnunet.py"
+    script.write_text(
+        "from nnunetv2.inference.predict_from_raw_data import predict_entry_point_modelfolder\n"
+        "if __name__ == '__main__':\n"
+        "    predict_entry_point_modelfolder()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, script, *flags, "-o", theirs, "-npp", "1", "-nps", "1"],
+        env=os.environ | {"TMPDIR": "/tmp"},  # noqa: S108 - paths of sockets may be short only
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert main(["nnunet", *map(str, flags), "-o", str(ours)]) == 0
+    assert f"2 cases in {ours}" in capsys.readouterr().out
+    assert files_of(theirs) == files_of(ours)
+    np.testing.assert_equal(segmentations(ours), segmentations(theirs))
+    # What is there is left alone.
+    (ours / "case0.nii.gz").unlink()
+    before = (ours / "case1.nii.gz").stat().st_mtime_ns
+    assert main(["nnunet", *map(str, flags), "-o", str(ours), "--continue_prediction"]) == 0
+    assert "1 cases" in capsys.readouterr().out
+    assert (ours / "case1.nii.gz").stat().st_mtime_ns == before
+    np.testing.assert_equal(segmentations(ours), segmentations(theirs))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_clear_errors(simple, tmp_path, capsys):
+    _, folder, images = simple
+    common = ["nnunet", "-o", str(tmp_path / "out")]
+    assert main([*common, "-i", str(images)]) == 2
+    assert "-m FOLDER" in capsys.readouterr().err
+    assert main([*common, "-i", str(tmp_path / "none"), "-m", str(folder)]) == 1
+    assert "is no folder" in capsys.readouterr().err
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert main([*common, "-i", str(empty), "-m", str(folder), "-f", "0"]) == 1
+    assert "no image of the model's kind" in capsys.readouterr().err
+    assert main([*common, "-i", str(images), "-m", str(folder), "-f", "3"]) == 1
+    assert "fold_3" in capsys.readouterr().err
+    (empty / "case0_0000.nii.gz").write_bytes(b"no image")
+    assert main([*common, "-i", str(empty), "-m", str(folder), "-f", "0"]) == 1
+    assert "can't be read" in capsys.readouterr().err
+    assert segmentations(tmp_path / "out") == {}
+    predictor = predictor_of(ArgmaxPredictor, folder)
+    two_channels = np.zeros((2, 8, 8, 8), np.float32)
+    with pytest.raises(InputError, match="wants 1 input channels; 2 were given"):
+        predictor.predict_single_npy_array(two_channels, {"spacing": [1, 1, 1]})

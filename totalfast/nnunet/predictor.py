@@ -1,0 +1,306 @@
+"""``ArgmaxPredictor``: nnU-Net's predictor, with labels instead of logits as what leaves it.
+
+Knows nnU-Net's predictor, our sliding window and exports. Importing this module imports nnU-Net's
+inference package, which takes seconds; the pipeline uses the sliding window and the loaded model
+directly and does without.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from tqdm import tqdm
+
+from totalfast.nnunet.cases import ahead, case_from_array, case_from_files, network_image
+from totalfast.nnunet.export import write_segmentation
+from totalfast.sliding_window import (
+    Tiling,
+    inference_settings,
+    plan_tiles,
+    predict_labels,
+    predict_logits,
+)
+from totalfast.stages.predict import predict_network_image
+from totalfast.weights import CHECKPOINT_NAME, Model, load_model
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+logger = logging.getLogger(__name__)
+
+
+class ArgmaxPredictor(nnUNetPredictor):  # type: ignore[misc] # nnU-Net is untyped
+    """nnU-Net's predictor, loaded safely, in one process and without keeping all logits.
+
+    Constructor, methods and results are nnU-Net's. Cases are prepared and written in threads:
+    numbers of processes are taken and not used.
+
+    Parameters
+    ----------
+    export
+        How labels come to the image's resolution: "auto" gives nnU-Net's labels, whatever the plans
+        say; "nearest" and "linear" as in ``totalfast.export.export_labels``.
+    """
+
+    def __init__(self, *arguments: Any, export: str = "auto", **keywords: Any) -> None:  # noqa: ANN401
+        super().__init__(*arguments, **keywords)
+        self.export = export
+        self._model: Model | None = None
+
+    def initialize_from_trained_model_folder(
+        self,
+        model_training_output_dir: str,
+        use_folds: Sequence[int | str] | str | None,
+        checkpoint_name: str = CHECKPOINT_NAME,
+    ) -> None:
+        """Load a model folder with ``weights_only=True``.
+
+        Parameters
+        ----------
+        model_training_output_dir
+            Holds plans.json, dataset.json and the folds.
+        use_folds
+            Which folds; None takes all that are there but "all".
+        checkpoint_name
+            File in each fold's folder.
+
+        Raises
+        ------
+        WeightsError
+            If something is missing, or a checkpoint holds more than weights.
+        """
+        folds = [use_folds] if isinstance(use_folds, str) else use_folds
+        model = load_model(
+            Path(model_training_output_dir),
+            folds=folds,
+            device=self.device,
+            checkpoint_name=checkpoint_name,
+        )
+        self._model = model
+        self.plans_manager = model.plans
+        self.configuration_manager = model.configuration
+        self.dataset_json = model.dataset
+        self.label_manager = model.labels
+        self.trainer_name = model.trainer_name
+        self.allowed_mirroring_axes = model.mirroring_axes
+        self.network = model.networks[0]
+        self.list_of_parameters = [network.state_dict() for network in model.networks]
+
+    def manual_initialization(self, *arguments: Any, **keywords: Any) -> None:  # noqa: ANN401
+        """Take a network that exists, as nnU-Net's trainer does; see nnU-Net for the parameters."""
+        super().manual_initialization(*arguments, **keywords)
+        self._model = None
+
+    @property
+    def model(self) -> Model:
+        """The model that nnU-Net's attributes describe, a network for each fold."""
+        if self._model is None:
+            networks = []
+            for parameters in self.list_of_parameters or [self.network.state_dict()]:
+                network = copy.deepcopy(self.network)
+                network.load_state_dict(parameters)
+                networks.append(network.to(self.device).eval())
+            self._model = Model(
+                folder=Path(self.plans_manager.dataset_name),
+                plans=self.plans_manager,
+                configuration=self.configuration_manager,
+                labels=self.label_manager,
+                dataset=self.dataset_json,
+                networks=tuple(networks),
+                trainer_name=self.trainer_name,
+                mirroring_axes=self.allowed_mirroring_axes,
+                device=self.device,
+            )
+        return self._model
+
+    @property
+    def tiling(self) -> Tiling:
+        """How tiles are laid, mirrored and weighted, from nnU-Net's attributes."""
+        axes = self.allowed_mirroring_axes if self.use_mirroring else None
+        return Tiling(
+            step=self.tile_step_size,
+            gaussian=self.use_gaussian,
+            mirror_axes=tuple(axes or ()),
+            on_device=self.perform_everything_on_device,
+        )
+
+    def predict_labels_from_preprocessed_data(self, data: torch.Tensor) -> torch.Tensor:
+        """Predict labels at network resolution, never holding all logits.
+
+        Equals the argmax (for regions: the thresholded sigmoid) of
+        ``predict_logits_from_preprocessed_data``, in a fraction of its memory.
+
+        Parameters
+        ----------
+        data
+            float32, (channels, z, y, x), preprocessed.
+
+        Returns
+        -------
+            uint8 (uint16 from 255 labels on), (z, y, x), on the CPU.
+        """
+        return predict_labels(self.model, data, self.tiling)
+
+    def get_data_iterator_from_raw_npy_data(
+        self,
+        image_or_list_of_images: NDArray[Any] | list[NDArray[Any]],
+        segs_from_prev_stage_or_list_of_segs_from_prev_stage: NDArray[Any]
+        | list[NDArray[Any]]
+        | None,
+        properties_or_list_of_properties: dict[str, Any] | list[dict[str, Any]],
+        truncated_ofname: str | list[str] | None,
+        num_processes: int = 0,
+    ) -> Iterator[dict[str, Any]]:
+        """Yield cases for ``predict_from_data_iterator``, each made while one is predicted."""
+        images = _as_list(image_or_list_of_images)
+        before = _as_list(segs_from_prev_stage_or_list_of_segs_from_prev_stage, len(images))
+        properties = _as_list(properties_or_list_of_properties)
+        outputs = _as_list(truncated_ofname, len(images))
+        every = zip(images, before, properties, outputs, strict=True)
+        return ahead(case_from_array(*case, self.model) for case in every)
+
+    def _internal_get_data_iterator_from_lists_of_filenames(
+        self,
+        input_list_of_lists: list[list[str]],
+        seg_from_prev_stage_files: list[str | None] | None,
+        output_filenames_truncated: list[str] | None,
+        num_processes: int,
+    ) -> Iterator[dict[str, Any]]:
+        count = len(input_list_of_lists)
+        every = zip(
+            input_list_of_lists,
+            _as_list(seg_from_prev_stage_files, count),
+            _as_list(output_filenames_truncated, count),
+            strict=True,
+        )
+        return ahead(case_from_files(*case, self.model) for case in every)
+
+    def predict_from_data_iterator(
+        self,
+        data_iterator: Iterable[dict[str, Any]],
+        save_probabilities: bool = False,  # noqa: FBT001, FBT002 - nnU-Net's signature
+        num_processes_segmentation_export: int = 0,
+    ) -> list[Any]:
+        """Predict prepared cases; each is written while the next is predicted.
+
+        Parameters
+        ----------
+        data_iterator
+            Dicts of ``data``, ``data_properties`` and ``ofile``; see nnU-Net.
+        save_probabilities
+            Also compute probabilities, with nnU-Net's own export.
+        num_processes_segmentation_export
+            Not used.
+
+        Returns
+        -------
+            None for each case that was written, else its segmentation (z, y, x), or the pair of
+            segmentation and probabilities.
+        """
+        results = []
+        with ThreadPoolExecutor(1, thread_name_prefix="totalfast-write") as writer:
+            writing = []
+            for case in data_iterator:
+                result = self._predict_case(case, save_probabilities=save_probabilities)
+                if case["ofile"] is None:
+                    results.append(result)
+                    continue
+                results.append(None)
+                writing.append(writer.submit(self._write, result, case))
+                for earlier in writing[:-1]:  # one waits at most; errors are not put off
+                    earlier.result()
+            for last in writing:
+                last.result()
+        return results
+
+    def predict_single_npy_array(
+        self,
+        input_image: NDArray[Any],
+        image_properties: dict[str, Any],
+        segmentation_previous_stage: NDArray[Any] | None = None,
+        output_file_truncated: str | None = None,
+        save_or_return_probabilities: bool = False,  # noqa: FBT001, FBT002 - nnU-Net's signature
+    ) -> Any:  # noqa: ANN401
+        """Predict one image, (channels, z, y, x); see nnU-Net for the parameters.
+
+        Returns
+        -------
+            What ``predict_from_data_iterator`` has for the case.
+        """
+        case = case_from_array(
+            input_image,
+            segmentation_previous_stage,
+            image_properties,
+            output_file_truncated,
+            self.model,
+        )
+        (result,) = self.predict_from_data_iterator([case], save_or_return_probabilities)
+        return result
+
+    def predict_from_files_sequential(self, *arguments: Any, **keywords: Any) -> Any:  # noqa: ANN401
+        """``predict_from_files``, which starts no process either; returns what was not written."""
+        results = self.predict_from_files(*arguments, **keywords)
+        return None if results is None else [result for result in results if result is not None]
+
+    def _predict_case(self, case: dict[str, Any], *, save_probabilities: bool) -> Any:  # noqa: ANN401
+        """Segmentation of a case, or the pair of it and its probabilities."""
+        with self._bar(case) as bar:
+            if save_probabilities:
+                return self._with_probabilities(case, bar.update)
+            return predict_network_image(
+                network_image(case, self.model),
+                self.model,
+                self.tiling,
+                on_tile=bar.update,
+                method=self.export,
+            )
+
+    def _with_probabilities(
+        self, case: dict[str, Any], on_tile: Callable[[], Any]
+    ) -> tuple[NDArray[np.unsignedinteger], NDArray[np.floating]]:
+        from nnunetv2.inference.export_prediction import (
+            convert_predicted_logits_to_segmentation_with_correct_shape,
+        )
+
+        logits = predict_logits(self.model, case["data"], self.tiling, on_tile=on_tile)
+        with inference_settings(self.device):
+            segmentation, probabilities = (
+                convert_predicted_logits_to_segmentation_with_correct_shape(
+                    logits.numpy(), self.plans_manager, self.configuration_manager,
+                    self.label_manager, case["data_properties"], return_probabilities=True,
+                )
+            )  # fmt: skip
+        return segmentation, probabilities
+
+    def _bar(self, case: dict[str, Any]) -> Any:  # noqa: ANN401 - tqdm is untyped
+        shape = tuple(case["data"].shape[1:])
+        tiles = plan_tiles(shape, self.model.patch_size, self.tile_step_size)
+        name = "image" if case["ofile"] is None else Path(case["ofile"]).name
+        return tqdm(total=tiles.count, desc=name, leave=False, disable=not self.allow_tqdm)
+
+    def _write(self, result: Any, case: dict[str, Any]) -> None:  # noqa: ANN401
+        segmentation, probabilities = result if isinstance(result, tuple) else (result, None)
+        write_segmentation(
+            segmentation,
+            Path(case["ofile"]),
+            case["data_properties"],
+            self.plans_manager,
+            self.dataset_json,
+            probabilities=probabilities,
+        )
+
+
+def _as_list(one_or_more: Any, count: int = 1) -> list[Any]:  # noqa: ANN401
+    """A list of what may be one, or none for each of ``count``."""
+    if one_or_more is None:
+        return [None] * count
+    return one_or_more if isinstance(one_or_more, list) else [one_or_more]
