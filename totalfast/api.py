@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
     import nibabel as nib
 
+    from totalfast.stages.statistics import Statistics
+
 
 def segment(
     input: str | Path | nib.Nifti1Image,  # noqa: A002 - upstream's name
@@ -59,7 +61,7 @@ def segment(
     plans: str = "nnUNetPlans",
     model_size: str = "big",
     export: str = "auto",
-) -> nib.Nifti1Image:
+) -> nib.Nifti1Image | tuple[nib.Nifti1Image, Statistics]:
     """Segment one scan with one of TotalSegmentator's tasks.
 
     Keywords, meanings and defaults are those of ``totalsegmentator.python_api.totalsegmentator``
@@ -109,6 +111,31 @@ def segment(
         File for the probabilities of all classes (``.npz``, key "probabilities", float32,
         (classes, z, y, x)) of the last model at its resolution; a ``.pkl`` beside it describes the
         image. Takes much memory.
+    statistics
+        Measure each class: volume in mm3, mean intensity. Written to the file given, or with True
+        to ``statistics.json`` in ``output``, or beside it with ``ml``. With ``fast`` on the
+        model's grid, as upstream does.
+    statistics_exclude_masks_at_border
+        Give classes that the image's edge may have cut zeros.
+    stats_aggregation
+        "mean" or "median" of the intensities.
+    statistics_extra
+        Also number of voxels, spread and range of the intensities, centroid and bounding box; not
+        with ``fast``.
+    statistics_normalized_intensities
+        Map intensities to 0..1 by the lowest and the highest of the image before.
+    remove_small_blobs
+        Remove blobs of up to this volume in mm3; True is 200.
+    v1_order
+        Task "total": number the labels of the label map as version 1 did. Single masks stay all
+        that ``task`` has.
+    radiomics
+        Also write ``statistics_radiomics.json`` beside the masks; needs the package pyradiomics.
+    report
+        File for a report of the run: versions, options, classes and files, and why classes are
+        empty.
+    nora_tag
+        Project of the viewer Nora that files are added to; "None" adds none.
     export
         Not upstream's. How labels come to the scan's grid: "auto" or "nearest" as upstream does,
         "linear" from interpolated logits, for smooth masks.
@@ -118,7 +145,8 @@ def segment(
     Returns
     -------
         uint8 label map, (x, y, z) of the input's grid, 0 is background; its header is the
-        input's, with upstream's table of class names as an extension.
+        input's, with upstream's table of class names as an extension. With ``statistics`` a pair:
+        the label map, and class name to the figures of each class.
 
     Raises
     ------

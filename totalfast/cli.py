@@ -236,6 +236,21 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="Also draw a picture of the result, preview_{task}.png.",
     )
+    add(
+        "-rp",
+        "--report",
+        type=_path,
+        metavar="filepath",
+        help="Also write a report of the run (.json): versions, options, classes and files, and "
+        "why classes are empty.",
+    )
+    add(
+        "-t",
+        "--nora_tag",
+        default="None",
+        metavar="project",
+        help="Add the files to this project of the viewer Nora.",
+    )
     add("-q", "--quiet", action="store_true", help="Print nothing.")
     add("-v", "--verbose", action="store_true", help="Print more.")
     add("--debug", action="store_true", help="Show the traceback of an error.")
@@ -352,7 +367,7 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
         "-v1o",
         "--v1_order",
         action="store_true",
-        help="Task total: label map with the labels of TotalSegmentator v1.",
+        help="Task total: number the labels of the label map as TotalSegmentator v1 did.",
     )
     add(
         "-fs",
@@ -407,18 +422,19 @@ def _add_statistics_flags(group: Any) -> None:  # noqa: ANN401 - argparse's clas
         action="store_true",
         help="More figures of the intensities; not with --fast.",
     )
+    add(
+        "-r",
+        "--radiomics",
+        action="store_true",
+        help="Also write radiomics features of each mask, statistics_radiomics.json; needs the "
+        "package pyradiomics.",
+    )
 
 
 def _add_unsupported_flags(group: Any) -> None:  # noqa: ANN401 - argparse's class is private
-    for flags in (
-        ("--higher_order_resampling_LEGACY", "--high_order_resampling_LEGACY"),
-        ("-r", "--radiomics"),
-    ):
-        group.add_argument(*flags, action="store_true")
     add = group.add_argument
+    add("--higher_order_resampling_LEGACY", "--high_order_resampling_LEGACY", action="store_true")
     add("-ot", "--output_type", nargs="+")
-    add("-t", "--nora_tag", default="None")
-    add("-rp", "--report", type=_path, metavar="filepath")
     add("-l", "--license_number")
     add("-cp", "--crop_path", type=_path)
     add("--test", metavar="0|1|3", choices=[0, 1, 3], type=int, default=0)

@@ -5,6 +5,7 @@ Knows names and rules; knows nothing of arrays or files' contents.
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -17,13 +18,10 @@ if TYPE_CHECKING:
     from totalfast.tasks import Task
 
 UNSUPPORTED_DEFAULTS: dict[str, Any] = {
-    "nora_tag": "None",
-    "radiomics": False,
     "output_type": "nifti",
     "test": 0,
     "license_number": None,
     "higher_order_resampling_LEGACY": False,
-    "report": None,
 }
 """Upstream's keywords that totalfast does not support yet, and the values that need no support."""
 
@@ -76,6 +74,9 @@ class Options:
     stats_aggregation: str = "mean"
     statistics_extra: bool = False
     statistics_normalized_intensities: bool = False
+    radiomics: bool = False
+    report: Path | None = None
+    nora_tag: str | None = None
     v1_order: bool = False
     remove_small_blobs: bool | float = False
     model_size: str = "big"
@@ -119,6 +120,10 @@ class Options:
                 f"save_probabilities needs the name of an .npz file to write, not {archive}; "
                 "a .pkl file is written beside it."
             )
+        for name in ("statistics", "report"):
+            path = getattr(self, name)
+            if isinstance(path, Path) and path.is_dir():
+                raise OptionError(f"{name} needs the name of a file to write; {path} is a folder.")
         if self.stats_aggregation not in AGGREGATIONS:
             raise OptionError(
                 f"stats_aggregation must be one of {', '.join(AGGREGATIONS)}, "
@@ -158,7 +163,9 @@ class Options:
             elif name not in own:
                 raise OptionError(f"unknown option '{name}'.")
         taken = {name: value for name, value in keywords.items() if name in own}
-        for name in ("save_probabilities", "crop_path", "statistics"):
+        if taken.get("nora_tag") == "None":  # upstream's word for it
+            taken["nora_tag"] = None
+        for name in ("save_probabilities", "crop_path", "statistics", "report"):
             if taken.get(name) is not None and not isinstance(taken[name], bool):
                 taken[name] = Path(taken[name]).absolute()
         for name in ("roi_subset", "roi_subset_robust"):
@@ -185,6 +192,15 @@ class Options:
         """Whether the result stays on the model's grid; as upstream's, -ho comes before -sl."""
         return self.save_lowres and not self.higher_order_resampling
 
+    @property
+    def measures_model_grid(self) -> bool:
+        """Whether statistics are taken on the model's grid: upstream's rule for ``fast``.
+
+        So are those of a result that stays there, on which upstream fails, but not those of export
+        "linear", which has labels on no other grid than the scan's.
+        """
+        return bool(self.statistics) and (self.fast or self.lowres) and self.export != "linear"
+
     def resolved_task(self) -> Task:
         """Look up the task at the resolution that was asked for."""
         selected = self.selected
@@ -209,6 +225,42 @@ class Options:
             )
         # The model's own resampling then goes all the way from the scan and back to it.
         return replace(task, spacing_mm=None) if self.higher_order_resampling else task
+
+
+def check_radiomics(source: object, output: Path | None, options: Options) -> None:
+    """Refuse radiomics where they can't be computed, before any work is done.
+
+    Parameters
+    ----------
+    source
+        Path of the scan, or an image.
+    output
+        Directory of the masks.
+    options
+        Of the run.
+
+    Raises
+    ------
+    OptionError
+        Without a folder of masks, for DICOM, or if pyradiomics is not installed.
+    """
+    if not options.radiomics:
+        return
+    if output is None:
+        raise OptionError("Output path is required for radiomics.")
+    if options.ml:
+        raise OptionError(
+            "Radiomics not supported for multilabel segmentation. Use without --ml option."
+        )
+    if options.skip_saving:
+        raise OptionError("radiomics are computed from the masks; do not skip saving them.")
+    if isinstance(source, str | Path) and not str(source).endswith((".nii", ".nii.gz")):
+        raise OptionError("Radiomics not supported for DICOM input. Use nifti input.")
+    if importlib.util.find_spec("radiomics") is None:
+        raise OptionError(
+            "radiomics need the package pyradiomics, which is not installed: "
+            "pip install pyradiomics."
+        )
 
 
 def check_output(output: Path, *, ml: bool) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from totalfast.errors import OptionError
-from totalfast.options import Options, check_output, validate_device
+from totalfast.options import Options, check_output, check_radiomics, validate_device
 from totalfast.weights import find_model, load_model
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import nibabel as nib
     import torch
 
+    from totalfast.stages.statistics import Statistics
     from totalfast.tasks import Part, Task
     from totalfast.weights import Model
 
@@ -53,15 +54,17 @@ class Session:
         input: str | Path | nib.Nifti1Image,  # noqa: A002 - upstream's name
         output: str | Path | None = None,
         **keywords: Any,  # noqa: ANN401 - typed by totalfast.segment
-    ) -> nib.Nifti1Image:
-        """Segment one scan; the arguments are those of ``totalfast.segment``."""
+    ) -> nib.Nifti1Image | tuple[nib.Nifti1Image, Statistics]:
+        """Segment one scan; arguments and result are those of ``totalfast.segment``."""
         from totalfast.pipeline import run
 
         options = Options.from_keywords({"device": self.device, **keywords})
         target = None if output is None else Path(output)
         if target is not None and not options.skip_saving:
             check_output(target, ml=options.ml)
-        return run(input, target, options=options, session=self)
+        check_radiomics(input, target, options)
+        found = run(input, target, options=options, session=self)
+        return found.image if found.statistics is None else (found.image, found.statistics)
 
     def load(self, task: Task, part: Part, *, device: str) -> Future[Model]:
         """Begin to load one of a task's models in a thread, if that has not been done before."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,10 @@ __all__ = [
     "label_names",
     "label_table_xml",
     "postprocessing",
+    "run_report",
     "version",
     "weights_home",
+    "write_radiomics",
 ]
 
 CLASS_MAPS: dict[str, dict[int, str]] = class_map
@@ -134,6 +137,36 @@ def postprocessing() -> Any:  # noqa: ANN401 - a module without types
     from totalsegmentator import postprocessing
 
     return postprocessing
+
+
+def run_report(**facts: Any) -> dict[str, Any]:  # noqa: ANN401 - upstream is untyped
+    """Upstream's report of a run, from the arguments of its ``build_run_report``."""
+    from totalsegmentator.python_api import build_run_report
+
+    report: dict[str, Any] = build_run_report(**facts)
+    return report
+
+
+def write_radiomics(scan: Path | Any, masks: Path, target: Path) -> None:  # noqa: ANN401 - nibabel
+    """Write features of all masks in a folder as JSON; needs the package pyradiomics.
+
+    Parameters
+    ----------
+    scan
+        A NIfTI file, or an image, which pyradiomics then reads from a temporary file.
+    masks
+        Folder of the ``.nii.gz`` masks.
+    target
+        The file to write.
+    """
+    import nibabel as nib
+    from totalsegmentator.statistics import get_radiomics_features_for_entire_dir
+
+    with tempfile.TemporaryDirectory(prefix="totalfast-") as folder:
+        if not isinstance(scan, Path):
+            nib.save(scan, Path(folder) / "ct.nii.gz")
+            scan = Path(folder) / "ct.nii.gz"
+        get_radiomics_features_for_entire_dir(scan, masks, target)
 
 
 def custom_trainer(name: str) -> type | None:

@@ -111,7 +111,8 @@ Rule = Callable[["NDArray[np.intp]"], "NDArray[np.bool_]"]
 
 
 def _largest(sizes: NDArray[np.intp]) -> NDArray[np.bool_]:
-    return np.arange(len(sizes)) == 1 + np.argmax(sizes[1:])
+    kept: NDArray[np.bool_] = np.arange(len(sizes)) == 1 + np.argmax(sizes[1:])
+    return kept
 
 
 def _above(limit: np.floating[Any]) -> Rule:

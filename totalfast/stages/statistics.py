@@ -192,20 +192,23 @@ def _ascending(
     return values[order], row[used][order]
 
 
-def _mean(values: NDArray[np.float64], counts: NDArray[np.int64]) -> np.float64:
+def _mean(values: NDArray[np.float64], counts: NDArray[np.int64]) -> np.floating[Any]:
     """Exact for whole numbers, as upstream's sum of float64 is up to 2**53."""
-    return np.float64(np.average(values, weights=counts))
+    mean: np.floating[Any] = np.average(values, weights=counts)
+    return mean
 
 
-def _median(values: NDArray[np.float64], counts: NDArray[np.int64]) -> np.float64:
+def _median(values: NDArray[np.float64], counts: NDArray[np.int64]) -> np.floating[Any]:
     until = np.cumsum(counts)
     middle = [(until[-1] - 1) // 2, until[-1] // 2]
-    return np.float64(np.mean(values[np.searchsorted(until, middle, side="right")]))
+    median: np.floating[Any] = np.mean(values[np.searchsorted(until, middle, side="right")])
+    return median
 
 
-def _deviation(values: NDArray[np.float64], counts: NDArray[np.int64]) -> np.float64:
+def _deviation(values: NDArray[np.float64], counts: NDArray[np.int64]) -> np.floating[Any]:
     squares = (values - _mean(values, counts)) ** 2
-    return np.float64(np.sqrt(np.average(squares, weights=counts)))
+    deviation: np.floating[Any] = np.sqrt(np.average(squares, weights=counts))
+    return deviation
 
 
 def _place(labels: NDArray[np.uint8], label: int, box: Box) -> dict[str, Any]:
