@@ -104,12 +104,9 @@ def test_skip_saving_leaves_nothing(run, scan, tmp_path):
     [
         (["-i", "{scan}"], 2, "arguments are required for segmentation: -o"),
         (["-i", "{folder}/none.nii.gz", "-o", "{folder}/s"], 1, "none.nii.gz does not exist"),
-        (["-i", "{scan}", "-o", "{folder}/s", "-ta", "teeth"], 2, "not supported yet"),
         (["-i", "{scan}", "-o", "{folder}/s", "-ta", "nonsense"], 2, "invalid choice"),
-        (["-i", "{scan}", "-o", "{folder}/s", "-rs", "liver"], 2, "roi_subset=['liver'] is not"),
-        (["-i", "{scan}", "-o", "{folder}/s", "-s"], 2, "statistics=True is not supported yet"),
+        (["-i", "{scan}", "-o", "{folder}/s.nii", "-ml", "-r"], 2, "Radiomics not supported for"),
         (["-i", "{scan}", "-o", "{folder}/s", "-ot", "dicom_seg"], 2, "not supported yet"),
-        (["-i", "{scan}", "-o", "{folder}/s", "-bs"], 2, "not supported yet"),
         (["-i", "{scan}", "-o", "{folder}/s", "-sl"], 2, "only works together with fast"),
         (["-i", "{scan}", "-o", "{folder}/s", "-d", "tpu"], 2, "Invalid device type: 'tpu'"),
         (["-i", "{scan}", "-o", "{folder}/s", "-ta", "breasts", "-f"], 2, "does not work with"),
