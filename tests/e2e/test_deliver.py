@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import totalfast
-from totalfast.losses import NOT_FOUND, TOO_SMALL
+from totalfast.losses import NO_REGION, NOT_FOUND, TOO_SMALL
 from totalfast.options import Options, check_radiomics
 from totalfast.upstream import CLASS_MAPS
 
@@ -55,6 +55,24 @@ def test_statistics_without_saving_lie_where_the_masks_would(scan, tmp_path):
     output = tmp_path / "a" / "masks"
     totalfast.segment(scan, output, statistics=True, skip_saving=True, **QUICK)
     assert [path.name for path in output.iterdir()] == ["statistics.json"]
+
+
+def test_where_no_region_is_found_figures_are_zeros_and_the_report_says_so(scan, tmp_path):
+    present = np.unique(totalfast.segment(scan, **QUICK).dataobj)
+    absent = next(name for label, name in CLASS_MAPS["total"].items() if label not in present)
+    image, figures = totalfast.segment(
+        scan,
+        roi_subset=[absent],  # looked for with the same model
+        fast=True,
+        statistics=True,
+        report=tmp_path / "report.json",
+        device="cpu",
+        quiet=True,
+    )
+    assert not np.any(image.dataobj)
+    assert figures == {absent: {"volume": 0.0, "intensity": 0.0}}
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["totalfast"]["empty_classes"] == {absent: NO_REGION}
 
 
 def test_version_1_order_renumbers_labels_and_leaves_masks_alone(scan, tmp_path):
