@@ -17,15 +17,16 @@ from totalfast.upstream import CLASS_MAPS
 SHAPE = (44, 38, 41)
 
 
-def blobby_labels(seed, classes=117, shape=SHAPE, smooth=2.0):
-    """Labels in blobs of many sizes; up to four outer slices of each side are empty."""
-    random = np.random.default_rng(seed)
-    field = ndimage.gaussian_filter(random.normal(size=shape), smooth)
-    labels = (ndimage.gaussian_filter(random.random(shape), smooth) * 1e4).astype(int) % classes + 1
-    labels[field < 0.02] = 0
-    for axis in range(3):
-        for side in (1, -1):
-            np.moveaxis(labels, axis, 0)[::side][: random.integers(5)] = 0
+def blobby_labels(seed, smooth=2.0):
+    """All labels, each in blobs of a cube of its own, which begin 2 to 4 slices from the sides."""
+    x, y, z = (np.arange(size) // 9 for size in SHAPE)
+    labels = x[:, None, None] * 25 + y[:, None] * 5 + z + 1
+    labels[labels > 117] = 7
+    field = ndimage.gaussian_filter(np.random.default_rng(seed).normal(size=SHAPE), smooth)
+    labels[field < 0] = 0
+    for axis, empty in enumerate([(3, 2), (2, 4), (3, 3)]):
+        for side, slices in zip((1, -1), empty, strict=True):
+            np.moveaxis(labels, axis, 0)[::side][:slices] = 0
     return np.asfortranarray(labels.astype(np.uint8))
 
 
@@ -107,7 +108,7 @@ def test_figures_of_a_tiny_image_in_which_all_is_border_or_empty():
 def test_small_blobs_are_those_that_upstream_removes(spacing, mm3):
     from totalsegmentator.postprocessing import remove_small_blobs_multilabel
 
-    labels = blobby_labels(3, smooth=1.0)
+    labels = blobby_labels(3, smooth=0.5)
     labels[20:, :, :] %= 3
     labels[labels == 7] = 200  # no class of the task
     classes = CLASS_MAPS["total"]
