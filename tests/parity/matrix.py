@@ -93,6 +93,8 @@ def made_input(name: str) -> nib.Nifti1Image:
     match name:
         case "iso1.5":
             return phantom((1.5, 1.5, 1.5))
+        case "near1.5":
+            return phantom((1.501, 1.501, 1.501))
         case "iso3":
             return phantom((3.0, 3.0, 3.0))
         case "thick":
