@@ -370,7 +370,8 @@ def compare_folders(name: str, expected: Path, actual: Path) -> Comparison:
 def voxels_of(image: nib.Nifti1Image) -> np.ndarray:
     """Voxels of a file of ours or upstream's, which are stored unscaled; igzip is quick."""
     proxy = image.dataobj
-    with igzip.open(proxy.file_like) as stream:
+    opened = igzip.open if proxy.file_like.endswith(".gz") else open
+    with opened(proxy.file_like, "rb") as stream:
         content = stream.read()
     values = np.frombuffer(content, dtype=proxy.dtype, offset=proxy.offset)
     return values.reshape(proxy.shape, order="F")
