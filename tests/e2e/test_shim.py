@@ -47,12 +47,12 @@ def lines_of(command, environment, cwd):
     return process.wait(), lines
 
 
-ROI = ("--roi_subset", "liver", "spleen", "vertebrae_T12")
+ROI = ("--roi_subset", "lung_lower_lobe_right", "lung_upper_lobe_left", "heart")
 SLICER_CALLS = [
     ("--ml", "--task", "total", "--fast"),
     ("--ml", "--task", "total"),
     ("--ml", "--task", "total", "--fastest"),
-    ("--ml", "--task", "total_mr", "--fast"),
+    ("--ml", "--task", "total_mr"),
     ("--ml", "--task", "total", "--fast", "--remove_small_blobs"),
     ("--ml", "--task", "total", "--fast", *ROI),
     ("--ml", "--task", "total", *ROI),

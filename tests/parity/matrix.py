@@ -196,6 +196,8 @@ def all_cases() -> list[Case]:
         (("--fast", "-ml", "-sl"), True),
         (("--fast", "-ml", "-ro", "0"), False),
         (("--fast", "-ml", "-ro", "3"), True),
+        (("--fast", "-ml", "--higher_order_resampling_LEGACY"), False),
+        (("--fast", "--higher_order_resampling_LEGACY", "-rs", "liver", "heart"), False),
     ]
     for flags, in_ci in modes:
         cases.append(Case("oblique", flags, in_ci=in_ci, structured="--fast" in flags))
