@@ -6,7 +6,7 @@ Knows names and rules; knows nothing of arrays or files' contents.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +20,6 @@ UNSUPPORTED_DEFAULTS: dict[str, Any] = {
     "nora_tag": "None",
     "radiomics": False,
     "output_type": "nifti",
-    "test": 0,
-    "license_number": None,
-    "higher_order_resampling_LEGACY": False,
     "report": None,
 }
 """Upstream's keywords that totalfast does not support yet, and the values that need no support."""
@@ -93,7 +90,10 @@ class Options:
     plans: str = "nnUNetPlans"
     robust_crop: bool = False
     higher_order_resampling: bool = False
+    higher_order_resampling_LEGACY: bool = False
     save_probabilities: Path | None = None
+    license_number: str | None = field(default=None, repr=False)
+    test: int = 0
     export: str = "auto"
 
     def __post_init__(self) -> None:
@@ -106,8 +106,13 @@ class Options:
             )
         if self.export not in EXPORTS:
             raise OptionError(f"export must be one of {', '.join(EXPORTS)}, not '{self.export}'.")
-        if self.export == "linear" and (self.save_lowres or self.force_split):
-            raise OptionError("export='linear' does not work with save_lowres or force_split.")
+        if self.export == "linear" and (
+            self.save_lowres or self.force_split or self.higher_order_resampling_LEGACY
+        ):
+            raise OptionError(
+                "export='linear' does not work with save_lowres, force_split or "
+                "higher_order_resampling_LEGACY."
+            )
         if self.export == "linear" and (self.higher_order_resampling or self.save_probabilities):
             raise OptionError(
                 "export='linear' does not work with save_probabilities or higher_order_resampling, "
@@ -118,6 +123,11 @@ class Options:
             raise OptionError(
                 f"save_probabilities needs the name of an .npz file to write, not {archive}; "
                 "a .pkl file is written beside it."
+            )
+        if self.test != 0:
+            raise UnsupportedError(
+                f"test={self.test} makes TotalSegmentator's own tests take reference files of its "
+                "repository for predictions; totalfast accepts test=0 only."
             )
         if self.stats_aggregation not in AGGREGATIONS:
             raise OptionError(
@@ -209,6 +219,15 @@ class Options:
             )
         # The model's own resampling then goes all the way from the scan and back to it.
         return replace(task, spacing_mm=None) if self.higher_order_resampling else task
+
+
+def label_map_file(output: Path) -> Path:
+    """Return the file that a label map goes to.
+
+    A name without an ending gets ``.nii``, also where a directory of that name exists: nibabel's
+    rule for TotalSegmentator's files, which 3D Slicer's extension relies on.
+    """
+    return output if output.suffix else output.with_name(f"{output.name}.nii")
 
 
 def check_output(output: Path, *, ml: bool) -> None:

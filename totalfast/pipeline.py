@@ -18,6 +18,7 @@ from nibabel.orientations import axcodes2ornt, ornt_transform
 
 from totalfast.cores import usable_cores
 from totalfast.export import nearest_to_scanner_grid
+from totalfast.export.legacy import smooth_to_scanner_grid
 from totalfast.export.linear import prepare as prepare_linear
 from totalfast.geometry import Grid, to_canonical
 from totalfast.progress import Progress, Work, timed
@@ -36,7 +37,7 @@ from totalfast.stages.write import (
     write_masks,
     write_probabilities,
 )
-from totalfast.upstream import check_license
+from totalfast.upstream import check_license, store_license
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -78,6 +79,7 @@ class Run:
             save_probabilities=None,
             statistics=False,
             remove_small_blobs=False,
+            higher_order_resampling_LEGACY=False,
         )
         work = replace(self.work, part=self.work.rough or self.work.part, resample=0.0)
         return replace(self, options=options, work=work, keeps_scan=True)
@@ -110,6 +112,8 @@ def run(
     """
     began = time.perf_counter()
     task = options.resolved_task()
+    if options.license_number is not None:
+        store_license(options.license_number)
     if task.licensed:
         check_license(task.name)
     scan = open_scan(source)  # before models are looked for, or even downloaded
@@ -344,7 +348,9 @@ def restore(
         voxels = np.asfortranarray(lowres.dataobj)
         return label_image(voxels, affine=lowres.affine, header=lowres.header, names=names)
     with timed("Resampling...", "  Resampled in"):
-        voxels = nearest_to_scanner_grid(labels, scanner=image.grid, threads=usable_cores())
+        legacy = options.higher_order_resampling_LEGACY
+        to_scanner_grid = smooth_to_scanner_grid if legacy else nearest_to_scanner_grid
+        voxels = to_scanner_grid(labels, scanner=image.grid, threads=usable_cores())
     return label_image(voxels, affine=image.grid.affine, header=image.header, names=names)
 
 
