@@ -10,7 +10,8 @@ python=${PYTHON:-python3}
 "$environment/bin/ruff" check .
 "$environment/bin/ruff" format --check .
 "$environment/bin/mypy"
+# Tests that are marked slow run if they are asked for: ./scripts/test.sh -m slow
 # Two at a time: half of a test is the start of a command, which one core does. Threads that wait for
 # work must not keep the cores from one another meanwhile.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
-exec "$environment/bin/python" -m pytest -n 2 --dist worksteal "$@"
+exec "$environment/bin/python" -m pytest -n 2 --dist worksteal -m "not slow" "$@"

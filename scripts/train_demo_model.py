@@ -3,17 +3,18 @@
     python scripts/train_demo_model.py WORK [--output totalfast/demo/model]
 
 WORK is a folder for what a second call reuses: the drawn phantoms (about 600 MB), and the layers
-below full resolution once they are trained. The result has
-the layout of TotalSegmentator's 3 mm model (id 297, 118 channels) with a network of a thirtieth of
-its size. It takes half an hour on two cores; equal seeds give equal weights on equal machines. What
-is printed is the log that is kept in scripts/results.
+below full resolution once they are trained. The result has the layout of TotalSegmentator's 3 mm
+model (id 297, 118 channels) with a network of a thirtieth of its size. It takes half an hour on two
+cores; equal seeds give equal weights on equal machines. What is printed is the log that is kept in
+scripts/results.
 
 How it learns a lot from little: the labels are those of the 1.5 mm phantom, and each step's loss
 looks at some thousand of its voxels, chosen so that small structures count. First the layers below
-full resolution are trained, their features interpolated at those places. Then the full-resolution
-layers alone learn where borders are: their kernels are one voxel, so that they are computed only
-where they are looked at, and borders are looked at most. At last the frequencies of classes, which
-the choice hid, go into the biases. Logits are interpolated as ``--export linear`` does it.
+half resolution are trained, where a step is cheap and the layout is learnt, then those below full
+resolution, their features interpolated at those places. Then the full-resolution layers alone learn
+where borders are: their kernels are one voxel, so that they are computed only where they are looked
+at, and borders are looked at most. At last the frequencies of classes, which the choice hid, go
+into the biases. Logits are interpolated as ``--export linear`` does it.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ PATCH_ZYX = (128, 112, 128)
 """One tile holds the phantom's 125x100x125 voxels."""
 FIRST_SEED = 1000
 """Phantoms for training; those shown and scored have seeds below."""
-FEATURES = (24, 24, 48, 56, 56, 48)
+FEATURES = (20, 24, 48, 56, 56, 48)
 CONVOLUTIONS = (1, 1, 1, 1, 2, 1)
 DECODER_CONVOLUTIONS = (1, 1, 1, 1, 2)
 LOW_HU, HIGH_HU, MEAN_HU, STD_HU = -1004.0, 1588.0, -50.38697721419439, 503.39235619144
@@ -52,12 +53,15 @@ BORDER = 5.0
 """How many times likelier a voxel at a border is chosen."""
 STATISTICS_VOXELS = 24_000
 """Voxels that mean and deviation of a full-resolution layer are estimated from."""
-RAMPS_HU = (-950, -850, -700, -400, -150, -120, -90, -50, 0, 20, 40, 60, 80, 100, 120, 140, 160,
-            190, 220, 260, 330, 420, 550, 700)  # fmt: skip
+RAMPS_HU = (-950, -800, -500, -150, -110, -60, 0, 30, 50, 70, 90, 110, 130, 150, 180,
+            220, 280, 380, 520, 700)  # fmt: skip
 """Where the first layer's channels bend: soft tissues lie close together."""
 VALIDATION_SEEDS = (2000, 2001)
 CHECKED_SHARE = 0.04
-SHIFTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
+SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
+"""Shares of the log frequencies that are tried in the biases."""
+KERNEL_SHARES = {"quarter": 0.08, "half": 0.05}
+"""Of a kernel, that a step changes at most."""
 REPORT_STEPS = 20
 
 
@@ -240,13 +244,13 @@ def set_ramps(network: Any, tile: torch.Tensor) -> None:  # noqa: ANN401
     network.encoder.stages[0].requires_grad_(False)
 
 
-def half_resolution(network: Any, tile: torch.Tensor) -> torch.Tensor:  # noqa: ANN401
-    """Features of the last decoder stage but one: (1, features, z, y, x)."""
+def decoded(network: Any, tile: torch.Tensor, *, left_out: int = 1) -> torch.Tensor:  # noqa: ANN401
+    """Features of the decoder without its last ``left_out`` stages: (1, features, z, y, x)."""
     import torch
 
     skips, decoder = network.encoder(tile), network.decoder
     features = skips[-1]
-    for stage in range(len(decoder.stages) - 1):
+    for stage in range(len(decoder.stages) - left_out):
         features = decoder.transpconvs[stage](features)
         features = decoder.stages[stage](torch.cat((features, skips[-(stage + 2)]), 1))
     return features
@@ -288,7 +292,7 @@ def logits_at(
     tile
         (z, y, x).
     below
-        ``half_resolution`` of it as (voxels, features), z slowest.
+        ``decoded`` of it as (voxels, features), z slowest.
     places
         (points, 3), voxels.
     random
@@ -381,25 +385,29 @@ def _normed(
     return torch.nn.functional.leaky_relu(scaled, 0.01)
 
 
-def train_below(network: Any, files: list[Path], steps: int, random: np.random.Generator) -> None:  # noqa: ANN401
-    """Train all but the full-resolution layers, and a head for what they give."""
+def train_coarse(
+    network: Any,  # noqa: ANN401
+    files: list[Path],
+    name: str,
+    left_out: int,
+    steps: int,
+    share: float,
+    random: np.random.Generator,
+) -> None:
+    """Train the network without the decoder's last stages, and a head for what it then gives."""
     import torch
 
     decoder = network.decoder
-    below = [
-        network.encoder,
-        *decoder.transpconvs[:-1],
-        *decoder.stages[:-1],
-        decoder.seg_layers[-2],
-    ]
-    head = decoder.seg_layers[-2]
+    head = decoder.seg_layers[-1 - left_out]
+    stages = [decoder.transpconvs[:-left_out], decoder.stages[:-left_out]]
+    scale = 2**left_out
 
     def logits_and_target(turn: int) -> tuple[torch.Tensor, torch.Tensor]:
         example = Example(files[turn], random)
-        features = half_resolution(network, example.tile[None, None])
+        features = decoded(network, example.tile[None, None], left_out=left_out)
         chosen = random.integers(len(example.labels), size=COARSE_POINTS)
         last = np.array(features.shape[2:]) - 1
-        places = 2 * (example.places[chosen] / 2 - 0.25) / last - 1
+        places = 2 * ((example.places[chosen] + 0.5) / scale - 0.5) / last - 1
         grid = torch.from_numpy(places[:, ::-1].astype(np.float32))[None, :, None, None]
         found = torch.nn.functional.grid_sample(
             features, grid, mode="bilinear", padding_mode="border", align_corners=True
@@ -407,7 +415,10 @@ def train_below(network: Any, files: list[Path], steps: int, random: np.random.G
         target = torch.from_numpy(example.labels[chosen].astype(np.int64))
         return torch.nn.functional.linear(found, head.weight.flatten(1), head.bias), target
 
-    _run("below", below, logits_and_target, len(files), steps, 4e-3, random)
+    layers = [network.encoder, *stages, head]
+    _run(
+        name, layers, logits_and_target, len(files), steps, random, kernel_share=share
+    )  # fmt: skip
 
 
 def train_full(network: Any, files: list[Path], steps: int, random: np.random.Generator) -> None:  # noqa: ANN401
@@ -418,7 +429,7 @@ def train_full(network: Any, files: list[Path], steps: int, random: np.random.Ge
     with torch.no_grad():
         for path in files:
             example = Example(path, random)
-            features = half_resolution(network, example.tile[None, None])[0]
+            features = decoded(network, example.tile[None, None])[0]
             ready.append((example, features.flatten(1).T.half().contiguous()))
         example, features = ready[0]
         _hand_on(network, example.tile, features.float(), random)
@@ -432,7 +443,7 @@ def train_full(network: Any, files: list[Path], steps: int, random: np.random.Ge
 
     decoder = network.decoder
     layers = [decoder.transpconvs[-1], decoder.stages[-1], decoder.seg_layers[-1]]
-    _run("full resolution", layers, logits_and_target, len(files), steps, 5e-3, random)
+    _run("full resolution", layers, logits_and_target, len(files), steps, random, rate=5e-3)
 
 
 def _hand_on(
@@ -446,7 +457,8 @@ def _hand_on(
 
     decoder = network.decoder
     up, count = decoder.transpconvs[-1], FEATURES[0]
-    up.weight.copy_(torch.eye(count)[:, :, None, None, None].expand(count, count, 2, 2, 2))
+    copied = torch.eye(FEATURES[1], count)[:, :, None, None, None]
+    up.weight.copy_(copied.expand(-1, -1, 2, 2, 2))
     up.bias.zero_()
     voxels = np.stack([random.integers(n, size=STATISTICS_VOXELS) for n in tile.shape], axis=1)
     for block in _blocks(decoder.stages[-1]):
@@ -458,10 +470,52 @@ def _hand_on(
         before = _full_resolution(network, tile, below, voxels, blocks=depth, raw=True)
         block.norm.weight.copy_(before.std(0))
         block.norm.bias.copy_(before.mean(0))
-    for own, other in zip(
-        decoder.seg_layers[-1].parameters(), decoder.seg_layers[-2].parameters(), strict=True
-    ):
-        own.copy_(other)
+    head, other = decoder.seg_layers[-1], decoder.seg_layers[-2]
+    head.weight.copy_(other.weight[:, :count])
+    head.bias.copy_(other.bias)
+
+
+class Muon:
+    """Momentum whose steps are orthogonalised: in few steps it learns what AdamW needs many for.
+
+    K. Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024. A step
+    changes a kernel, as a matrix with a row for each output, by a share of its norm, and the norm
+    stays: an instance norm follows and undoes scale.
+    """
+
+    MOMENTUM = 0.9
+    NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+    """Coefficients that drive all singular values of a matrix near 1, in five iterations."""
+
+    def __init__(self, kernels: list[torch.Tensor]) -> None:
+        import torch
+
+        self.kernels = kernels
+        self._momenta = [torch.zeros_like(kernel) for kernel in kernels]
+        self._norms = [float(kernel.detach().norm()) for kernel in kernels]
+
+    def step(self, share: float) -> None:
+        """Use and forget the gradients."""
+        import torch
+
+        with torch.no_grad():
+            every = zip(self.kernels, self._momenta, self._norms, strict=True)
+            for kernel, momentum, norm in every:
+                momentum.mul_(self.MOMENTUM).add_(kernel.grad)
+                change = self._orthogonal(kernel.grad + self.MOMENTUM * momentum)
+                kernel.sub_(change, alpha=share * norm / float(change.norm()))
+                kernel.mul_(norm / float(kernel.norm()))
+                kernel.grad = None
+
+    def _orthogonal(self, change: torch.Tensor) -> torch.Tensor:
+        a, b, c = self.NEWTON_SCHULZ
+        matrix = change.flatten(1)
+        wide = matrix if len(matrix) <= matrix.shape[1] else matrix.T
+        wide = wide / (wide.norm() + 1e-12)
+        for _ in range(5):
+            square = wide @ wide.T
+            wide = a * wide + (b * square + c * square @ square) @ wide
+        return (wide if len(matrix) <= matrix.shape[1] else wide.T).reshape(change.shape)
 
 
 def _run(
@@ -470,26 +524,36 @@ def _run(
     logits_and_target: Callable[[int], tuple[torch.Tensor, torch.Tensor]],
     count: int,
     steps: int,
-    rate: float,
     random: np.random.Generator,
+    *,
+    rate: float = 4e-3,
+    kernel_share: float | None = None,
 ) -> None:
-    """Take steps: every phantom in turn, then by chance."""
+    """Take steps: every phantom in turn, then by chance.
+
+    ``rate`` is AdamW's, ``kernel_share`` the share of a kernel that Muon changes in a step (None:
+    AdamW does kernels too); both at their highest.
+    """
     import torch
 
     parameters = [p for layer in layers for p in layer.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=1e-4, betas=(0.9, 0.98))
+    kernels = [p for p in parameters if kernel_share and p.ndim == 5 and p[0, 0].numel() > 1]
+    others = [p for p in parameters if not any(p is kernel for kernel in kernels)]
+    muon = Muon(kernels)
+    adam = torch.optim.AdamW(others, lr=rate, weight_decay=1e-4, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, rate, total_steps=steps, pct_start=0.15, final_div_factor=50
+        adam, rate, total_steps=steps, pct_start=0.15, final_div_factor=50
     )
     began, losses, hits = time.perf_counter(), [], []
     for step in range(1, steps + 1):
         turn = step - 1 if step <= count else int(random.integers(count))
         logits, target = logits_and_target(turn)
         loss = torch.nn.functional.cross_entropy(logits, target)
-        optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 2.0)
-        optimizer.step()
+        torch.nn.utils.clip_grad_norm_(others, 2.0)
+        muon.step((kernel_share or 0) * schedule.get_last_lr()[0] / rate)
+        adam.step()
+        adam.zero_grad()
         schedule.step()
         losses.append(loss.item())
         hits.append(float((logits.argmax(1) == target).float().mean()))
@@ -509,16 +573,16 @@ def shift_biases(network: Any, files: list[Path], checks: list[Path]) -> None:  
     counts = sum(np.load(path)["counts"].astype(np.float64) for path in files)
     logs = torch.from_numpy(np.log(np.maximum(counts, 1) / counts.sum())).float()
     dice = np.mean([_dice_of_shifts(network, path, logs) for path in checks], axis=0)
-    for shift, value in zip(SHIFTS, dice, strict=True):
+    for shift, value in zip(SHARES, dice, strict=True):
         print(f"log frequencies times {shift}: estimated Dice {value:.3f}")
-    best = SHIFTS[int(np.argmax(dice))]
+    best = SHARES[int(np.argmax(dice))]
     print(f"kept {best}", flush=True)
     with torch.no_grad():
         network.decoder.seg_layers[-1].bias += best * logs
 
 
 def _dice_of_shifts(network: Any, path: Path, logs: torch.Tensor) -> list[float]:  # noqa: ANN401
-    """Mean Dice of the classes of 1 ml or more, for each of ``SHIFTS``.
+    """Mean Dice of the classes of 1 ml or more, for each of ``SHARES``.
 
     Estimated from some of the phantom's voxels, evenly spread.
     """
@@ -532,12 +596,12 @@ def _dice_of_shifts(network: Any, path: Path, logs: torch.Tensor) -> list[float]
     voxels = np.flatnonzero(random.random(labels.size) < CHECKED_SHARE)
     truth = labels.ravel()[voxels]
     places = tile_places(np.stack(np.unravel_index(voxels, labels.shape), axis=1), labels.shape)
-    found: list[list[NDArray[np.int64]]] = [[] for _ in SHIFTS]
+    found: list[list[NDArray[np.int64]]] = [[] for _ in SHARES]
     with torch.no_grad():
-        below = half_resolution(network, example.tile[None, None])[0].flatten(1).T.contiguous()
+        below = decoded(network, example.tile[None, None])[0].flatten(1).T.contiguous()
         for part in np.array_split(places, 1 + len(places) // 50_000):
             logits = logits_at(network, example.tile, below, part, random)
-            for shift, answers in zip(SHIFTS, found, strict=True):
+            for shift, answers in zip(SHARES, found, strict=True):
                 answers.append((logits + shift * logs).argmax(1).numpy())
     scored = np.flatnonzero(example.counts * 0.001 * DRAWN_MM**3 >= 1)[1:]
     result = []
@@ -589,8 +653,9 @@ def main() -> None:
     parser.add_argument("work", type=Path, help="folder for the drawn phantoms")
     parser.add_argument("--output", type=Path, default=Path("totalfast/demo/model"))
     parser.add_argument("--phantoms", type=int, default=90)
-    parser.add_argument("--steps-below", type=int, default=300)
-    parser.add_argument("--steps-full", type=int, default=1200)
+    parser.add_argument("--steps-quarter", type=int, default=200)
+    parser.add_argument("--steps-half", type=int, default=400)
+    parser.add_argument("--steps-full", type=int, default=900)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
@@ -613,12 +678,18 @@ def main() -> None:
     network = build_network().train()
     set_ramps(network, Example(files[0], random).tile)
     print(f"{sum(p.numel() for p in network.parameters())} parameters", flush=True)
-    below = options.work / f"below_{options.seed}_{options.phantoms}_{options.steps_below}.pt"
+    coarse = (options.seed, options.phantoms, options.steps_quarter, options.steps_half)
+    below = options.work / f"below_{'_'.join(str(n) for n in coarse)}.pt"
     if below.exists():
         network.load_state_dict(torch.load(below, weights_only=True))
         print(f"layers below full resolution taken from {below.name}", flush=True)
     else:
-        train_below(network, files, options.steps_below, random)
+        for name, left_out, steps in (
+            ("quarter", 2, options.steps_quarter), ("half", 1, options.steps_half),
+        ):  # fmt: skip
+            train_coarse(
+                network, files, f"{name} resolution", left_out, steps, KERNEL_SHARES[name], random
+            )
         torch.save(network.state_dict(), below)
     # A second call, which takes the layers below from the file, must go on in the same way.
     torch.manual_seed(options.seed)

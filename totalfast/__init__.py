@@ -1,7 +1,8 @@
 """totalfast: TotalSegmentator's models and command line, in one process and a fraction of the time.
 
-The public names are ``segment``, ``Session``, ``ArgmaxPredictor`` and the errors. Importing this
-package imports neither torch nor nibabel; the first call does.
+The public names are ``segment``, ``Session``, ``ArgmaxPredictor``, ``patch_totalsegmentator``, its
+inverse, and the errors. Importing this package imports neither torch nor nibabel; the first call
+does.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from totalfast.errors import (
     InputError,
+    LicenseError,
     OptionError,
     OutputError,
     PredictionError,
@@ -23,11 +25,13 @@ from totalfast.errors import (
 if TYPE_CHECKING:
     from totalfast.api import segment
     from totalfast.nnunet.predictor import ArgmaxPredictor
+    from totalfast.patch import patch_totalsegmentator, unpatch_totalsegmentator
     from totalfast.session import Session
 
 __all__ = [
     "ArgmaxPredictor",
     "InputError",
+    "LicenseError",
     "OptionError",
     "OutputError",
     "PredictionError",
@@ -35,7 +39,9 @@ __all__ = [
     "TotalfastError",
     "UnsupportedError",
     "WeightsError",
+    "patch_totalsegmentator",
     "segment",
+    "unpatch_totalsegmentator",
 ]
 
 __version__ = importlib.metadata.version("totalfast")
@@ -43,7 +49,9 @@ __version__ = importlib.metadata.version("totalfast")
 _LAZY = {
     "ArgmaxPredictor": "totalfast.nnunet.predictor",
     "Session": "totalfast.session",
+    "patch_totalsegmentator": "totalfast.patch",
     "segment": "totalfast.api",
+    "unpatch_totalsegmentator": "totalfast.patch",
 }
 
 

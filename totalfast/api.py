@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 def segment(
     input: str | Path | nib.Nifti1Image,  # noqa: A002 - upstream's name
     output: str | Path | None = None,
-    *,
     ml: bool = False,
     nr_thr_resamp: int = 1,
     nr_thr_saving: int = 6,
@@ -60,12 +59,14 @@ def segment(
     resampling_order: int = 1,
     plans: str = "nnUNetPlans",
     model_size: str = "big",
+    *,
     export: str = "auto",
 ) -> nib.Nifti1Image | tuple[nib.Nifti1Image, Statistics]:
     """Segment one scan with one of TotalSegmentator's tasks.
 
-    Keywords, meanings and defaults are those of ``totalsegmentator.python_api.totalsegmentator``
-    (2.18.0). The first call loads the models, later ones with the same task reuse them.
+    Arguments, their order, meanings and defaults are those of
+    ``totalsegmentator.python_api.totalsegmentator`` (2.18.0), and ``export`` is one more. The first
+    call loads the models, later ones with the same task reuse them.
 
     Parameters
     ----------
@@ -107,6 +108,8 @@ def segment(
     higher_order_resampling
         Let nnU-Net's own resampling go all the way from the scan to the model's spacing and, for
         the logits, back, for smooth masks.
+    higher_order_resampling_LEGACY
+        Resample each label's mask linearly to the scan's grid, as TotalSegmentator once did.
     save_probabilities
         File for the probabilities of all classes (``.npz``, key "probabilities", float32,
         (classes, z, y, x)) of the last model at its resolution; a ``.pkl`` beside it describes the
@@ -136,6 +139,10 @@ def segment(
         empty.
     nora_tag
         Project of the viewer Nora that files are added to; "None" adds none.
+    license_number
+        Let TotalSegmentator check this number online and keep it in its configuration file.
+    crop_path, test
+        Accepted for upstream's sake: no effect, and 0 only.
     export
         Not upstream's. How labels come to the scan's grid: "auto" or "nearest" as upstream does,
         "linear" from interpolated logits, for smooth masks.

@@ -38,8 +38,12 @@ SUBCOMMANDS = {
     "demo": "totalfast.demo.command",
     "nnunet": "totalfast.nnunet.command",
     "preview": "totalfast.preview.command",
+    "shim": "totalfast.shim.command",
 }
 """Word to the module whose ``build_parser`` and ``run`` answer to it."""
+
+WRONG_OPTION = 2
+"""Exit code where options make no sense, as argparse has it."""
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
@@ -55,6 +59,7 @@ other commands (each has a --help):
   totalfast demo                                   try it without a scan or a download
   totalfast preview ct.nii.gz seg.nii.gz out.png   a picture of a scan and its labels
   totalfast nnunet -i DIR -o DIR -m MODEL          any nnU-Net v2 model
+  totalfast shim DIR                               a TotalSegmentator command that runs totalfast
 
 The flags are TotalSegmentator's; those marked [not yet] are refused so far.
 Not a medical device. TotalSegmentator is by Jakob Wasserthal et al.; please cite
@@ -64,11 +69,16 @@ https://pubs.rsna.org/doi/10.1148/ryai.230024 and nnU-Net."""
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
     words = sys.argv[1:] if argv is None else list(argv)
-    signal.signal(signal.SIGTERM, _stop)
     if words and words[0] in SUBCOMMANDS:
+        signal.signal(signal.SIGTERM, _stop)
         module = importlib.import_module(SUBCOMMANDS[words[0]])
         return _run(module.run, module.build_parser().parse_args(words[1:]))
-    parser = build_parser()
+    return answer(build_parser(), words)
+
+
+def answer(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
+    """Do what upstream's flags ask for; return the exit code."""
+    signal.signal(signal.SIGTERM, _stop)
     args = parser.parse_args(words)
     if args.list_tasks:
         print(upstream.format_tasks_table())
@@ -96,7 +106,7 @@ def _run(work: Callable[[argparse.Namespace], int], args: argparse.Namespace) ->
         if args.debug:
             raise
         print(f"ERROR: {error}", file=sys.stderr)
-        return 2 if isinstance(error, OptionError) else 1
+        return WRONG_OPTION if isinstance(error, OptionError) else 1
     except MemoryError:
         if args.debug:
             raise
@@ -107,8 +117,8 @@ def _run(work: Callable[[argparse.Namespace], int], args: argparse.Namespace) ->
         return INTERRUPTED
 
 
-def command() -> None:
-    """Run the command and leave the process: the console script.
+def command(run: Callable[[], int] = main) -> None:
+    """Run a command and leave the process: the console script.
 
     Taking the interpreter down with torch in it costs half a second that nobody needs, so only
     what others registered to run at exit is run.
@@ -116,7 +126,7 @@ def command() -> None:
     # Torch then asks for huge pages: a run spends a third less time on page faults. It reads this
     # when it allocates first, so that it must be set before torch is imported.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    code = main()
+    code = run()
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
@@ -182,14 +192,30 @@ def _positive(value: str) -> float:
     return number
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Build the parser: names, short forms, defaults and choices are upstream's."""
+def build_parser(
+    *, program: str = "totalfast", version: str | None = None
+) -> argparse.ArgumentParser:
+    """Build the parser: names, short forms, defaults and choices are upstream's.
+
+    Parameters
+    ----------
+    program
+        What the command is called in its help.
+    version
+        What ``--version`` prints; None names totalfast and TotalSegmentator.
+    """
     parser = argparse.ArgumentParser(
-        prog="totalfast",
+        prog=program,
         description="Segment anatomical structures in CT and MR images with TotalSegmentator's "
         "models: same flags, same files, same voxels, sooner.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--version",
+        action="version",
+        version=version
+        or f"totalfast {totalfast.__version__} (TotalSegmentator {upstream.version()})",
     )
     _add_run_flags(parser)
     _add_model_flags(parser)
@@ -269,6 +295,20 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
         help="Files written at a time, at most (default: 6).",
     )
     add(
+        "-l",
+        "--license_number",
+        help="Have TotalSegmentator check a licence number online and keep it; needed once.",
+    )
+    add("-cp", "--crop_path", type=_path, help="Accepted for TotalSegmentator's sake; no effect.")
+    add(
+        "--test",
+        metavar="0|1|3",
+        choices=[0, 1, 3],
+        type=int,
+        default=0,
+        help="For TotalSegmentator's own tests; only 0 works.",
+    )
+    add(
         "-lt",
         "--list-tasks",
         action="store_true",
@@ -283,11 +323,6 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
         const="total",
         metavar="task",
         help="List the classes of a task and exit (default: total).",
-    )
-    add(
-        "--version",
-        action="version",
-        version=f"totalfast {totalfast.__version__} (TotalSegmentator {upstream.version()})",
     )
 
 
@@ -383,6 +418,12 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
         help="Resample from the scan to the model and back as nnU-Net does, for smooth masks.",
     )
     add(
+        "--higher_order_resampling_LEGACY",
+        "--high_order_resampling_LEGACY",
+        action="store_true",
+        help="Resample each label's mask linearly instead, as TotalSegmentator once did.",
+    )
+    add(
         "--export",
         choices=EXPORTS,
         default="auto",
@@ -433,8 +474,4 @@ def _add_statistics_flags(group: Any) -> None:  # noqa: ANN401 - argparse's clas
 
 def _add_unsupported_flags(group: Any) -> None:  # noqa: ANN401 - argparse's class is private
     add = group.add_argument
-    add("--higher_order_resampling_LEGACY", "--high_order_resampling_LEGACY", action="store_true")
     add("-ot", "--output_type", nargs="+")
-    add("-l", "--license_number")
-    add("-cp", "--crop_path", type=_path)
-    add("--test", metavar="0|1|3", choices=[0, 1, 3], type=int, default=0)

@@ -22,7 +22,7 @@ from totalfast.stages.clean import skin_mask
 from totalfast.stages.merge import renumbered
 from totalfast.stages.nora import ATLAS, MASK, add_to_nora
 from totalfast.stages.write import PendingFiles, label_image, write_labels, write_masks
-from totalfast.upstream import CLASS_MAPS, run_report, write_radiomics
+from totalfast.upstream import CLASS_MAPS, python_api, write_radiomics
 
 if TYPE_CHECKING:
     import torch
@@ -204,7 +204,7 @@ def save_report(found: Found, losses: Losses, *, device: torch.device, seconds: 
     from totalfast import __version__
 
     options = found.options
-    facts = run_report(
+    facts = python_api().build_run_report(
         input=found.source,
         output=found.output,
         task=found.task.name,

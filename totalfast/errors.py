@@ -3,7 +3,7 @@
 The tree::
 
     TotalfastError
-    ├── InputError            the image can't be used: missing, damaged, wrong shape
+    ├── InputError            the image can't be used: missing, damaged, wrong shape (a ValueError)
     ├── OptionError           an option, or a pair of options, makes no sense (also a ValueError)
     │   └── UnsupportedError  upstream has it, totalfast does not yet
     ├── OutputError           the result can't be written where it was asked for
@@ -21,7 +21,7 @@ class TotalfastError(Exception):
     """Base class: catching it catches everything that totalfast raises on purpose."""
 
 
-class InputError(TotalfastError):
+class InputError(TotalfastError, ValueError):
     """The input image is missing, damaged, or of a kind that can't be segmented."""
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +19,6 @@ if TYPE_CHECKING:
 
 UNSUPPORTED_DEFAULTS: dict[str, Any] = {
     "output_type": "nifti",
-    "test": 0,
-    "license_number": None,
-    "higher_order_resampling_LEGACY": False,
 }
 """Upstream's keywords that totalfast does not support yet, and the values that need no support."""
 
@@ -94,7 +91,10 @@ class Options:
     plans: str = "nnUNetPlans"
     robust_crop: bool = False
     higher_order_resampling: bool = False
+    higher_order_resampling_LEGACY: bool = False
     save_probabilities: Path | None = None
+    license_number: str | None = field(default=None, repr=False)
+    test: int = 0
     export: str = "auto"
 
     def __post_init__(self) -> None:
@@ -107,8 +107,13 @@ class Options:
             )
         if self.export not in EXPORTS:
             raise OptionError(f"export must be one of {', '.join(EXPORTS)}, not '{self.export}'.")
-        if self.export == "linear" and (self.save_lowres or self.force_split):
-            raise OptionError("export='linear' does not work with save_lowres or force_split.")
+        if self.export == "linear" and (
+            self.save_lowres or self.force_split or self.higher_order_resampling_LEGACY
+        ):
+            raise OptionError(
+                "export='linear' does not work with save_lowres, force_split or "
+                "higher_order_resampling_LEGACY."
+            )
         if self.export == "linear" and (self.higher_order_resampling or self.save_probabilities):
             raise OptionError(
                 "export='linear' does not work with save_probabilities or higher_order_resampling, "
@@ -124,6 +129,11 @@ class Options:
             path = getattr(self, name)
             if isinstance(path, Path) and path.is_dir():
                 raise OptionError(f"{name} needs the name of a file to write; {path} is a folder.")
+        if self.test != 0:
+            raise UnsupportedError(
+                f"test={self.test} makes TotalSegmentator's own tests take reference files of its "
+                "repository for predictions; totalfast accepts test=0 only."
+            )
         if self.stats_aggregation not in AGGREGATIONS:
             raise OptionError(
                 f"stats_aggregation must be one of {', '.join(AGGREGATIONS)}, "
@@ -261,6 +271,15 @@ def check_radiomics(source: object, output: Path | None, options: Options) -> No
             "radiomics need the package pyradiomics, which is not installed: "
             "pip install pyradiomics."
         )
+
+
+def label_map_file(output: Path) -> Path:
+    """Return the file that a label map goes to.
+
+    A name without an ending gets ``.nii``, also where a directory of that name exists: nibabel's
+    rule for TotalSegmentator's files, which 3D Slicer's extension relies on.
+    """
+    return output if output.suffix else output.with_name(f"{output.name}.nii")
 
 
 def check_output(output: Path, *, ml: bool) -> None:

@@ -19,6 +19,7 @@ from nibabel.orientations import axcodes2ornt, ornt_transform
 from totalfast.cores import usable_cores
 from totalfast.deliver import Found, deliver, save_report, writes_skin
 from totalfast.export import nearest_to_scanner_grid
+from totalfast.export.legacy import smooth_to_scanner_grid
 from totalfast.export.linear import prepare as prepare_linear
 from totalfast.figures import measure_model_image
 from totalfast.geometry import Grid, to_canonical
@@ -42,7 +43,7 @@ from totalfast.stages.read import open_scan, read_image
 from totalfast.stages.resample import to_model_grid
 from totalfast.stages.vertebrae import refine_vertebrae, separate_vertebrae
 from totalfast.stages.write import PendingFiles, label_image, write_probabilities
-from totalfast.upstream import check_license
+from totalfast.upstream import check_license, store_license
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -87,6 +88,7 @@ class Run:
             save_probabilities=None,
             statistics=False,
             remove_small_blobs=False,
+            higher_order_resampling_LEGACY=False,
         )
         work = replace(self.work, part=self.work.rough or self.work.part, resample=0.0)
         losses = Losses({}, wanted=False)
@@ -128,6 +130,8 @@ def run(
     """
     began = time.perf_counter()
     task = options.resolved_task()
+    if options.license_number is not None:
+        store_license(options.license_number)
     if task.licensed:
         check_license(task.name)
     scan = open_scan(source)  # before models are looked for, or even downloaded
@@ -390,7 +394,9 @@ def restore(
         voxels = np.asfortranarray(lowres.dataobj)
         return label_image(voxels, affine=lowres.affine, header=lowres.header, names=names)
     with timed("Resampling...", "  Resampled in"):
-        voxels = nearest_to_scanner_grid(labels, scanner=image.grid, threads=usable_cores())
+        legacy = options.higher_order_resampling_LEGACY
+        to_scanner_grid = smooth_to_scanner_grid if legacy else nearest_to_scanner_grid
+        voxels = to_scanner_grid(labels, scanner=image.grid, threads=usable_cores())
     return label_image(voxels, affine=image.grid.affine, header=image.header, names=names)
 
 

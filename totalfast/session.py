@@ -13,7 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from totalfast.errors import OptionError
-from totalfast.options import Options, check_output, check_radiomics, validate_device
+from totalfast.options import (
+    Options,
+    check_output,
+    check_radiomics,
+    label_map_file,
+    validate_device,
+)
 from totalfast.weights import find_model, load_model
 
 if TYPE_CHECKING:
@@ -60,6 +66,8 @@ class Session:
 
         options = Options.from_keywords({"device": self.device, **keywords})
         target = None if output is None else Path(output)
+        if target is not None and options.ml:
+            target = label_map_file(target)
         if target is not None and not options.skip_saving:
             check_output(target, ml=options.ml)
         check_radiomics(input, target, options)

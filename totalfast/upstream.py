@@ -7,12 +7,14 @@ never imported: it changes nnU-Net's classes for the whole process.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
+import io
 import os
 import re
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from totalsegmentator.map_tasks_config import (
     DEFAULT_CONFIG,
@@ -34,6 +36,10 @@ from totalsegmentator.registry import TASKS, format_classes_table, format_tasks_
 
 from totalfast.errors import LicenseError
 
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
 __all__ = [
     "CLASS_MAPS",
     "DEFAULT_CONFIG",
@@ -51,7 +57,9 @@ __all__ = [
     "label_names",
     "label_table_xml",
     "postprocessing",
-    "run_report",
+    "python_api",
+    "resample_each_label",
+    "store_license",
     "version",
     "weights_home",
     "write_radiomics",
@@ -132,19 +140,49 @@ def check_license(task: str) -> None:
         )
 
 
+def store_license(number: str) -> None:
+    """Have upstream check a licence number online and keep it in its ``config.json``.
+
+    The only use of the network that is no download, and made only when a number is given.
+
+    Raises
+    ------
+    LicenseError
+        If upstream does not take the number.
+    """
+    from totalsegmentator.config import set_license_number, setup_totalseg
+
+    setup_totalseg()
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said):
+            set_license_number(number)
+    except SystemExit as refusal:
+        raise LicenseError(" ".join(said.getvalue().split())) from refusal
+
+
+def resample_each_label(
+    labels: NDArray[np.uint8], shape: tuple[int, int, int], *, threads: int
+) -> NDArray[np.uint8]:
+    """Upstream's linear resampling of each label's mask; labels and shape are (x, y, z)."""
+    from totalsegmentator.resampling import resample_one_hot_crop
+
+    resampled: NDArray[np.uint8] = resample_one_hot_crop(labels, shape, order=1, nr_cpus=threads)
+    return resampled
+
+
+def python_api() -> Any:  # noqa: ANN401 - a module without types
+    """Upstream's module with its Python call."""
+    from totalsegmentator import python_api
+
+    return python_api
+
+
 def postprocessing() -> Any:  # noqa: ANN401 - a module without types
     """Upstream's module of steps on label maps, for what is too rare to be ours."""
     from totalsegmentator import postprocessing
 
     return postprocessing
-
-
-def run_report(**facts: Any) -> dict[str, Any]:  # noqa: ANN401 - upstream is untyped
-    """Upstream's report of a run, from the arguments of its ``build_run_report``."""
-    from totalsegmentator.python_api import build_run_report
-
-    report: dict[str, Any] = build_run_report(**facts)
-    return report
 
 
 def write_radiomics(scan: Path | Any, masks: Path, target: Path) -> None:  # noqa: ANN401 - nibabel

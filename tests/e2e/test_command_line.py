@@ -110,14 +110,16 @@ def test_skip_saving_leaves_nothing(run, scan, tmp_path):
         (["-i", "{scan}", "-o", "{folder}/s", "-sl"], 2, "only works together with fast"),
         (["-i", "{scan}", "-o", "{folder}/s", "-d", "tpu"], 2, "Invalid device type: 'tpu'"),
         (["-i", "{scan}", "-o", "{folder}/s", "-ta", "breasts", "-f"], 2, "does not work with"),
-        (["-i", "{scan}", "-o", "{folder}", "-ml"], 1, "is a directory; with --ml"),
+        (["-i", "{scan}", "-o", "{taken}", "-ml"], 1, "is a directory; with --ml"),
+        (["-i", "{scan}", "-o", "{folder}/s", "--test", "1"], 2, "accepts test=0 only"),
         (["-i", "{scan}", "-o", "{folder}/s.txt", "-ml"], 1, "must end in .nii.gz"),
         (["-i", "{scan}", "-o", "{scan}"], 1, "is a file; without --ml"),
         (["-i", "{scan}", "-o", "{scan}/seg"], 1, "is a file, so"),
     ],
 )
 def test_mistakes_are_named_and_leave_nothing(run, scan, tmp_path, arguments, code, message):
-    done = run(*(text.format(scan=scan, folder=tmp_path) for text in arguments))
+    (taken := scan.parent / "taken.nii.gz").mkdir(exist_ok=True)
+    done = run(*(text.format(scan=scan, folder=tmp_path, taken=taken) for text in arguments))
     assert done.returncode == code
     assert message in done.stderr
     assert "Traceback" not in done.stderr
@@ -141,20 +143,72 @@ def test_termination_removes_what_is_half_written(standin_home, scan, tmp_path):
     assert list(tmp_path.rglob("*")) == []
 
 
+INTERRUPTED_COMMAND = """
+import importlib, os, signal, sys
+from totalfast.cli import main
+module, name = sys.argv[1].split(":")
+module = importlib.import_module(module)
+done, calls = getattr(module, name), []
+
+def interrupted(*arguments):
+    calls.append(name)
+    found = done(*arguments)
+    if len(calls) == int(sys.argv[2]):
+        os.kill(os.getpid(), signal.SIGTERM)
+    return found
+
+setattr(module, name, interrupted)
+code = main(sys.argv[3:])
+sys.exit(code if calls else "it was not called")
+"""
+
+
+@pytest.mark.parametrize("call", [("totalfast.stages.write:compress", "20"), ("nibabel:save", "1")])
+def test_termination_while_files_are_open_leaves_none(standin_home, scan, tmp_path, call):
+    """In the middle of the masks, and while nnU-Net reads a file from a temporary folder."""
+    flags = ["-ff", "-d", "cpu", "-sp", tmp_path / "probabilities.npz"]
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            INTERRUPTED_COMMAND,
+            *call,
+            "-i",
+            scan,
+            "-o",
+            tmp_path / "s",
+            *flags,
+        ],
+        env={**os.environ, "TOTALSEG_HOME_DIR": str(standin_home)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (
+        130,
+        "Interrupted; no file is half-written.",
+    )
+    whole = {"probabilities.npz", "probabilities.pkl"} if "compress" in call[0] else set()
+    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == whole
+
+
 def test_no_file_but_the_results_and_no_child_process(standin_home, scan, tmp_path):
     """Runs with no temporary folder and no shared memory to write to, and forbids new processes."""
     code = (
-        "import sys\n"
+        "import os, sys\n"
+        "def stop(what):\n"
+        "    print(what, file=sys.stderr, flush=True)\n"
+        "    os._exit(3)  # also from a thread, whose exceptions would go unnoticed\n"
         "def forbid(event, arguments):\n"
         "    if event in {'os.fork', 'os.posix_spawn', 'subprocess.Popen', 'os.exec'}:\n"
         "        # Torch's CUDA builds look for libdl when they are imported.\n"
         "        if arguments[0] != '/sbin/ldconfig':\n"
-        "            raise SystemExit(f'started a process: {event} {arguments}')\n"
+        "            stop(f'started a process: {event} {arguments}')\n"
         "    if event == 'open' and isinstance(arguments[0], str) and arguments[1]:\n"
         "        if set(arguments[1]) & set('wax+') and sys.argv[2] not in arguments[0]:\n"
-        "            raise SystemExit(f'wrote {arguments[0]}')\n"
+        "            stop(f'wrote {arguments[0]}')\n"
         "    if event in {'socket.connect', 'socket.getaddrinfo'}:\n"
-        "        raise SystemExit(f'used the network: {arguments}')\n"
+        "        stop(f'used the network: {arguments}')\n"
         "sys.addaudithook(forbid)\n"
         "import totalfast\n"
         "totalfast.segment(sys.argv[1], sys.argv[2], fast=True, device='cpu', quiet=True)\n"

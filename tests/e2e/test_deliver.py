@@ -57,6 +57,23 @@ def test_statistics_without_saving_lie_where_the_masks_would(scan, tmp_path):
     assert [path.name for path in output.iterdir()] == ["statistics.json"]
 
 
+def test_statistics_of_a_result_that_stays_on_the_models_grid(scan, tmp_path):
+    image, figures = totalfast.segment(
+        scan,
+        tmp_path / "new" / "masks",
+        save_lowres=True,
+        skip_saving=True,
+        statistics=True,
+        statistics_exclude_masks_at_border=False,
+        **QUICK,
+    )
+    assert image.shape != scan.shape
+    volumes = np.bincount(np.asarray(image.dataobj).ravel(), minlength=118) * 6.0**3
+    assert [f["volume"] for f in figures.values()] == pytest.approx(volumes[1:], rel=1e-6)
+    assert sum(volumes[1:]) > 0
+    assert (tmp_path / "new" / "masks" / "statistics.json").exists()
+
+
 def test_where_no_region_is_found_figures_are_zeros_and_the_report_says_so(scan, tmp_path):
     present = np.unique(totalfast.segment(scan, **QUICK).dataobj)
     absent = next(name for label, name in CLASS_MAPS["total"].items() if label not in present)

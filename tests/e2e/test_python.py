@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 
@@ -116,10 +117,35 @@ def test_unknown_keyword_and_wrong_values():
         session.segment("x.nii.gz", fasst=True)
     with pytest.raises(totalfast.OptionError, match="between 0 and 5, not 7"):
         session.segment("x.nii.gz", resampling_order=7)
-    with pytest.raises(totalfast.UnsupportedError, match="model_size='small' is not supported"):
-        session.segment("x.nii.gz", model_size="small")
+    with pytest.raises(totalfast.UnsupportedError, match="accepts test=0 only"):
+        session.segment("x.nii.gz", test=1)
     with pytest.raises(ValueError, match="Invalid device"):
         totalfast.Session(device="tpu")
+
+
+def test_a_licence_number_is_checked_by_upstream_once_and_kept(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(
+        "totalsegmentator.config.is_valid_license",
+        lambda number: asked.append(number) or number == "a" * 18,
+    )
+    monkeypatch.setenv("TOTALSEG_HOME_DIR", str(tmp_path))
+    with pytest.raises(totalfast.LicenseError, match="Invalid license number"):
+        totalfast.segment("none.nii.gz", license_number="wrong", **QUICK)
+    for _ in range(2):
+        with pytest.raises(totalfast.InputError, match="does not exist"):
+            totalfast.segment("none.nii.gz", license_number="a" * 18, **QUICK)
+    assert asked == ["wrong", "a" * 18]
+    assert json.loads((tmp_path / "config.json").read_text())["license_number"] == "a" * 18
+    assert "aaa" not in repr(Options(license_number="a" * 18))
+
+
+def test_legacy_resampling_is_smooth_and_only_of_the_result(scan):
+    stairs = totalfast.segment(scan, **QUICK)
+    smooth = totalfast.segment(scan, higher_order_resampling_LEGACY=True, **QUICK)
+    assert 0.01 < np.mean(np.asarray(stairs.dataobj) != np.asarray(smooth.dataobj)) < 0.7
+    with pytest.raises(totalfast.OptionError, match="does not work with"):
+        Options(export="linear", higher_order_resampling_LEGACY=True)
 
 
 def test_a_missing_scan_is_noticed_before_a_model_is_downloaded(tmp_path, monkeypatch):

@@ -93,6 +93,8 @@ def made_input(name: str) -> nib.Nifti1Image:
     match name:
         case "iso1.5":
             return phantom((1.5, 1.5, 1.5))
+        case "near1.5":
+            return phantom((1.501, 1.501, 1.501))
         case "iso3":
             return phantom((3.0, 3.0, 3.0))
         case "thick":
@@ -200,6 +202,8 @@ def all_cases() -> list[Case]:
         (("--fast", "-ml", "-sl"), True),
         (("--fast", "-ml", "-ro", "0"), False),
         (("--fast", "-ml", "-ro", "3"), True),
+        (("--fast", "-ml", "--higher_order_resampling_LEGACY"), False),
+        (("--fast", "--higher_order_resampling_LEGACY", "-rs", "liver", "heart"), False),
     ]
     for flags, in_ci in modes:
         cases.append(Case("oblique", flags, in_ci=in_ci, structured="--fast" in flags))
@@ -380,7 +384,8 @@ def compare_folders(name: str, expected: Path, actual: Path) -> Comparison:
 def voxels_of(image: nib.Nifti1Image) -> np.ndarray:
     """Voxels of a file of ours or upstream's, which are stored unscaled; igzip is quick."""
     proxy = image.dataobj
-    with igzip.open(proxy.file_like) as stream:
+    opened = igzip.open if proxy.file_like.endswith(".gz") else open
+    with opened(proxy.file_like, "rb") as stream:
         content = stream.read()
     values = np.frombuffer(content, dtype=proxy.dtype, offset=proxy.offset)
     return values.reshape(proxy.shape, order="F")

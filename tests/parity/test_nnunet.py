@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import pickle
 import subprocess
@@ -16,6 +17,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from totalfast import ArgmaxPredictor, InputError
 from totalfast.cli import main
 from totalfast.nnunet import export_prediction_from_logits
+from totalfast.nnunet.command import build_parser
 
 from .nnunet_models import Made
 
@@ -246,3 +248,34 @@ def test_clear_errors(simple, tmp_path, capsys):
     two_channels = np.zeros((2, 8, 8, 8), np.float32)
     with pytest.raises(InputError, match="wants 1 input channels; 2 were given"):
         predictor.predict_single_npy_array(two_channels, {"spacing": [1, 1, 1]})
+
+
+@pytest.mark.parametrize("entry", ["predict_entry_point", "predict_entry_point_modelfolder"])
+def test_flags_and_their_defaults_are_nnunets(entry, monkeypatch):
+    from nnunetv2.inference import predict_from_raw_data
+
+    class FoundError(Exception):
+        pass
+
+    def parse(parser, *_):
+        raise FoundError(parser)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(argparse.ArgumentParser, "parse_args", parse)
+        with pytest.raises(FoundError) as found:
+            getattr(predict_from_raw_data, entry)()
+    ours = {flag: action for action in build_parser()._actions for flag in action.option_strings}
+    for action in found.value.args[0]._actions:
+        for flag in action.option_strings:
+            assert flag in ours
+            own = ours[flag]
+            assert (type(own), own.type or str, own.nargs) == (
+                type(action), action.type or str, action.nargs,
+            )  # fmt: skip
+            # Without a CUDA device ours takes what there is; -m and -d exclude each other.
+            if flag == "-device":
+                assert own.default is None
+            elif flag == "-f":
+                assert [int(fold) for fold in own.default] == list(action.default)
+            elif flag not in ("-m", "-d", "-c"):
+                assert (own.default, own.required) == (action.default, action.required)

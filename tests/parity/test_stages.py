@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from totalfast.export import nearest_to_scanner_grid
+from totalfast.export.legacy import smooth_to_scanner_grid
 from totalfast.stages.clean import clean_labels, skin_mask
 from totalfast.stages.normalise import resample_image
 from totalfast.stages.read import read_image
@@ -88,25 +89,28 @@ def test_resampling_casts_nan_and_infinity_as_upstream_does(tmp_path):
     np.testing.assert_array_equal(found.voxels, expected.T.astype(np.float32))
 
 
+@pytest.mark.parametrize("smooth", [False, True])
 @pytest.mark.parametrize(("shape", "spacing", "target"), SHAPES)
-def test_restoring_equals_change_spacing_and_undo_canonical(shape, spacing, target):
+def test_restoring_equals_change_spacing_and_undo_canonical(shape, spacing, target, smooth):
     from totalsegmentator.alignment import undo_canonical
     from totalsegmentator.resampling import change_spacing
 
     scan = oblique_scan(shape, spacing)
     canonical = nib.as_closest_canonical(scan)
     model = to_model_grid(read_image(scan), spacing_mm=[target] * 3, order=0, threads=1)
-    labels = np.random.default_rng(1).integers(0, 118, model.voxels.shape).astype(np.uint8)
+    labels = np.random.default_rng(1).integers(0, 9, model.voxels.shape).astype(np.uint8)
     restored = change_spacing(
         nib.Nifti1Image(labels.T, model.grid.affine),
         [target] * 3,
         canonical.shape,
-        order=0,
+        order=1 if smooth else 0,
+        crop_resample=smooth,
         dtype=np.uint8,
         force_affine=canonical.affine,
     )
     expected = np.asarray(undo_canonical(restored, scan).dataobj)
-    found = nearest_to_scanner_grid(labels, scanner=read_image(scan).grid, threads=2)
+    restore = smooth_to_scanner_grid if smooth else nearest_to_scanner_grid
+    found = restore(labels, scanner=read_image(scan).grid, threads=2)
     np.testing.assert_array_equal(found, expected)
     assert found.flags.f_contiguous
 

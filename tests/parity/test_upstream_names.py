@@ -186,44 +186,83 @@ def test_weights_home_is_where_upstream_looks(monkeypatch, tmp_path):
     assert upstream.weights_home() == get_weights_dir()
 
 
-def test_keywords_and_defaults_are_upstreams():
-    from totalsegmentator.python_api import totalsegmentator
+def test_the_python_call_has_upstreams_signature():
+    from totalsegmentator.python_api import totalsegmentator as theirs
 
     import totalfast
+    from totalfast.python_api import totalsegmentator
 
-    expected = {p.name: p.default for p in inspect.signature(totalsegmentator).parameters.values()}
-    found = {p.name: p.default for p in inspect.signature(totalfast.segment).parameters.values()}
-    assert found == expected | {"export": "auto"}
+    def parameters(function):
+        found = inspect.signature(function).parameters.values()
+        return [(parameter.name, parameter.default, parameter.kind) for parameter in found]
+
+    ours = ("export", "auto", inspect.Parameter.KEYWORD_ONLY)
+    assert parameters(totalsegmentator) == [*parameters(theirs), ours]
+    assert totalfast.segment is totalsegmentator
 
 
-def test_flags_and_their_defaults_are_upstreams(monkeypatch):
+class Refusal(Exception):  # noqa: N818
+    """What a parser raises here instead of leaving the process."""
+
+
+@pytest.fixture
+def parsers(monkeypatch):
+    """Upstream's parser, taken from its command, and ours."""
     import totalsegmentator.bin.TotalSegmentator as command
 
     from totalfast.cli import build_parser
 
-    captured = []
-
-    class Stop(Exception):  # noqa: N818
-        pass
-
     def parse_args(parser, *args, **kwargs):
-        captured.append(parser)
-        raise Stop
+        raise Refusal(parser)
+
+    def error(parser, message):
+        raise Refusal(message)
 
     with monkeypatch.context() as patch:
         patch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
-        with pytest.raises(Stop):
+        with pytest.raises(Refusal) as caught:
             command.main()
+    monkeypatch.setattr(argparse.ArgumentParser, "error", error)
+    return caught.value.args[0], build_parser()
 
-    def table(parser):
-        return {
-            option: (action.dest, action.nargs, action.const, action.default, action.required)
-            for action in parser._actions
-            for option in action.option_strings
-        }
 
-    expected, found = table(captured[0]), table(build_parser())
-    assert expected.keys() <= found.keys()
+def flags(parser):
+    return {option: action for action in parser._actions for option in action.option_strings}
+
+
+def test_flags_and_their_defaults_are_upstreams(parsers):
+    expected, found = map(flags, parsers)
     assert found.keys() - expected.keys() == {"--export"}
-    for option in expected:
-        assert found[option] == expected[option], option
+
+    def facts(action):
+        names = ("option_strings", "dest", "nargs", "const", "default", "required")
+        return {"kind": type(action), **{name: getattr(action, name) for name in names}}
+
+    for option, action in expected.items():
+        assert facts(found[option]) == facts(action)
+        if action.choices is not None:
+            assert list(found[option].choices) == list(action.choices)
+
+
+WORDS = (
+    ["0", "1", "3", "5", "6", "-1", "1.5", "nan", "abc", ""]
+    + ["cpu", "gpu", "gpu:1", "gpu:x", "tpu", "mps"]
+    + ["big", "small", "mean", "median", "body", "total_v3", "heartchambers_highres", "a/b", "a,b"]
+)
+
+
+def test_flags_take_and_refuse_the_words_that_upstream_takes_and_refuses(parsers):
+    """Types, choices and numbers of words, by what comes of them."""
+
+    def outcome(parser, words):
+        try:
+            found = vars(parser.parse_args(words))
+        except Refusal:
+            return "refused"
+        found.pop("export", None)
+        return repr(sorted(found.items()))
+
+    theirs, ours = parsers
+    for option in flags(theirs).keys() - {"-h", "--help", "--version"}:
+        for words in ([option], *([option, word] for word in WORDS), [option, "a", "b"]):
+            assert outcome(ours, words) == outcome(theirs, words), words

@@ -24,7 +24,7 @@ Mask = NDArray[np.bool_]
 Box = tuple[slice, slice, slice]
 Curve = NDArray[np.float64]
 
-FIELD_CENTRE_RAS_MM = (0.0, 0.0, 45.0)
+FIELD_CENTRE_RAS_MM = (0.0, 0.0, 48.0)
 """Reference point in the middle of the volume: 375 mm then reach from T2 to L5."""
 WARP_MM = 5.0
 """Largest displacement of the smooth warp along one axis: organic, yet no organ folds over."""
@@ -479,7 +479,7 @@ def _draw_rib_cage(canvas: _Canvas) -> None:
             canvas.tube(
                 f"rib_{word}_{number}",
                 path,
-                7.4 * thin,
+                8.0 * thin,
                 flat=(0.8, 0.8, 1.2),
                 jitter_mm=0.8,
                 **bone,
@@ -492,8 +492,8 @@ def _draw_rib_cage(canvas: _Canvas) -> None:
                 end = np.array([side * away, joint_a - (number > 7) * 3.0, joint_s - fall])
                 bend = (path[-1] + end) / 2 + np.array([0, 5.0, -6.0])
                 canvas.tube(
-                    "costal_cartilages", [path[-1], bend, end], 7.5, hu=CARTILAGE_HU,
-                    flat=(0.8, 0.8, 1), jitter_mm=0.5,
+                    "costal_cartilages", [path[-1], bend, end], 8.5, hu=CARTILAGE_HU,
+                    flat=(0.9, 0.9, 1), jitter_mm=0.5,
                 )  # fmt: skip
         collar = [(side * 20, 64, 214), (side * 60, 58, 232), (side * 110, 20, 243)]
         canvas.tube(f"clavicula_{word}", collar, 8.0, **bone)
@@ -516,30 +516,18 @@ def _draw_pelvis(canvas: _Canvas) -> None:
         )  # fmt: skip
         canvas.blob(f"hip_{word}", (side * 78, 0, -215), (30, 34, 30), **bone)
         canvas.blob(f"femur_{word}", (side * 92, 0, -222), (23, 23, 23), **bone)
-        for muscle, r, a, size in (
-            ("gluteus_minimus", 112, 8, (14, 34, 36)),
-            ("gluteus_medius", 122, -22, (22, 46, 56)),
-            ("gluteus_maximus", 80, -82, (62, 30, 70)),
-        ):
-            s = -205 if muscle == "gluteus_maximus" else -160
-            canvas.blob(
-                f"{muscle}_{word}", (side * r, a, s), size, hu=MUSCLE_HU,
-                inside=canvas.body, inside_limit=0.93,
-            )  # fmt: skip
     canvas.blob("urinary_bladder", (0, 30, -205), (42, 34, 34), hu=8)
     canvas.blob("prostate", (0, 18, -245), (20, 17, 16), hu=MUSCLE_HU)
 
 
 def _draw_airways_and_gullet(canvas: _Canvas) -> None:
-    """Trachea with both main bronchi, oesophagus, thyroid."""
+    """Trachea with both main bronchi, oesophagus."""
     windpipe = [(1, -22, 275), (1, -24, 225), (2, -30, 172)]
     canvas.tube("trachea", windpipe, 9.5, hu=-990, jitter_mm=1.0)
     canvas.tube("trachea", [(2, -30, 174), (16, -30, 158), (32, -30, 146)], 6.5, hu=-985)
     canvas.tube("trachea", [(2, -30, 174), (-18, -29, 160), (-38, -30, 150)], 6.0, hu=-985)
     gullet = [(-5, -38, 265), (-3, -41, 200), (-5, -40, 120), (-14, -30, 75), (-22, -22, 52)]
     canvas.tube("esophagus", gullet, 9.0, hu=CLOT_HU, flat=(1.15, 0.8, 1), jitter_mm=1.5)
-    for side in (-1.0, 1.0):
-        canvas.blob("thyroid_gland", (side * 15, -10, 254), (9, 11, 20), hu=125, jitter_mm=2)
 
 
 def _draw_great_vessels(canvas: _Canvas) -> None:
@@ -551,11 +539,11 @@ def _draw_great_vessels(canvas: _Canvas) -> None:
     radii = [15, 15, 14, 13, 12, 11.5, 11, 10.5, 9.5, 8.5, 8]
     canvas.tube("aorta", arch, radii, hu=artery, jitter_mm=1.5)
     for name, points, size in (
-        ("brachiocephalic_trunk", [(8, 12, 182), (14, 6, 200), (22, 0, 220)], 7.5),
-        ("subclavian_artery_right", [(22, 0, 218), (50, 2, 236), (95, -5, 228)], 6.5),
-        ("common_carotid_artery_right", [(22, 0, 220), (24, -6, 240), (26, -8, 285)], 6.5),
-        ("common_carotid_artery_left", [(-6, 2, 186), (-16, -2, 225), (-26, -8, 285)], 6.5),
-        ("subclavian_artery_left", [(-18, -14, 180), (-28, -16, 222), (-95, -8, 228)], 6.5),
+        ("brachiocephalic_trunk", [(8, 12, 182), (14, 6, 200), (22, 0, 220)], 8.5),
+        ("subclavian_artery_right", [(22, 0, 218), (50, 2, 236), (95, -5, 228)], 7.5),
+        ("common_carotid_artery_right", [(22, 0, 220), (24, -6, 240), (26, -8, 285)], 7.5),
+        ("common_carotid_artery_left", [(-6, 2, 186), (-16, -2, 225), (-26, -8, 285)], 7.5),
+        ("subclavian_artery_left", [(-18, -14, 180), (-28, -16, 222), (-95, -8, 228)], 7.5),
     ):
         canvas.tube(name, points, size, hu=artery)
     for name, points, size in (
@@ -570,9 +558,9 @@ def _draw_great_vessels(canvas: _Canvas) -> None:
         canvas.tube(name, points, size, hu=vein)
     for side, word in ((-1.0, "left"), (1.0, "right")):
         fork = [(side * 4, -14, -106), (side * 24, -10, -135), (side * 48, 2, -190)]
-        canvas.tube(f"iliac_artery_{word}", fork, 7.5, hu=artery)
+        canvas.tube(f"iliac_artery_{word}", fork, 8.5, hu=artery)
         fork = [(side * 8 + 8, -20, -110), (side * 26, -22, -140), (side * 50, -8, -190)]
-        canvas.tube(f"iliac_vena_{word}", fork, 8.5, hu=vein)
+        canvas.tube(f"iliac_vena_{word}", fork, 9.5, hu=vein)
         for s, a in ((128, -14), (112, -12)):
             root = [(side * 14, a, s), (side * 36, a - 6, s + 2), (side * 56, a - 12, s + 4)]
             canvas.tube("pulmonary_vein", root, 8.0, hu=vein)
@@ -603,7 +591,7 @@ def _draw_heart(canvas: _Canvas) -> None:
 
 
 def _draw_retroperitoneum(canvas: _Canvas) -> None:
-    """Kidneys with bright cortex, adrenals, psoas muscles."""
+    """Kidneys with bright cortex, psoas muscles."""
     for side, word in ((-1.0, "left"), (1.0, "right")):
         muscle = [(side * 26, -44, -8), (side * 35, -42, -60), (side * 52, -30, -120),
                   (side * 66, -6, -180)]  # fmt: skip
@@ -624,13 +612,6 @@ def _draw_retroperitoneum(canvas: _Canvas) -> None:
             )
         )
         canvas.kept_free[fat] |= np.asarray(around) < 1
-        hat = (34.0, -24.0, 22.0) if side > 0 else (-38.0, -24.0, 24.0)
-        for limb in (-6.0, 6.0):
-            points = [
-                (hat[0], hat[1] + 8, hat[2] + 6),
-                (hat[0] + limb, hat[1] - 14, hat[2] - 8),
-            ]
-            canvas.tube(f"adrenal_gland_{word}", points, 5.0, hu=68, flat=(0.9, 1, 1.8))
 
 
 def _draw_upper_abdomen(canvas: _Canvas) -> None:

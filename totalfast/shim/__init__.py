@@ -1,0 +1,1 @@
+"""A ``TotalSegmentator`` command that runs totalfast, for programs that start that command."""
