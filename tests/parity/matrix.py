@@ -211,7 +211,7 @@ def all_cases() -> list[Case]:
     # Only some classes: the models, the region and the files that they need.
     subsets: list[tuple[tuple[str, ...], bool]] = [
         (("-rs", "liver", "vertebrae_T12", "-ml"), True),
-        (("-rs", "heart", "stomach", "aorta", "--fast", "-s"), True),
+        (("-rs", "heart", "stomach", "aorta", "--fast", "-s", "-sii"), True),
         (("-rsr", "spleen", "rib_left_9"), False),
         (("-rs", "brain", "--fast"), False),
         (("-rs", "skull", "brain", "-ml", "-s"), False),
@@ -222,12 +222,12 @@ def all_cases() -> list[Case]:
     ]
     # Figures, and what is done to labels.
     extras: list[tuple[tuple[str, ...], bool]] = [
-        (("-s", "-sx", "-sa", "median", "--fastest", "-ml"), True),
-        (("-s", "-rmb", "900", "-v1o", "--fast", "-ml"), True),
-        (("-s", "-sii", "--fast", "-sl", "-ml"), False),
+        (("-s", "-sii", "-sx", "-sa", "median", "--fastest", "-ml"), True),
+        (("-s", "-sii", "-rmb", "900", "-v1o", "--fast", "-ml"), True),
+        (("-s", "--fast", "-sl", "-ml"), False),
         (("-s", "-sii", "-sa", "median", "-ta", "total_mr", "-ml"), False),
         (("-s", "-ml"), False),
-        (("-s", "-rs", "liver", "heart", "-ml"), False),
+        (("-s", "-sii", "-rs", "liver", "heart", "-ml"), False),
         (("-s", "--fast", "-rmb"), False),
         (("-v1o", "--fast"), False),
         (("-v1o", "-ml", "-rs", "liver", "lung_upper_lobe_left", "skull"), False),
@@ -241,7 +241,7 @@ def all_cases() -> list[Case]:
     tasks: list[tuple[str, ...]] = [
         ("-ta", "body"),
         ("-ta", "body", "--fast", "-ml"),
-        ("-ta", "body", "-s", "-rmb"),
+        ("-ta", "body", "-s", "-sii", "-rmb"),
         ("-ta", "total_mr", "--fastest", "-ml"),
         ("-ta", "body_mr", "-ml"),
         ("-ta", "vertebrae_mr", "-ml"),
