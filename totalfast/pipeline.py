@@ -20,15 +20,18 @@ from totalfast.cores import usable_cores
 from totalfast.export import nearest_to_scanner_grid
 from totalfast.export.linear import prepare as prepare_linear
 from totalfast.geometry import Grid, to_canonical
+from totalfast.outputs import output_files, report_folder
 from totalfast.progress import Progress, Work, timed
 from totalfast.sliding_window import Tiling, plan_tiles
 from totalfast.stages.clean import clean_labels, skin_mask
 from totalfast.stages.crop import box_around, remove_outside
+from totalfast.stages.dicom_output import write_dicom
 from totalfast.stages.merge import keep_labels, merge_part, thirds, wants_split, whole
 from totalfast.stages.predict import predict_part, predict_probabilities
 from totalfast.stages.read import open_scan, read_image
 from totalfast.stages.resample import to_model_grid
 from totalfast.stages.vertebrae import refine_vertebrae, separate_vertebrae
+from totalfast.stages.warn import warn_of_unusual
 from totalfast.stages.write import (
     PendingFiles,
     label_image,
@@ -41,12 +44,14 @@ from totalfast.upstream import check_license
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
+    from typing import BinaryIO
 
     from numpy.typing import NDArray
 
     from totalfast.geometry import Box
     from totalfast.options import Options
     from totalfast.session import Session
+    from totalfast.stages.dicom import Series
     from totalfast.stages.predict import Probabilities
     from totalfast.stages.read import ScannerImage
     from totalfast.stages.resample import ModelImage
@@ -84,24 +89,27 @@ class Run:
 
 
 def run(
-    source: str | Path | nib.Nifti1Image,
+    source: str | Path | nib.Nifti1Image | BinaryIO,
     output: Path | None,
     *,
     options: Options,
     session: Session,
+    series: Series | None = None,
 ) -> nib.Nifti1Image:
     """Segment one scan.
 
     Parameters
     ----------
     source
-        Path of a NIfTI file, or an image.
+        Path of an image file, an image, or an open file.
     output
         Directory of the masks, or file of the label map; None writes nothing.
     options
         What to do.
     session
         Where models are kept.
+    series
+        The DICOM series that ``source`` is the image of, if it is one's.
 
     Returns
     -------
@@ -131,6 +139,7 @@ def run(
         progress.expect(this.work.total)
         progress.stage("Reading")
         image = read_image(scan)
+        warn_of_unusual(image, truncates=_truncates(image, task))
         progress.advance(this.work.read)
 
         result = segment(this, image, task)
@@ -141,9 +150,11 @@ def run(
         saved = "nothing was saved"
         if output is not None and not options.skip_saving:
             progress.stage("Saving")
-            save(result, output, image=image, task=task, options=options)
-            what = "label map" if options.ml else f"{len(task.classes)} masks"
-            saved = f"{what} in {output}"
+            if options.dicom_types and series is not None:
+                save_with_dicom(result, output, series=series, task=task, options=options)
+            else:
+                save(result, output, image=image, task=task, options=options)
+            saved = _what_is_saved(output, task, options)
         if options.preview:
             progress.stage("Drawing")
             preview(result, output, image=image, task=task, options=options)
@@ -392,6 +403,27 @@ def save(
             write_body_and_skin(result, output, image=image, files=files, threads=threads)
 
 
+def save_with_dicom(
+    result: nib.Nifti1Image, output: Path, *, series: Series, task: Task, options: Options
+) -> None:
+    """Write one file of all classes for each output type, of which one is DICOM at least."""
+    labels = np.asanyarray(result.dataobj)
+    with PendingFiles() as files, timed("Saving segmentations...", "  Saved in"):
+        for kind, target in output_files(output, options).items():
+            if kind == "nifti":
+                write_labels(result, target, files=files, threads=usable_cores())
+            else:
+                write_dicom(kind, labels, task.classes, series=series, target=target, files=files)
+
+
+def _what_is_saved(output: Path, task: Task, options: Options) -> str:
+    nifti = "label map" if options.multilabel else f"{len(task.classes)} masks"
+    names = {"nifti": nifti, "dicom_seg": "DICOM SEG", "dicom_rtstruct": "RT structure set"}
+    if len(options.output_type) > 1:
+        output = next(iter(output_files(output, options).values())).parent
+    return f"{', '.join(names[kind] for kind in options.output_type)} in {output}"
+
+
 def save_probabilities(
     probabilities: Probabilities, path: Path, model_image: ModelImage, model: Model
 ) -> None:
@@ -421,7 +453,7 @@ def preview(
         labels = np.asanyarray(result.dataobj)
         grid = Grid(shape=labels.shape, affine=np.asarray(result.affine, dtype=np.float64))
         picture = draw_preview(image, labels, grid, task.classes, title=f"task {task.name}")
-        folder = output.parent if options.ml else output
+        folder = report_folder(output, options)
         save_picture(picture, folder / f"preview_{task.name}.png")
 
 
@@ -443,4 +475,14 @@ def write_body_and_skin(
 
 
 def _writes_skin(task: Task, options: Options) -> bool:
-    return task.name == "body" and not options.ml and not options.no_derived_masks
+    return task.name == "body" and not options.multilabel and not options.no_derived_masks
+
+
+def _truncates(image: ScannerImage, task: Task) -> bool:
+    """Whether intensities are cut to whole numbers on their way: where it is cropped or resampled.
+
+    A rough task's are, too, but they only find a region.
+    """
+    return task.crop is not None or (
+        task.spacing_mm is not None and not image.grid.canonical().has_spacing(task.spacing_mm)
+    )
