@@ -54,7 +54,8 @@ def test_thick_slices_a_missing_orientation_and_a_turn(caplog):
     thick = nib.Nifti1Image(ORDINARY.astype(np.int16), np.diag([0.8, 0.8, 7.5, 1.0]))
     assert "0.8 x 0.8 x 7.5 mm" in said(thick, caplog)[0]
     caplog.clear()
-    lost = nib.Nifti1Image(ORDINARY.astype(np.int16), None, nib.Nifti1Header())
+    lost = nib.Nifti1Image(ORDINARY.astype(np.int16), np.eye(4))
+    lost.header["sform_code"] = lost.header["qform_code"] = 0
     assert "left and right may be swapped" in said(lost, caplog)[0]
     caplog.clear()
     assert "turned by 40 degrees" in said(turned(40.0), caplog)[0]

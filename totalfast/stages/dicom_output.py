@@ -28,12 +28,12 @@ PACKAGES = {"dicom_rtstruct": "rt_utils", "dicom_seg": "highdicom"}
 """Output type to the package that upstream writes it with."""
 
 DIRECTIONS = {
-    "axial": ((0, 1.0), (1, None)),
-    "coronal": ((0, 1.0), (2, -1.0)),
-    "sagittal": ((1, 1.0), (2, -1.0)),
+    "axial": ((0, 1), (1, 1)),
+    "coronal": ((0, 1), (2, -1)),
+    "sagittal": ((1, 1), (2, -1)),
 }
-"""Plane to what upstream's writers take for granted of a row and of a column: the axis of LPS space
-that it runs along, and in which direction (None: both are right)."""
+"""What upstream's writers (2.18.0) take for granted of the rows and the columns of each plane: the
+axis of LPS space that they run along, and in which direction."""
 
 
 def check_packages(types: Sequence[str]) -> None:
@@ -55,45 +55,65 @@ def check_packages(types: Sequence[str]) -> None:
 
 
 def check_series(series: Series, types: Sequence[str]) -> None:
-    """Refuse a series whose labels upstream's writers would turn, mirror or fail on.
+    """Refuse a series whose labels upstream's writers would turn or fail on.
 
     Raises
     ------
     OptionError
-        If it is a multi-frame file, oblique or mirrored, or (for "dicom_rtstruct") has files that
-        are no slices of the image.
+        If it is a multi-frame file, oblique, or has rows where columns are usual; for
+        "dicom_rtstruct" if it has files that are no slices of the image; for "dicom_seg" if it is
+        sagittal and not square.
     """
     if not types:
         return
-    asked = " and ".join(types)
+    source, shape = series.source, series.image.shape
     if series.orientation is None:
-        raise OptionError(f"{asked} can't be written for multi-frame files as in {series.source}.")
+        raise OptionError(f"{types[0]} can't be written for multi-frame files as in {source}.")
     plane = upstream.dicom_plane(series.orientation)
-    if not _runs_as_expected(series.orientation, plane):
+    along = tuple(int(np.argmax(np.abs(cosines))) for cosines in _row_and_column(series))
+    if plane not in DIRECTIONS or along != tuple(axis for axis, _ in DIRECTIONS[plane]):
         cosines = ", ".join(f"{cosine:.3g}" for cosine in series.orientation)
         raise OptionError(
-            f"{asked} can't be written for {series.source}: its slices are {plane} and run along "
-            f"({cosines}), which TotalSegmentator's writer would mirror or turn. Take 'nifti'."
+            f"{types[0]} can't be written for {source}: its slices are {plane} and run along "
+            f"({cosines}), which TotalSegmentator's writer would turn. Take 'nifti'."
         )
-    found = sorted(series.image.shape[:3])
-    if "dicom_rtstruct" in types and series.slices not in found:
+    if "dicom_rtstruct" in types and series.slices not in shape[:3]:
         raise OptionError(
-            f"dicom_rtstruct can't be written for {series.source}: its series has {series.slices} "
-            f"files, but the image made of them is {' x '.join(map(str, series.image.shape))}."
+            f"dicom_rtstruct can't be written for {source}: its series has {series.slices} files, "
+            f"but the image made of them is {' x '.join(map(str, shape))}."
+        )
+    if "dicom_seg" in types and plane == "sagittal" and shape[1] != shape[2]:
+        raise OptionError(
+            f"dicom_seg can't be written for {source}: TotalSegmentator's writer takes sagittal "
+            f"slices only if they are square, not {shape[2]} x {shape[1]}."
         )
 
 
-def _runs_as_expected(orientation: tuple[float, ...], plane: str) -> bool:
-    if plane not in DIRECTIONS:
-        return False
-    for cosines, (axis, direction) in zip(
-        (orientation[:3], orientation[3:]), DIRECTIONS[plane], strict=True
-    ):
-        if int(np.argmax(np.abs(cosines))) != axis:
-            return False
-        if direction is not None and cosines[axis] * direction < 0:
-            return False
-    return True
+def _row_and_column(series: Series) -> NDArray[np.float64]:
+    return np.reshape(np.asarray(series.orientation, dtype=np.float64), (2, 3))
+
+
+def _as_the_writer_expects(
+    labels: NDArray[np.uint8], series: Series, kind: str
+) -> NDArray[np.uint8]:
+    """Mirror labels (x, y, z) where the writer would mirror them, as of patients lying prone.
+
+    It goes by the plane alone, but for the direction of an axial slice's columns, and the RT
+    structure set's slices are numbered along the normal, whichever way that points.
+    """
+    directions = DIRECTIONS[upstream.dicom_plane(series.orientation or ())]
+    against = [
+        bool(cosines[axis] * direction < 0)
+        for cosines, (axis, direction) in zip(_row_and_column(series), directions, strict=True)
+    ]
+    (row, _), (column, _) = directions
+    mirrored: tuple[int, ...] = (row,) if against[0] else ()
+    if against[1] and directions != DIRECTIONS["axial"]:
+        mirrored += (column,)
+    if kind == "dicom_rtstruct" and against[0] != against[1]:
+        mirrored += (3 - row - column,)
+    flipped: NDArray[np.uint8] = np.flip(labels, mirrored)
+    return flipped
 
 
 def write_dicom(
@@ -130,6 +150,7 @@ def write_dicom(
     present = _present(labels, names)
     if kind == "dicom_seg" and not present:
         raise OutputError(f"no structure was found, and a DICOM SEG needs one: {target}.")
+    labels = _as_the_writer_expects(labels, series, kind)
     try:
         if kind == "dicom_rtstruct":
             part = files.path(target, ending=".dcm")
