@@ -50,6 +50,7 @@ examples:
   totalfast -i ct.nii.gz -o seg.nii.gz -ml         one label map
   totalfast -i ct.nii.gz -o segmentations --fast   3 mm model, for a laptop
   totalfast -i mr.nii.gz -o segmentations -ta total_mr
+  totalfast -i dicom_folder -o seg.dcm -ot dicom_seg
 
 other commands (each has a --help):
   totalfast demo                                   try it without a scan or a download

@@ -146,7 +146,7 @@ class Case:
     @property
     def target(self) -> str:
         """Name of what -o asks for."""
-        if "dicom_seg" in self.flags or "dicom_rtstruct" in self.flags:
+        if "-ot" in self.flags:
             return "seg.dcm"
         return "seg.nii.gz" if "-ml" in self.flags else "seg"
 
@@ -176,6 +176,7 @@ PUBLIC = {
     "ct": "example_ct_sm.nii.gz",
     "mr": "example_mr_sm.nii.gz",
     "dicom": "example_ct_dicom",
+    "dicom.zip": "example_ct_dicom",
 }
 """Scans of TotalSegmentator's own tests, in the folder that TOTALFAST_TEST_DATA names."""
 
@@ -278,14 +279,15 @@ def all_cases() -> list[Case]:
             cases.append(Case("ct", flags, structured=False))
     # DICOM in and out; upstream's own writers fail where a zip file comes in.
     dicom: list[tuple[str, tuple[str, ...], bool]] = [
-        ("dicom", ("-ff", "-ot", "nifti", "dicom_seg", "dicom_rtstruct"), True),
-        ("made.zip", ("-ff", "-ml"), True),
+        ("made.dicom", ("-ff", "-ot", "nifti", "dicom_seg", "dicom_rtstruct"), True),
+        ("dicom.zip", ("-ff", "-ml"), True),
+        ("dicom", ("-ff", "-ot", "dicom_seg,dicom_rtstruct,nifti"), False),
         ("dicom", ("-ff",), False),
         ("dicom", ("--fast", "-ot", "dicom_seg"), False),
         ("dicom", ("--fast", "-ot", "dicom_rtstruct"), False),
         ("dicom", ("-ot", "nifti,dicom_seg"), False),
         ("dicom", ("-rs", "liver", "aorta", "vertebrae_L1", "-ot", "dicom_seg"), False),
-        ("made.dicom", ("--fast", "-ot", "dicom_rtstruct,dicom_seg"), False),
+        ("made.dicom", ("--fast", "-s", "-ot", "dicom_rtstruct,dicom_seg"), False),
         ("made.dicom", ("-ta", "body", "-ot", "dicom_seg"), False),
         ("made.zip", ("--fast",), False),
     ]
@@ -298,8 +300,12 @@ def input_file(scan: str, folder: Path) -> Path | None:
     """Write a made scan, or find a public one; None if that is not there."""
     if scan in PUBLIC:
         data = os.environ.get("TOTALFAST_TEST_DATA")
-        path = Path(data or ".") / PUBLIC[scan]
-        return path.absolute() if data and path.exists() else None
+        path = (Path(data or ".") / PUBLIC[scan]).absolute()
+        if not data or not path.exists():
+            return None
+        if scan.endswith(".zip") and not (folder / scan).exists():
+            shutil.make_archive(str((folder / scan).with_suffix("")), "zip", path)
+        return folder / scan if scan.endswith(".zip") else path
     if scan.startswith("made."):
         return made_series(folder, scan)
     path = folder / f"{scan}.nii.gz"
