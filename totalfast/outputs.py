@@ -49,6 +49,15 @@ def report_folder(output: Path, options: Options) -> Path:
     return output.parent if options.multilabel else output
 
 
+def describe(output: Path, options: Options, *, masks: int) -> str:
+    """Say in a few words what was written, and where."""
+    nifti = "label map" if options.multilabel else f"{masks} masks"
+    names = {"nifti": nifti, "dicom_seg": "DICOM SEG", "dicom_rtstruct": "RT structure set"}
+    if len(options.output_type) > 1:
+        output = next(iter(output_files(output, options).values())).parent
+    return f"{', '.join(names[kind] for kind in options.output_type)} in {output}"
+
+
 def check_output(output: Path, options: Options) -> None:
     """Refuse an output path that can't be written, before any work is done.
 

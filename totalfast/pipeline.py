@@ -20,7 +20,7 @@ from totalfast.cores import usable_cores
 from totalfast.export import nearest_to_scanner_grid
 from totalfast.export.linear import prepare as prepare_linear
 from totalfast.geometry import Grid, to_canonical
-from totalfast.outputs import output_files, report_folder
+from totalfast.outputs import describe, output_files, report_folder
 from totalfast.progress import Progress, Work, timed
 from totalfast.sliding_window import Tiling, plan_tiles
 from totalfast.stages.clean import clean_labels, skin_mask
@@ -139,7 +139,7 @@ def run(
         progress.expect(this.work.total)
         progress.stage("Reading")
         image = read_image(scan)
-        warn_of_unusual(image, truncates=_truncates(image, task))
+        warn_of_unusual(image, spacing_mm=task.spacing_mm, crops=task.crop is not None)
         progress.advance(this.work.read)
 
         result = segment(this, image, task)
@@ -154,7 +154,7 @@ def run(
                 save_with_dicom(result, output, series=series, task=task, options=options)
             else:
                 save(result, output, image=image, task=task, options=options)
-            saved = _what_is_saved(output, task, options)
+            saved = describe(output, options, masks=len(task.classes))
         if options.preview:
             progress.stage("Drawing")
             preview(result, output, image=image, task=task, options=options)
@@ -416,14 +416,6 @@ def save_with_dicom(
                 write_dicom(kind, labels, task.classes, series=series, target=target, files=files)
 
 
-def _what_is_saved(output: Path, task: Task, options: Options) -> str:
-    nifti = "label map" if options.multilabel else f"{len(task.classes)} masks"
-    names = {"nifti": nifti, "dicom_seg": "DICOM SEG", "dicom_rtstruct": "RT structure set"}
-    if len(options.output_type) > 1:
-        output = next(iter(output_files(output, options).values())).parent
-    return f"{', '.join(names[kind] for kind in options.output_type)} in {output}"
-
-
 def save_probabilities(
     probabilities: Probabilities, path: Path, model_image: ModelImage, model: Model
 ) -> None:
@@ -476,13 +468,3 @@ def write_body_and_skin(
 
 def _writes_skin(task: Task, options: Options) -> bool:
     return task.name == "body" and not options.multilabel and not options.no_derived_masks
-
-
-def _truncates(image: ScannerImage, task: Task) -> bool:
-    """Whether intensities are cut to whole numbers on their way: where it is cropped or resampled.
-
-    A rough task's are, too, but they only find a region.
-    """
-    return task.crop is not None or (
-        task.spacing_mm is not None and not image.grid.canonical().has_spacing(task.spacing_mm)
-    )

@@ -111,10 +111,10 @@ def refusal(source):
 
 def test_what_is_no_scan_is_named(tmp_path):
     (tmp_path / "empty").mkdir()
-    assert "empty holds no DICOM image slices (0 files" in refusal(tmp_path / "empty")
+    assert "(0 files looked at)" in refusal(tmp_path / "empty")
     assert "none.zip does not exist" in refusal(tmp_path / "none.zip")
     (tmp_path / "notes.txt").write_text("hello")
-    assert "notes.txt holds no DICOM image slices (1 files" in refusal(tmp_path / "notes.txt")
+    assert "notes.txt holds no DICOM image slices with" in refusal(tmp_path / "notes.txt")
     (tmp_path / "report").mkdir()
     new_file(Modality="SR").save_as(tmp_path / "report" / "a", enforce_file_format=True)
     assert "its DICOM files are of modality SR" in refusal(tmp_path / "report")

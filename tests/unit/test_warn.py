@@ -10,8 +10,8 @@ from totalfast.stages.warn import warn_of_unusual
 ORDINARY = np.random.default_rng(0).normal(0, 300, (8, 9, 10))
 
 
-def said(image, caplog, *, truncates=True):
-    warn_of_unusual(read_image(image), truncates=truncates)
+def said(image, caplog, *, spacing_mm=(1.5, 1.5, 1.5), crops=False):
+    warn_of_unusual(read_image(image), spacing_mm=spacing_mm, crops=crops)
     return [record.getMessage() for record in caplog.records]
 
 
@@ -40,7 +40,10 @@ def test_ordinary_scans_are_passed_in_silence(image, caplog):
 def test_fractions_that_will_be_cut_off(caplog, tmp_path):
     small = ((ORDINARY - ORDINARY.min()) / np.ptp(ORDINARY)).astype(np.float32)
     image = nib.Nifti1Image(small, np.eye(4))
-    assert said(image, caplog, truncates=False) == []
+    for untouched in (None, (1.0, 1.0, 1.0)):
+        assert said(image, caplog, spacing_mm=untouched) == []
+    assert len(said(image, caplog, spacing_mm=None, crops=True)) == 1
+    caplog.clear()
     (line,) = said(image, caplog)
     assert "between 0 and 1; TotalSegmentator cuts them to whole numbers" in line
     caplog.clear()

@@ -106,7 +106,7 @@ def open_series(source: Path) -> Iterator[Series]:
             folder=folder,
             slices=len(files),
             orientation=tuple(map(float, cosines)) if cosines else None,
-            image=_convert(source, folder, Path(private) / f"{source.name}.nii"),
+            image=_convert(source, folder, Path(private) / f"{source.resolve().name}.nii"),
         )
         logger.info("  found image with shape %s", series.image.shape)
         yield series
@@ -127,8 +127,9 @@ def _one_series(source: Path, files: list[Path]) -> dict[Path, Dataset]:
     if not found:
         seen = f"; its DICOM files are of modality {', '.join(sorted(others))}" if others else ""
         raise InputError(
-            f"{source} holds no DICOM image slices ({len(files)} files looked at{seen}). totalfast "
-            "reads NIfTI, NRRD, MetaImage, and a folder or zip file of one DICOM series."
+            f"{source} holds no DICOM image slices with a position, an orientation and a number "
+            f"({len(files)} files looked at{seen}). totalfast reads NIfTI, NRRD, MetaImage, and a "
+            "folder or zip file of one DICOM series."
         )
     volumes = [series for series in found.values() if _is_volume(series)]
     if len(volumes) > 1:

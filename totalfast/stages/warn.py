@@ -12,6 +12,8 @@ import nibabel as nib
 import numpy as np
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from totalfast.stages.read import ScannerImage
 
 logger = logging.getLogger(__name__)
@@ -30,18 +32,26 @@ LARGEST_TURN_DEGREES = 30.0
 whose input is only flipped and permuted, were trained on. Ours: a gantry tilts by up to 30."""
 
 
-def warn_of_unusual(image: ScannerImage, *, truncates: bool) -> None:
+def warn_of_unusual(
+    image: ScannerImage, *, spacing_mm: Sequence[float] | None, crops: bool
+) -> None:
     """Log one line for each unusual thing about a scan.
 
     Parameters
     ----------
     image
         The scan.
-    truncates
-        Whether its intensities will be cut to whole numbers, as upstream does where it resamples
-        or crops.
+    spacing_mm
+        What it will be resampled to; None: it will not be.
+    crops
+        Whether only a region of it will be looked at.
+
+    Notes
+    -----
+    As upstream does, intensities are cut to whole numbers where a scan is cropped or resampled.
     """
-    if truncates:
+    keeps_spacing = spacing_mm is None or image.grid.canonical().has_spacing(spacing_mm)
+    if crops or not keeps_spacing:
         _warn_of_fractions(image)
     coarsest = float(image.grid.spacing_mm.max())
     if coarsest > COARSEST_MM:
