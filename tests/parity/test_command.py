@@ -22,6 +22,9 @@ CASES = [case for case in all_cases() if case.in_ci]
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_command_leaves_what_totalsegmentator_leaves(case, scans, standin_home, tmp_path):
+    if "-ot" in case.flags:
+        pytest.importorskip("rt_utils")
+        pytest.importorskip("highdicom")
     scan = input_file(case.scan, scans)
     if scan is None:
         pytest.skip(f"TOTALFAST_TEST_DATA has no {PUBLIC[case.scan]}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -93,7 +94,7 @@ def truncate(values: NDArray[Any]) -> NDArray[np.int32]:
 
 def is_dicom(source: object) -> TypeGuard[str | Path]:
     """Whether a source is read as DICOM: a path whose name is no other format's."""
-    if not isinstance(source, str | Path):
+    if not isinstance(source, str | os.PathLike):
         return False
     return not Path(source).name.lower().endswith(NIFTI_ENDINGS + ITK_ENDINGS)
 
@@ -114,7 +115,7 @@ def open_scan(source: str | Path | nib.Nifti1Image | BinaryIO) -> nib.Nifti1Imag
     """
     if isinstance(source, SpatialImage):
         image = source
-    elif isinstance(source, str | Path):
+    elif isinstance(source, str | os.PathLike):
         image = _open(Path(source))
     else:
         image = _open_stream(source)
