@@ -11,6 +11,7 @@ from totalfast.session import default_session
 
 if TYPE_CHECKING:
     from pathlib import Path
+    from typing import BinaryIO
 
     import nibabel as nib
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def segment(
-    input: str | Path | nib.Nifti1Image,  # noqa: A002 - upstream's name
+    input: str | Path | nib.Nifti1Image | BinaryIO,  # noqa: A002 - upstream's name
     output: str | Path | None = None,
     ml: bool = False,
     nr_thr_resamp: int = 1,
@@ -71,10 +72,12 @@ def segment(
     Parameters
     ----------
     input
-        Path of a ``.nii`` or ``.nii.gz`` file, or a nibabel image.
+        Path of a NIfTI (``.nii``, ``.nii.gz``), NRRD (``.nrrd``, ``.nhdr``) or MetaImage (``.mha``,
+        ``.mhd``) file, of a folder or zip file of one DICOM series, or of a multi-frame DICOM
+        file; a NIfTI file open for reading bytes; or a nibabel image.
     output
-        Directory for one mask a class, or with ``ml`` the ``.nii.gz`` file of the label map. None
-        writes nothing.
+        Directory for one mask a class, or with ``ml`` the ``.nii.gz`` file of the label map, or
+        with a DICOM ``output_type`` its file. None writes nothing.
     ml
         Write one label map instead of one mask a class.
     nr_thr_resamp
@@ -89,6 +92,11 @@ def segment(
         Task name; ``totalfast --list-tasks`` shows them.
     force_split
         Predict in three pieces along z, as upstream does for very large images.
+    output_type
+        "nifti", "dicom_rtstruct", "dicom_seg", or several of them, as a list or with commas; the
+        latter two for DICOM input. Several are written as ``{base}.nii.gz`` (a label map),
+        ``{base}_rtstruct.dcm`` and ``{base}_seg.dcm``, where base is the name of ``output`` up to
+        its first dot, or in an existing directory ``{task}_segmentation``.
     quiet, verbose
         Show no progress bar; log more.
     skip_saving

@@ -17,8 +17,10 @@ import numpy as np
 from totalfast.cores import usable_cores
 from totalfast.figures import measure_scan
 from totalfast.geometry import Grid
+from totalfast.outputs import describe, output_files, report_folder
 from totalfast.progress import timed
 from totalfast.stages.clean import skin_mask
+from totalfast.stages.dicom_output import write_dicom
 from totalfast.stages.merge import renumbered
 from totalfast.stages.nora import ATLAS, MASK, add_to_nora
 from totalfast.stages.write import PendingFiles, label_image, write_labels, write_masks
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from totalfast.losses import Losses
     from totalfast.options import Options
     from totalfast.progress import Progress
+    from totalfast.stages.dicom import Series
     from totalfast.stages.read import ScannerImage
     from totalfast.stages.statistics import Statistics
     from totalfast.tasks import Task
@@ -48,6 +51,9 @@ class Found:
     image: ScannerImage
     """The scan; its voxels may have been dropped."""
     source: str | Path | nib.Nifti1Image
+    """What the user named, or the image that was given."""
+    series: Series | None
+    """The DICOM series that the scan was converted from, if it was."""
     output: Path | None
     task: Task
     options: Options
@@ -55,9 +61,7 @@ class Found:
     @property
     def folder(self) -> Path | None:
         """Where files are that lie beside the label map, or among the masks."""
-        if self.output is None or not self.options.ml:
-            return self.output
-        return self.output.parent
+        return None if self.output is None else report_folder(self.output, self.options)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,8 +84,7 @@ def deliver(found: Found, progress: Progress) -> Delivered:
     if output is not None and not options.skip_saving:
         progress.stage("Saving")
         save(found, result, output)
-        what = "label map" if options.ml else f"{len(found.task.classes)} masks"
-        saved.append(f"{what} in {output}")
+        saved.append(describe(output, options, masks=len(found.task.classes)))
     if options.preview:
         progress.stage("Drawing")
         save_preview(found)
@@ -124,8 +127,8 @@ def save(found: Found, result: nib.Nifti1Image, output: Path) -> None:
     says_each = not task.name.startswith("total")
     with PendingFiles() as files:
         with timed("Saving segmentations...", "  Saved in"):
-            if options.ml:
-                write_labels(result, output, files=files, threads=threads)
+            if options.multilabel:
+                _write_label_maps(found, result, output, files=files, threads=threads)
             else:
                 for name in task.classes.values() if says_each else ():
                     logger.info("Creating %s.nii.gz", name)
@@ -133,16 +136,32 @@ def save(found: Found, result: nib.Nifti1Image, output: Path) -> None:
         if writes_skin(task, options):
             _write_body_and_skin(found, output, files=files, threads=threads)
     if options.nora_tag is not None:
-        if options.ml:
-            add_to_nora([output], tag=options.nora_tag, kind=ATLAS)
+        if options.multilabel:
+            add_to_nora(
+                list(output_files(output, options).values()), tag=options.nora_tag, kind=ATLAS
+            )
         else:
             masks = [output / f"{name}.nii.gz" for name in task.classes.values()]
             add_to_nora(masks, tag=options.nora_tag, kind=MASK)
 
 
+def _write_label_maps(
+    found: Found, result: nib.Nifti1Image, output: Path, *, files: PendingFiles, threads: int
+) -> None:
+    """Write one file of all classes for each output type; DICOM has names instead of numbers."""
+    labels = np.asanyarray(found.labels.dataobj)
+    for kind, path in output_files(output, found.options).items():
+        if kind == "nifti":
+            write_labels(result, path, files=files, threads=threads)
+        elif found.series is not None:
+            write_dicom(
+                kind, labels, found.task.classes, series=found.series, target=path, files=files
+            )
+
+
 def writes_skin(task: Task, options: Options) -> bool:
     """Whether masks of body and skin are derived, for which the scan itself is needed."""
-    return task.name == "body" and not options.ml and not options.no_derived_masks
+    return task.name == "body" and not options.multilabel and not options.no_derived_masks
 
 
 def _write_body_and_skin(found: Found, output: Path, *, files: PendingFiles, threads: int) -> None:
@@ -203,7 +222,7 @@ def save_report(found: Found, losses: Losses, *, device: torch.device, seconds: 
         return
     from totalfast import __version__
 
-    options = found.options
+    options, types = found.options, found.options.output_type
     facts = python_api().build_run_report(
         input=found.source,
         output=found.output,
@@ -212,7 +231,7 @@ def save_report(found: Found, losses: Losses, *, device: torch.device, seconds: 
         fast=options.fast,
         fastest=options.fastest,
         ml=options.ml,
-        output_type="nifti",
+        output_type=types[0] if len(types) == 1 else list(types),
         roi_subset=None if options.selected is None else list(options.selected),
         runtime_seconds=seconds,
         save_lowres=options.lowres,

@@ -11,16 +11,13 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from totalfast.errors import OptionError, OutputError, UnsupportedError
+from totalfast.errors import OptionError, UnsupportedError
 from totalfast.tasks import resolve_task
 
 if TYPE_CHECKING:
-    from totalfast.tasks import Task
+    from collections.abc import Sequence
 
-UNSUPPORTED_DEFAULTS: dict[str, Any] = {
-    "output_type": "nifti",
-}
-"""Upstream's keywords that totalfast does not support yet, and the values that need no support."""
+    from totalfast.tasks import Task
 
 EXPORTS = ("auto", "nearest", "linear")
 """Upstream's own way (nearest-neighbour from the model grid), the same said aloud, and smooth
@@ -28,6 +25,7 @@ masks from logits that are interpolated on the scanner grid."""
 
 AGGREGATIONS = ("mean", "median")
 MODEL_SIZES = ("big", "small")
+OUTPUT_TYPES = ("nifti", "dicom_rtstruct", "dicom_seg")
 SMALL_BLOB_MM3 = 200.0
 """What ``remove_small_blobs=True`` stands for."""
 
@@ -48,6 +46,25 @@ def validate_device(value: str) -> str:
             "an integer representing the GPU device ID."
         )
     return value
+
+
+def parse_output_types(value: str | Sequence[str]) -> tuple[str, ...]:
+    """Take one type, several, or several with commas between them; "dicom" is "dicom_rtstruct".
+
+    Raises
+    ------
+    OptionError
+        If one of them is unknown.
+    """
+    words = [value] if isinstance(value, str) else list(value)
+    types = [word.strip() for text in words for word in text.split(",")]
+    types = ["dicom_rtstruct" if word == "dicom" else word for word in types]
+    unknown = [word for word in types if word not in OUTPUT_TYPES]
+    if unknown or not types:
+        raise OptionError(
+            f"Invalid output types: {unknown}. Allowed are: {', '.join(OUTPUT_TYPES)}."
+        )
+    return tuple(dict.fromkeys(types))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +96,7 @@ class Options:
     model_size: str = "big"
     crop_path: Path | None = None
     force_split: bool = False
+    output_type: tuple[str, ...] = ("nifti",)
     quiet: bool = False
     verbose: bool = False
     skip_saving: bool = False
@@ -101,6 +119,8 @@ class Options:
         validate_device(self.device)
         if self.save_lowres and not (self.fast or self.fastest):
             raise OptionError("save_lowres only works together with fast or fastest mode.")
+        if self.save_lowres and self.dicom_types:
+            raise OptionError("save_lowres only supports nifti output.")
         if self.resampling_order not in range(6):
             raise OptionError(
                 f"resampling_order must be between 0 and 5, not {self.resampling_order}."
@@ -164,20 +184,17 @@ class Options:
             If one of them is unknown or makes no sense.
         """
         own = {field.name for field in fields(cls)}
-        for name, value in keywords.items():
-            if name in UNSUPPORTED_DEFAULTS:
-                if value != UNSUPPORTED_DEFAULTS[name]:
-                    raise UnsupportedError(
-                        f"{name}={value!r} is not supported yet; use TotalSegmentator for it."
-                    )
-            elif name not in own:
+        for name in keywords:
+            if name not in own:
                 raise OptionError(f"unknown option '{name}'.")
-        taken = {name: value for name, value in keywords.items() if name in own}
+        taken = dict(keywords)
         if taken.get("nora_tag") == "None":  # upstream's word for it
             taken["nora_tag"] = None
         for name in ("save_probabilities", "crop_path", "statistics", "report"):
             if taken.get(name) is not None and not isinstance(taken[name], bool):
                 taken[name] = Path(taken[name]).absolute()
+        if "output_type" in taken:
+            taken["output_type"] = parse_output_types(taken["output_type"])
         for name in ("roi_subset", "roi_subset_robust"):
             if taken.get(name) is not None:
                 if not isinstance(taken[name], list | tuple):
@@ -189,6 +206,16 @@ class Options:
     def selected(self) -> tuple[str, ...] | None:
         """The classes that were asked for; None: all."""
         return self.roi_subset if self.roi_subset_robust is None else self.roi_subset_robust
+
+    @property
+    def dicom_types(self) -> tuple[str, ...]:
+        """Those of the output types that are DICOM."""
+        return tuple(kind for kind in self.output_type if kind != "nifti")
+
+    @property
+    def multilabel(self) -> bool:
+        """Whether ``output`` stands for files that hold all classes, not for a folder of masks."""
+        return self.ml or bool(self.dicom_types)
 
     @property
     def blob_mm3(self) -> float | None:
@@ -271,37 +298,3 @@ def check_radiomics(source: object, output: Path | None, options: Options) -> No
             "radiomics need the package pyradiomics, which is not installed: "
             "pip install pyradiomics."
         )
-
-
-def label_map_file(output: Path) -> Path:
-    """Return the file that a label map goes to.
-
-    A name without an ending gets ``.nii``, also where a directory of that name exists: nibabel's
-    rule for TotalSegmentator's files, which 3D Slicer's extension relies on.
-    """
-    return output if output.suffix else output.with_name(f"{output.name}.nii")
-
-
-def check_output(output: Path, *, ml: bool) -> None:
-    """Refuse an output path that can't be written, before any work is done.
-
-    Raises
-    ------
-    OutputError
-        If a multilabel path is no NIfTI name or is a directory, or a directory's place is taken.
-    """
-    if ml:
-        if output.is_dir():
-            raise OutputError(
-                f"{output} is a directory; with --ml give the file to write, "
-                f"for example {output / 'segmentation.nii.gz'}."
-            )
-        if not output.name.endswith((".nii", ".nii.gz")):
-            raise OutputError(f"{output} must end in .nii.gz or .nii to be written with --ml.")
-    elif output.exists() and not output.is_dir():
-        raise OutputError(f"{output} is a file; without --ml give a directory for the masks.")
-    for parent in output.parents:
-        if parent.exists():
-            if not parent.is_dir():
-                raise OutputError(f"{parent} is a file, so {output} can't be made in it.")
-            break

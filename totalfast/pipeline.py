@@ -6,6 +6,7 @@ Knows in which order things happen, what is said meanwhile, and nothing of how t
 from __future__ import annotations
 
 import logging
+import os
 import time
 from dataclasses import dataclass, replace
 from functools import partial
@@ -42,12 +43,14 @@ from totalfast.stages.predict import predict_part, predict_probabilities
 from totalfast.stages.read import open_scan, read_image
 from totalfast.stages.resample import to_model_grid
 from totalfast.stages.vertebrae import refine_vertebrae, separate_vertebrae
+from totalfast.stages.warn import warn_of_unusual
 from totalfast.stages.write import PendingFiles, label_image, write_probabilities
 from totalfast.upstream import check_license, store_license
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
+    from typing import BinaryIO
 
     from numpy.typing import NDArray
 
@@ -55,6 +58,7 @@ if TYPE_CHECKING:
     from totalfast.geometry import Box
     from totalfast.options import Options
     from totalfast.session import Session
+    from totalfast.stages.dicom import Series
     from totalfast.stages.predict import Probabilities
     from totalfast.stages.read import ScannerImage
     from totalfast.stages.resample import ModelImage
@@ -104,24 +108,27 @@ class Labelled:
 
 
 def run(
-    source: str | Path | nib.Nifti1Image,
+    source: str | Path | nib.Nifti1Image | BinaryIO,
     output: Path | None,
     *,
     options: Options,
     session: Session,
+    series: Series | None = None,
 ) -> Delivered:
     """Segment one scan.
 
     Parameters
     ----------
     source
-        Path of a NIfTI file, or an image.
+        Path of an image file, an image, or an open file.
     output
         Directory of the masks, or file of the label map; None writes nothing.
     options
         What to do.
     session
         Where models are kept.
+    series
+        The DICOM series that ``source`` is the image of, if it is one's.
 
     Returns
     -------
@@ -154,6 +161,7 @@ def run(
         progress.expect(this.work.total)
         progress.stage("Reading")
         image = read_image(scan)
+        warn_of_unusual(image, spacing_mm=task.spacing_mm, crops=task.crop is not None)
         progress.advance(this.work.read)
 
         labelled = segment(this, image, task)
@@ -165,7 +173,8 @@ def run(
             labels=labelled.image,
             statistics=labelled.statistics,
             image=image,
-            source=source,
+            source=_named(source, scan, series),
+            series=series,
             output=output,
             task=task,
             options=options,
@@ -179,6 +188,15 @@ def run(
         save_report(found, this.losses, device=device, seconds=seconds)
     logger.info("Done in %.1f s: %s", seconds, ", ".join(delivered.saved) or "nothing was saved")
     return delivered
+
+
+def _named(
+    source: str | Path | nib.Nifti1Image | BinaryIO, scan: nib.Nifti1Image, series: Series | None
+) -> str | Path | nib.Nifti1Image:
+    """What the user named, or the image, where no path was given."""
+    if series is not None:
+        return series.source
+    return source if isinstance(source, str | os.PathLike) else scan
 
 
 def _begin_loading(task: Task, options: Options, session: Session) -> None:

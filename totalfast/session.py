@@ -10,16 +10,11 @@ import logging
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from totalfast.errors import OptionError
-from totalfast.options import (
-    Options,
-    check_output,
-    check_radiomics,
-    label_map_file,
-    validate_device,
-)
+from totalfast.options import Options, check_radiomics, validate_device
+from totalfast.outputs import check_output
 from totalfast.weights import find_model, load_model
 
 if TYPE_CHECKING:
@@ -28,6 +23,7 @@ if TYPE_CHECKING:
     import nibabel as nib
     import torch
 
+    from totalfast.deliver import Delivered
     from totalfast.stages.statistics import Statistics
     from totalfast.tasks import Part, Task
     from totalfast.weights import Model
@@ -57,22 +53,34 @@ class Session:
 
     def segment(
         self,
-        input: str | Path | nib.Nifti1Image,  # noqa: A002 - upstream's name
+        input: str | Path | nib.Nifti1Image | BinaryIO,  # noqa: A002 - upstream's name
         output: str | Path | None = None,
         **keywords: Any,  # noqa: ANN401 - typed by totalfast.segment
     ) -> nib.Nifti1Image | tuple[nib.Nifti1Image, Statistics]:
         """Segment one scan; arguments and result are those of ``totalfast.segment``."""
         from totalfast.pipeline import run
+        from totalfast.stages.dicom import open_series
+        from totalfast.stages.dicom_output import check_packages, check_series
+        from totalfast.stages.read import is_dicom
 
         options = Options.from_keywords({"device": self.device, **keywords})
         target = None if output is None else Path(output)
-        if target is not None and options.ml:
-            target = label_map_file(target)
         if target is not None and not options.skip_saving:
-            check_output(target, ml=options.ml)
+            check_output(target, options)
         check_radiomics(input, target, options)
-        found = run(input, target, options=options, session=self)
-        return found.image if found.statistics is None else (found.image, found.statistics)
+        if not is_dicom(input):
+            if options.dicom_types:
+                raise OptionError(
+                    "To use output type dicom_rtstruct or dicom_seg you also have to use a Dicom "
+                    "image as input."
+                )
+            return _result(run(input, target, options=options, session=self))
+        options.resolved_task()  # before a series is converted for a task that makes no sense
+        check_packages(options.dicom_types)
+        with open_series(Path(input)) as series:
+            check_series(series, options.dicom_types)
+            found = run(series.image, target, options=options, session=self, series=series)
+            return _result(found)
 
     def load(self, task: Task, part: Part, *, device: str) -> Future[Model]:
         """Begin to load one of a task's models in a thread, if that has not been done before."""
@@ -91,6 +99,11 @@ class Session:
                     lambda: load_model(folder, folds=task.folds, device=select_device(device))
                 )
         return known
+
+
+def _result(found: Delivered) -> nib.Nifti1Image | tuple[nib.Nifti1Image, Statistics]:
+    """What upstream's call returns: the label map, and the figures if they were asked for."""
+    return found.image if found.statistics is None else (found.image, found.statistics)
 
 
 def _in_thread(load: Callable[[], Model]) -> Future[Model]:

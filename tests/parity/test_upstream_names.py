@@ -40,6 +40,14 @@ def test_names_that_are_imported_only_when_needed_exist():
     from nnunetv2.utilities.get_network_from_plans import get_network_from_plans  # noqa: F401
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager  # noqa: F401
     from totalsegmentator import custom_trainers
+    from totalsegmentator.dicom_io import (  # noqa: F401
+        _infer_plane_from_iop,
+        dcm_to_nifti,
+        detect_dicom_modality,
+        save_mask_as_dicomseg,
+        save_mask_as_rtstruct,
+        tqdm,
+    )
     from totalsegmentator.libs import download_pretrained_weights  # noqa: F401
     from totalsegmentator.nifti_ext_header import add_label_map_to_nifti  # noqa: F401
 
