@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from totalfast.backends import resolve_backend
 from totalfast.errors import OptionError, OutputError, UnsupportedError
 from totalfast.tasks import resolve_task
 
@@ -59,7 +60,8 @@ def validate_device(value: str) -> str:
 class Options:
     """Options of a run; names, meanings and defaults are those of ``totalsegmentator()``.
 
-    Only ``export`` is ours: how labels come to the scanner grid, one of ``EXPORTS``.
+    Ours are ``export``, how labels come to the scanner grid, one of ``EXPORTS``; and ``backend``,
+    what runs the networks, one of ``totalfast.backends.BACKENDS``.
     """
 
     ml: bool = False
@@ -95,9 +97,11 @@ class Options:
     higher_order_resampling: bool = False
     save_probabilities: Path | None = None
     export: str = "auto"
+    backend: str = "auto"
 
     def __post_init__(self) -> None:
         validate_device(self.device)
+        resolve_backend(self.backend)
         if self.save_lowres and not (self.fast or self.fastest):
             raise OptionError("save_lowres only works together with fast or fastest mode.")
         if self.resampling_order not in range(6):

@@ -159,7 +159,7 @@ def _begin_loading(task: Task, options: Options, session: Session) -> None:
     if task.refined_by is not None:
         _begin_loading(task.refined_by, options, session)
     for part in task.parts:
-        session.load(task, part, device=options.device)
+        session.load(task, part, device=options.device, backend=options.backend)
 
 
 def _say_what_is_done(task: Task, options: Options) -> None:
@@ -292,7 +292,9 @@ def predict(run: Run, model_image: ModelImage, task: Task) -> NDArray[np.uint8]:
         if task.several_models:
             logger.info("Predicting part %d of %d ...", index + 1, len(task.parts))
         progress.stage("Loading model")
-        model = run.session.load(task, part, device=options.device).result()
+        model = run.session.load(
+            task, part, device=options.device, backend=options.backend
+        ).result()
         progress.stage(f"Predicting {index + 1}/{len(task.parts)}")
         tiles = [
             plan_tiles(model_image.voxels[piece.predicted].shape, model.patch_size, task.tile_step)

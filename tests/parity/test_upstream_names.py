@@ -59,9 +59,9 @@ def test_custom_trainers_are_all_that_upstream_adds():
 def test_threads_are_capped_as_in_nnunet():
     from nnunetv2.configuration import default_num_processes
 
-    from totalfast.sliding_window import MAX_THREADS
+    from totalfast.cores import NNUNET_THREADS
 
-    assert default_num_processes == MAX_THREADS
+    assert default_num_processes == NNUNET_THREADS
 
 
 SUPPORTED_TASKS = sorted(set(upstream.TASKS) & set(upstream.TASK_CONFIGS) - BROKEN_TASKS)
@@ -193,7 +193,7 @@ def test_keywords_and_defaults_are_upstreams():
 
     expected = {p.name: p.default for p in inspect.signature(totalsegmentator).parameters.values()}
     found = {p.name: p.default for p in inspect.signature(totalfast.segment).parameters.values()}
-    assert found == expected | {"export": "auto"}
+    assert found == expected | {"export": "auto", "backend": "auto"}
 
 
 def test_flags_and_their_defaults_are_upstreams(monkeypatch):
@@ -224,6 +224,6 @@ def test_flags_and_their_defaults_are_upstreams(monkeypatch):
 
     expected, found = table(captured[0]), table(build_parser())
     assert expected.keys() <= found.keys()
-    assert found.keys() - expected.keys() == {"--export"}
+    assert found.keys() - expected.keys() == {"--backend", "--export"}
     for option in expected:
         assert found[option] == expected[option], option
