@@ -4,6 +4,7 @@ import copy
 import importlib.util
 import logging
 import os
+import shutil
 import subprocess
 import sys
 
@@ -182,10 +183,16 @@ def test_entry_that_fails_leaves_nothing_and_an_unwritable_cache_is_done_without
     assert "can't be kept" in caplog.text
 
 
-def test_compiled_network_agrees():
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch needs a C++ compiler")
+def test_compiled_network_agrees(caplog):
+    network = torch.nn.Sequential(
+        torch.nn.Conv3d(1, 4, 3), torch.nn.InstanceNorm3d(4), torch.nn.LeakyReLU(0.1)
+    )
     tile = torch.randn(TILE, generator=torch.Generator().manual_seed(0))
-    expected, found = answers(choose_backend("compile", CPU), made_network(), tile)
+    torch._dynamo.reset()
+    expected, found = answers(choose_backend("compile", CPU), network, tile)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert "is run uncompiled" not in caplog.text
 
 
 def test_without_a_compiler_a_network_is_run_as_it_is(monkeypatch, caplog):
@@ -256,6 +263,7 @@ def test_networks_that_openvino_lacks_are_run_by_torch_and_not_stored(cache, cap
     assert torch.equal(found, expected)
     (message,) = caplog.messages
     assert message.startswith("OpenVINO can't run Unheard, so torch does: ")
+    assert "bessel_j0" in message
     assert not cache.exists()
 
 
@@ -266,9 +274,10 @@ asked = []
 
 
 def watch(event, arguments):
-    if event.startswith(("socket.getaddrinfo", "socket.gethostby", "socket.connect", "http.")):
+    # OpenVINO's telemetry forks processes that do the asking.
+    if event.startswith(("socket.getaddrinfo", "socket.gethostby", "socket.connect", "os.fork")):
         asked.append((event, arguments))
-        raise OSError(f"no network: {event} {arguments}")
+        raise OSError(f"not allowed: {event} {arguments}")
 
 
 sys.addaudithook(watch)
@@ -282,8 +291,8 @@ with torch.inference_mode():
 assert type(forward.body).__name__ == "partial", "torch ran it"
 assert "openvino" in sys.modules
 loaded = [name for name in sys.modules if name.startswith("openvino_telemetry")]
-assert not loaded, loaded
 assert not asked, asked
+assert not loaded, loaded
 """
 
 

@@ -7,6 +7,7 @@ where the CPU has faster and coarser formats, and to report to nobody. Conversio
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import logging
@@ -19,6 +20,7 @@ from totalfast.backends.store import content_key, entry
 from totalfast.cores import network_threads
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     import torch
@@ -72,7 +74,7 @@ def run_by_openvino(network: nn.Module, shape: tuple[int, ...]) -> Forward:
         logger.warning(
             "OpenVINO can't run %s, so torch does: %s",
             type(network).__name__,
-            str(error).strip().partition("\n")[0],
+            " ".join(str(error).split()),
         )
         return run_by_torch(network, shape)
     return Forward(
@@ -151,7 +153,7 @@ def _converted(network: nn.Module, shape: tuple[int, ...]) -> Any:  # noqa: ANN4
     import torch
 
     openvino = import_openvino()
-    with warnings.catch_warnings(), torch.no_grad():
+    with warnings.catch_warnings(), _root_logger_kept(), torch.no_grad():
         # OpenVINO traces networks with what torch calls deprecated.
         warnings.simplefilter("ignore")
         return openvino.convert_model(
@@ -159,6 +161,18 @@ def _converted(network: nn.Module, shape: tuple[int, ...]) -> Any:  # noqa: ANN4
             example_input=torch.zeros(_example_shape(network, shape)),
             input=[openvino.PartialShape(list(shape))],
         )
+
+
+@contextlib.contextmanager
+def _root_logger_kept() -> Iterator[None]:
+    """Undo what a conversion does to everybody's logging, and leaves so if it fails."""
+    root = logging.getLogger()
+    level, filters, handlers = root.level, root.filters[:], root.handlers[:]
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+        root.filters[:], root.handlers[:] = filters, handlers
 
 
 def _example_shape(network: nn.Module, shape: tuple[int, ...]) -> tuple[int, ...]:
