@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -193,6 +194,17 @@ def test_compiled_network_agrees(caplog):
     expected, found = answers(choose_backend("compile", CPU), network, tile)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert "is run uncompiled" not in caplog.text
+
+
+def test_a_session_may_compile_more_networks_than_torch_would(monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for _ in range(9):
+        network = torch.nn.Sequential(torch.nn.Conv3d(1, 2, 3))
+        expected, found = answers(choose_backend("compile", CPU), network, torch.ones(TILE))
+        assert torch.equal(found, expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 9
 
 
 def test_without_a_compiler_a_network_is_run_as_it_is(monkeypatch, caplog):

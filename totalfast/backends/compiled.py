@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+NETWORKS = 256
+"""Networks of one class that are compiled in a process, at most. Torch takes each for one more try
+at the same code, and gives up after eight: a session of two tasks would have more."""
+
 
 def run_compiled(network: nn.Module, shape: tuple[int, ...]) -> Forward:
     """Compile a network for tiles of one shape when it gets its first one.
@@ -41,13 +45,17 @@ class _Compiled:
         self._run = torch.compile(network, dynamic=False)
 
     def __call__(self, tile: torch.Tensor) -> torch.Tensor:
+        from torch._dynamo import config as dynamo
         from torch._dynamo.exc import TorchDynamoException
-        from torch._inductor import config
+        from torch._inductor import config as inductor
 
         try:
             # Not as an option of torch.compile: the step before inductor reads it too, and without
             # it hands over the weights as inputs, which then are not frozen.
-            with config.patch(freezing=self._frozen):
+            with (
+                inductor.patch(freezing=self._frozen),
+                dynamo.patch(recompile_limit=NETWORKS),
+            ):
                 answer: torch.Tensor = self._run(tile)
         except TorchDynamoException as error:
             logger.warning(
