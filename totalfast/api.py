@@ -62,6 +62,7 @@ def segment(
     model_size: str = "big",
     *,
     export: str = "auto",
+    backend: str = "auto",
 ) -> nib.Nifti1Image | tuple[nib.Nifti1Image, Statistics]:
     """Segment one scan with one of TotalSegmentator's tasks.
 
@@ -154,6 +155,11 @@ def segment(
     export
         Not upstream's. How labels come to the scan's grid: "auto" or "nearest" as upstream does,
         "linear" from interpolated logits, for smooth masks.
+    backend
+        Not upstream's. What runs the networks: "torch" gives upstream's voxels; "openvino" (needs
+        ``pip install 'totalfast[cpu]'``) and "compile" are faster, and single voxels may differ;
+        "auto" is "openvino" on a CPU if it is installed, else "torch", unless the environment
+        variable TOTALFAST_BACKEND names another.
 
     Other keywords are upstream's and raise ``UnsupportedError`` unless they have their default.
 

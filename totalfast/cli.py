@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import totalfast
 from totalfast import upstream
+from totalfast.backends import BACKENDS
 from totalfast.errors import OptionError, TotalfastError
 from totalfast.options import (
     AGGREGATIONS,
@@ -378,6 +379,14 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
         type=_device,
         default="gpu",
         help="'gpu' (default; the CPU where there is none), 'cpu', 'mps', or 'gpu:X'.",
+    )
+    add(
+        "--backend",
+        choices=BACKENDS,
+        default="auto",
+        help="What runs the networks. 'torch': exactly TotalSegmentator's voxels; 'openvino': "
+        "faster on CPUs, needs pip install 'totalfast[cpu]'; 'compile': torch's compiler, for many "
+        "tiles; 'auto' (default): openvino on a CPU if it is installed, else torch.",
     )
     add(
         "-ro",

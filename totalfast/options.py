@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from totalfast.backends import resolve_backend
 from totalfast.errors import OptionError, UnsupportedError
 from totalfast.tasks import resolve_task
 
@@ -71,7 +72,8 @@ def parse_output_types(value: str | Sequence[str]) -> tuple[str, ...]:
 class Options:
     """Options of a run; names, meanings and defaults are those of ``totalsegmentator()``.
 
-    Only ``export`` is ours: how labels come to the scanner grid, one of ``EXPORTS``.
+    Ours are ``export``, how labels come to the scanner grid, one of ``EXPORTS``; and ``backend``,
+    what runs the networks, one of ``totalfast.backends.BACKENDS``.
     """
 
     ml: bool = False
@@ -114,9 +116,11 @@ class Options:
     license_number: str | None = field(default=None, repr=False)
     test: int = 0
     export: str = "auto"
+    backend: str = "auto"
 
     def __post_init__(self) -> None:
         validate_device(self.device)
+        resolve_backend(self.backend)
         if self.save_lowres and not (self.fast or self.fastest):
             raise OptionError("save_lowres only works together with fast or fastest mode.")
         if self.save_lowres and self.dicom_types:

@@ -184,7 +184,11 @@ def run(
     this.losses.tell()
     seconds = time.perf_counter() - began
     if options.report is not None:
-        device = session.load(task, task.parts[0], device=options.device).result().device
+        device = (
+            session.load(task, task.parts[0], device=options.device, backend=options.backend)
+            .result()
+            .device
+        )
         save_report(found, this.losses, device=device, seconds=seconds)
     logger.info("Done in %.1f s: %s", seconds, ", ".join(delivered.saved) or "nothing was saved")
     return delivered
@@ -206,7 +210,7 @@ def _begin_loading(task: Task, options: Options, session: Session) -> None:
     if task.refined_by is not None:
         _begin_loading(task.refined_by, options, session)
     for part in task.parts:
-        session.load(task, part, device=options.device)
+        session.load(task, part, device=options.device, backend=options.backend)
 
 
 def _say_what_is_done(task: Task, options: Options) -> None:
@@ -360,7 +364,9 @@ def predict(run: Run, model_image: ModelImage, task: Task) -> NDArray[np.uint8]:
         if task.several_models:
             logger.info("Predicting part %d of %d ...", index + 1, len(task.parts))
         progress.stage("Loading model")
-        model = run.session.load(task, part, device=options.device).result()
+        model = run.session.load(
+            task, part, device=options.device, backend=options.backend
+        ).result()
         progress.stage(f"Predicting {index + 1}/{len(task.parts)}")
         tiles = [
             plan_tiles(model_image.voxels[piece.predicted].shape, model.patch_size, task.tile_step)

@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from totalfast.backends import choose_backend, resolve_backend
 from totalfast.errors import OptionError
 from totalfast.options import Options, check_radiomics, validate_device
 from totalfast.outputs import check_output
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     import nibabel as nib
     import torch
 
+    from totalfast.backends import Backend
     from totalfast.deliver import Delivered
     from totalfast.stages.statistics import Statistics
     from totalfast.tasks import Part, Task
@@ -48,8 +50,10 @@ class Session:
     def __init__(self, *, device: str = "gpu") -> None:
         self.device = validate_device(device)
         self.predicting = threading.Lock()
-        self._models: dict[tuple[Path, tuple[int, ...] | None, str], Future[Model]] = {}
+        self._models: dict[tuple[Path, tuple[int, ...] | None, str, str], Future[Model]] = {}
         self._lock = threading.Lock()
+        self._places: dict[tuple[str, str], tuple[torch.device, Backend]] = {}
+        self._placing = threading.Lock()
 
     def segment(
         self,
@@ -82,7 +86,7 @@ class Session:
             found = run(series.image, target, options=options, session=self, series=series)
             return _result(found)
 
-    def load(self, task: Task, part: Part, *, device: str) -> Future[Model]:
+    def load(self, task: Task, part: Part, *, device: str, backend: str = "auto") -> Future[Model]:
         """Begin to load one of a task's models in a thread, if that has not been done before."""
         folder = find_model(
             part.model_id,
@@ -90,15 +94,26 @@ class Session:
             plans=task.plans,
             configuration=task.configuration,
         )
-        key = (folder, task.folds, device)
+        backend = resolve_backend(backend)
+        key = (folder, task.folds, device, backend)
         with self._lock:
             known = self._models.get(key)
             failed = known is not None and known.done() and known.exception() is not None
             if known is None or failed:
                 known = self._models[key] = _in_thread(
-                    lambda: load_model(folder, folds=task.folds, device=select_device(device))
+                    lambda: self._load(folder, task.folds, device, backend)
                 )
         return known
+
+    def _load(
+        self, folder: Path, folds: tuple[int, ...] | None, device: str, backend: str
+    ) -> Model:
+        with self._placing:  # what the names become is said once
+            if (device, backend) not in self._places:
+                place = select_device(device)
+                self._places[device, backend] = place, choose_backend(backend, place)
+            place, run = self._places[device, backend]
+        return load_model(folder, folds=folds, device=place, backend=run)
 
 
 def _result(found: Delivered) -> nib.Nifti1Image | tuple[nib.Nifti1Image, Statistics]:

@@ -88,6 +88,22 @@ def test_second_call_of_a_session_loads_nothing(scan, monkeypatch):
     np.testing.assert_array_equal(first.dataobj, second.dataobj)
 
 
+def test_each_backend_has_models_of_its_own(scan, monkeypatch):
+    chosen, loads = [], []
+    choose, load = session_module.choose_backend, session_module.load_model
+    monkeypatch.setattr(
+        session_module, "choose_backend", lambda *a: chosen.append(a[0]) or choose("torch", a[1])
+    )
+    monkeypatch.setattr(
+        session_module, "load_model", lambda *a, **k: loads.append(k) or load(*a, **k)
+    )
+    session = totalfast.Session(device="cpu")
+    for backend in ("torch", "compile", "torch", "auto"):
+        session.segment(scan, fastest=True, quiet=True, backend=backend)
+    assert chosen == ["torch", "compile"]  # "auto" is torch in tests
+    assert len(loads) == 2
+
+
 def test_two_threads_of_one_session_agree(scan):
     session = totalfast.Session(device="cpu")
     results, errors = [], []

@@ -365,6 +365,7 @@ def run_pair(case: Case, scan: Path, home: Path, folder: Path) -> Comparison:
     """Run both commands on one input and compare all that they leave."""
     environment = {**os.environ, "TOTALSEG_HOME_DIR": str(home), "PYTHONWARNINGS": "ignore"}
     environment.pop("TOTALSEG_WEIGHTS_PATH", None)
+    environment["TOTALFAST_BACKEND"] = "torch"  # where OpenVINO is installed, it would be used
     outputs, seconds, texts = {}, {}, {}
     workers = () if (case.scan, case.flags) in SIX_WORKERS else ONE_WORKER
     # What upstream leaves in its temporary folder is none of our tests' business. The folder's path

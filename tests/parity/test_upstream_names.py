@@ -67,9 +67,9 @@ def test_custom_trainers_are_all_that_upstream_adds():
 def test_threads_are_capped_as_in_nnunet():
     from nnunetv2.configuration import default_num_processes
 
-    from totalfast.sliding_window import MAX_THREADS
+    from totalfast.cores import NNUNET_THREADS
 
-    assert default_num_processes == MAX_THREADS
+    assert default_num_processes == NNUNET_THREADS
 
 
 SUPPORTED_TASKS = sorted(set(upstream.TASKS) & set(upstream.TASK_CONFIGS) - BROKEN_TASKS)
@@ -204,8 +204,8 @@ def test_the_python_call_has_upstreams_signature():
         found = inspect.signature(function).parameters.values()
         return [(parameter.name, parameter.default, parameter.kind) for parameter in found]
 
-    ours = ("export", "auto", inspect.Parameter.KEYWORD_ONLY)
-    assert parameters(totalsegmentator) == [*parameters(theirs), ours]
+    ours = [(name, "auto", inspect.Parameter.KEYWORD_ONLY) for name in ("export", "backend")]
+    assert parameters(totalsegmentator) == [*parameters(theirs), *ours]
     assert totalfast.segment is totalsegmentator
 
 
@@ -240,7 +240,7 @@ def flags(parser):
 
 def test_flags_and_their_defaults_are_upstreams(parsers):
     expected, found = map(flags, parsers)
-    assert found.keys() - expected.keys() == {"--export"}
+    assert found.keys() - expected.keys() == {"--backend", "--export"}
 
     def facts(action):
         names = ("option_strings", "dest", "nargs", "const", "default", "required")
@@ -267,7 +267,8 @@ def test_flags_take_and_refuse_the_words_that_upstream_takes_and_refuses(parsers
             found = vars(parser.parse_args(words))
         except Refusal:
             return "refused"
-        found.pop("export", None)
+        for name in ("backend", "export"):
+            found.pop(name, None)
         return repr(sorted(found.items()))
 
     theirs, ours = parsers
