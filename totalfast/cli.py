@@ -415,6 +415,14 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
         help="How labels come to the scan's resolution: 'auto' (default) as TotalSegmentator does, "
         "by nearest neighbour; 'linear' interpolates the logits, for smooth masks.",
     )
+    add(
+        "--tile_step_size",
+        type=float,
+        metavar="0-1",
+        help="Distance of the network's tiles, at most, as a share of their size: 0.8 lets "
+        "neighbours overlap by at least 20 %%. Default: TotalSegmentator's, 0.8 for total tasks, "
+        "0.5 for others. A larger step takes fewer tiles and less time, and changes the labels.",
+    )
 
 
 def _add_statistics_flags(group: Any) -> None:  # noqa: ANN401 - argparse's class is private

@@ -56,7 +56,8 @@ def validate_device(value: str) -> str:
 class Options:
     """Options of a run; names, meanings and defaults are those of ``totalsegmentator()``.
 
-    Only ``export`` is ours: how labels come to the scanner grid, one of ``EXPORTS``.
+    Ours are ``export``, how labels come to the scanner grid, one of ``EXPORTS``, and
+    ``tile_step_size``, the task's own if None.
     """
 
     ml: bool = False
@@ -95,6 +96,7 @@ class Options:
     license_number: str | None = field(default=None, repr=False)
     test: int = 0
     export: str = "auto"
+    tile_step_size: float | None = None
 
     def __post_init__(self) -> None:
         validate_device(self.device)
@@ -106,6 +108,9 @@ class Options:
             )
         if self.export not in EXPORTS:
             raise OptionError(f"export must be one of {', '.join(EXPORTS)}, not '{self.export}'.")
+        step = self.tile_step_size
+        if step is not None and not 0 < step <= 1:
+            raise OptionError(f"tile_step_size must be above 0 and at most 1, not {step}.")
         if self.export == "linear" and (
             self.save_lowres or self.force_split or self.higher_order_resampling_LEGACY
         ):
@@ -217,6 +222,8 @@ class Options:
                 if selected is None and not self.body_seg
                 else "save_lowres does not work together with roi_subset or body_seg, which crop."
             )
+        if self.tile_step_size is not None:
+            task = replace(task, tile_step=self.tile_step_size)
         # The model's own resampling then goes all the way from the scan and back to it.
         return replace(task, spacing_mm=None) if self.higher_order_resampling else task
 
