@@ -63,12 +63,13 @@ def segment(
     *,
     export: str = "auto",
     backend: str = "auto",
+    tile_step_size: float | None = None,
 ) -> nib.Nifti1Image | tuple[nib.Nifti1Image, Statistics]:
     """Segment one scan with one of TotalSegmentator's tasks.
 
     Arguments, their order, meanings and defaults are those of
-    ``totalsegmentator.python_api.totalsegmentator`` (2.18.0), and ``export`` is one more. The first
-    call loads the models, later ones with the same task reuse them.
+    ``totalsegmentator.python_api.totalsegmentator`` (2.18.0); those that can only be named are
+    ours. The first call loads the models, later ones with the same task reuse them.
 
     Parameters
     ----------
@@ -160,6 +161,11 @@ def segment(
         ``pip install 'totalfast[cpu]'``) and "compile" are faster, and single voxels may differ;
         "auto" is "openvino" on a CPU if it is installed, else "torch", unless the environment
         variable TOTALFAST_BACKEND names another.
+    tile_step_size
+        Not upstream's. Distance of the network's tiles, at most, as a share of their size, above 0
+        and up to 1: 0.8 lets neighbours overlap by at least a fifth. None takes upstream's, 0.8
+        for the total tasks and 0.5 for others. A larger step means fewer tiles, less time and
+        other labels. Rough models that look for a region keep theirs.
 
     Other keywords are upstream's and raise ``UnsupportedError`` unless they have their default.
 

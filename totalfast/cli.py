@@ -63,7 +63,7 @@ other commands (each has a --help):
   totalfast nnunet -i DIR -o DIR -m MODEL          any nnU-Net v2 model
   totalfast shim DIR                               a TotalSegmentator command that runs totalfast
 
-The flags are TotalSegmentator's, and --export.
+The flags are TotalSegmentator's; --backend, --export and --tile_step_size are ours.
 Not a medical device. TotalSegmentator is by Jakob Wasserthal et al.; please cite
 https://pubs.rsna.org/doi/10.1148/ryai.230024 and nnU-Net."""
 
@@ -472,6 +472,14 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="How labels come to the scan's resolution: 'auto' (default) as TotalSegmentator does, "
         "by nearest neighbour; 'linear' interpolates the logits, for smooth masks.",
+    )
+    add(
+        "--tile_step_size",
+        type=float,
+        metavar="0-1",
+        help="Distance of the network's tiles, at most, as a share of their size: 0.8 lets "
+        "neighbours overlap by at least 20 %%. Default: TotalSegmentator's, 0.8 for total tasks, "
+        "0.5 for others. A larger step takes fewer tiles and less time, and changes the labels.",
     )
 
 

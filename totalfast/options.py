@@ -72,8 +72,9 @@ def parse_output_types(value: str | Sequence[str]) -> tuple[str, ...]:
 class Options:
     """Options of a run; names, meanings and defaults are those of ``totalsegmentator()``.
 
-    Ours are ``export``, how labels come to the scanner grid, one of ``EXPORTS``; and ``backend``,
-    what runs the networks, one of ``totalfast.backends.BACKENDS``.
+    Ours are ``export``, how labels come to the scanner grid, one of ``EXPORTS``; ``backend``, what
+    runs the networks, one of ``totalfast.backends.BACKENDS``; and ``tile_step_size``, the task's own
+    if None.
     """
 
     ml: bool = False
@@ -117,6 +118,7 @@ class Options:
     test: int = 0
     export: str = "auto"
     backend: str = "auto"
+    tile_step_size: float | None = None
 
     def __post_init__(self) -> None:
         validate_device(self.device)
@@ -131,6 +133,9 @@ class Options:
             )
         if self.export not in EXPORTS:
             raise OptionError(f"export must be one of {', '.join(EXPORTS)}, not '{self.export}'.")
+        step = self.tile_step_size
+        if step is not None and not 0 < step <= 1:
+            raise OptionError(f"tile_step_size must be above 0 and at most 1, not {step}.")
         if self.export == "linear" and (
             self.save_lowres or self.force_split or self.higher_order_resampling_LEGACY
         ):
@@ -264,6 +269,8 @@ class Options:
                 if selected is None and not self.body_seg
                 else "save_lowres does not work together with roi_subset or body_seg, which crop."
             )
+        if self.tile_step_size is not None:
+            task = replace(task, tile_step=self.tile_step_size)
         # The model's own resampling then goes all the way from the scan and back to it.
         return replace(task, spacing_mm=None) if self.higher_order_resampling else task
 

@@ -42,6 +42,8 @@ SMALL_PLANS = "nnUNetResEncUNetLPlans_8"
 COARSE_STEP_TASKS = frozenset({"total", "total_v3", "total_mr"})
 """Tasks whose tiles overlap by a fifth instead of a half (TotalSegmentator 2.18.0, nnunet.py)."""
 
+TILE_STEP, COARSE_TILE_STEP = 0.5, 0.8
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
@@ -100,11 +102,8 @@ class Task:
     """What upstream tells users of the task."""
     coarse_mm: int | None = None
     """With a coarser resolution than the default: the spacing that upstream tells users of."""
-
-    @property
-    def tile_step(self) -> float:
-        """Distance of neighbouring tiles as a share of the tile size."""
-        return 0.8 if self.name in COARSE_STEP_TASKS else 0.5
+    tile_step: float
+    """Distance of neighbouring tiles, at most, as a share of the tile size."""
 
 
 def resolve_task(
@@ -189,7 +188,12 @@ def resolve_task(
         licensed=bool(raw.get("commercial")),
         hint=raw.get("info_msg"),
         coarse_mm=None if resolution == "default" or resample is None else int(resample),
+        tile_step=_tile_step(name),
     )
+
+
+def _tile_step(task: str) -> float:
+    return COARSE_TILE_STEP if task in COARSE_STEP_TASKS else TILE_STEP
 
 
 def _check_classes(task: str, roi_subset: Sequence[str]) -> None:
@@ -306,6 +310,7 @@ def _single_model(name: str, model_id: int, *, spacing_mm: float, trainer: str) 
         folds=(0,),
         classes=CLASS_MAPS[name],
         several_models=False,
+        tile_step=_tile_step(name),
     )
 
 

@@ -163,10 +163,35 @@ def test_unknown_keyword_and_wrong_values():
         session.segment("x.nii.gz", fasst=True)
     with pytest.raises(totalfast.OptionError, match="between 0 and 5, not 7"):
         session.segment("x.nii.gz", resampling_order=7)
+    for step in (0, 1.01, float("nan")):
+        with pytest.raises(totalfast.OptionError, match="tile_step_size must be above 0"):
+            session.segment("x.nii.gz", tile_step_size=step)
     with pytest.raises(totalfast.UnsupportedError, match="accepts test=0 only"):
         session.segment("x.nii.gz", test=1)
     with pytest.raises(ValueError, match="Invalid device"):
         totalfast.Session(device="tpu")
+
+
+def test_the_tile_step_is_that_of_the_task_and_not_of_rough_models():
+    task = Options(task="lung_vessels").resolved_task()
+    given = Options(task="lung_vessels", tile_step_size=0.9).resolved_task()
+    assert (task.tile_step, given.tile_step) == (0.5, 0.9)
+    assert given.crop == task.crop
+    assert given.crop.rough.tile_step == 0.8
+    assert Options().resolved_task().tile_step == 0.8
+
+
+def test_fewer_tiles_are_predicted_when_asked_for(monkeypatch):
+    from totalfast import pipeline
+
+    counts = []
+    plan = pipeline.plan_tiles
+    monkeypatch.setattr(pipeline, "plan_tiles", lambda *a: counts.append(plan(*a)) or counts[-1])
+    scan = nib.Nifti1Image(np.zeros((60, 60, 60), np.int16), np.diag([6.0, 6.0, 6.0, 1.0]))
+    for step in (None, 0.4, 1.0):
+        totalfast.segment(scan, tile_step_size=step, **QUICK)
+    default, many, few = (tiles.count for tiles in counts)
+    assert few < default < many
 
 
 def test_a_licence_number_is_checked_by_upstream_once_and_kept(monkeypatch, tmp_path):

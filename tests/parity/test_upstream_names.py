@@ -14,6 +14,9 @@ import pytest
 from totalfast import upstream
 from totalfast.tasks import BROKEN_TASKS, COARSE_STEP_TASKS, resolve_task
 
+OUR_KEYWORDS = ("export", "backend", "tile_step_size")
+"""What totalfast's call and command have beyond upstream's, under the same names."""
+
 
 @pytest.mark.parametrize("name", upstream.__all__)
 def test_every_name_of_the_upstream_module_exists(name):
@@ -204,8 +207,12 @@ def test_the_python_call_has_upstreams_signature():
         found = inspect.signature(function).parameters.values()
         return [(parameter.name, parameter.default, parameter.kind) for parameter in found]
 
-    ours = [(name, "auto", inspect.Parameter.KEYWORD_ONLY) for name in ("export", "backend")]
-    assert parameters(totalsegmentator) == [*parameters(theirs), *ours]
+    ours = parameters(totalsegmentator)
+    count = len(parameters(theirs))
+    assert ours[:count] == parameters(theirs)
+    assert {(name, kind) for name, _, kind in ours[count:]} == {
+        (keyword, inspect.Parameter.KEYWORD_ONLY) for keyword in OUR_KEYWORDS
+    }
     assert totalfast.segment is totalsegmentator
 
 
@@ -240,7 +247,7 @@ def flags(parser):
 
 def test_flags_and_their_defaults_are_upstreams(parsers):
     expected, found = map(flags, parsers)
-    assert found.keys() - expected.keys() == {"--backend", "--export"}
+    assert found.keys() - expected.keys() == {f"--{keyword}" for keyword in OUR_KEYWORDS}
 
     def facts(action):
         names = ("option_strings", "dest", "nargs", "const", "default", "required")
@@ -267,8 +274,8 @@ def test_flags_take_and_refuse_the_words_that_upstream_takes_and_refuses(parsers
             found = vars(parser.parse_args(words))
         except Refusal:
             return "refused"
-        for name in ("backend", "export"):
-            found.pop(name, None)
+        for keyword in OUR_KEYWORDS:
+            found.pop(keyword, None)
         return repr(sorted(found.items()))
 
     theirs, ours = parsers
