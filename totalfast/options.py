@@ -73,8 +73,8 @@ class Options:
     """Options of a run; names, meanings and defaults are those of ``totalsegmentator()``.
 
     Ours are ``export``, how labels come to the scanner grid, one of ``EXPORTS``; ``backend``, what
-    runs the networks, one of ``totalfast.backends.BACKENDS``; and ``tile_step_size``, the task's own
-    if None.
+    runs the networks, one of ``totalfast.backends.BACKENDS``; and ``tile_step_size``, which is the
+    task's own if None.
     """
 
     ml: bool = False
