@@ -19,7 +19,7 @@ os.environ["TOTALFAST_BACKEND"] = "torch"
 
 TINY_IDS = (
     [291, 292, 293, 294, 295, 297, 298]  # total, fast, fastest
-    + [299, 343]  # body, trunk_cavities
+    + [299, 300, 343]  # body, trunk_cavities
     + [850, 851]  # total_mr
     + [258, 301, 315, 570]  # tasks that look at a region
 )
