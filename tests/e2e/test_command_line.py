@@ -166,7 +166,7 @@ sys.exit(code if calls else "it was not called")
 """
 
 
-@pytest.mark.parametrize("call", [("totalfast.stages.write:compress", "20"), ("nibabel:save", "1")])
+@pytest.mark.parametrize("call", [("totalfast.stages.write:compress", "3"), ("nibabel:save", "1")])
 def test_termination_while_files_are_open_leaves_none(standin_home, scan, tmp_path, call):
     """In the middle of the masks, and while nnU-Net reads a file from a temporary folder."""
     flags = ["-ff", "-d", "cpu", "-sp", tmp_path / "probabilities.npz"]
