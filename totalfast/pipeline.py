@@ -16,11 +16,13 @@ import nibabel as nib
 import numpy as np
 from nibabel.orientations import axcodes2ornt, ornt_transform
 
+from totalfast.budget import Budget
 from totalfast.cores import usable_cores
 from totalfast.export import nearest_to_scanner_grid
 from totalfast.export.legacy import smooth_to_scanner_grid
 from totalfast.export.linear import prepare as prepare_linear
 from totalfast.geometry import Grid, to_canonical
+from totalfast.memory import MemoryPlan, StoredScan, plan_memory
 from totalfast.progress import Progress, Work, timed
 from totalfast.sliding_window import Tiling, plan_tiles
 from totalfast.stages.clean import clean_labels, skin_mask
@@ -67,8 +69,17 @@ class Run:
     session: Session
     progress: Progress
     work: Work
-    keeps_scan: bool
-    """The scan's intensities are needed once more at the end."""
+    scan: StoredScan
+    budget: Budget
+
+    @property
+    def keeps_scan(self) -> bool:
+        """Whether the scan's intensities are needed once more at the end."""
+        return self.scan.kept
+
+    def plan_memory(self, region: Grid, task: Task) -> MemoryPlan:
+        """Estimate what labelling a region of the scan takes."""
+        return plan_memory(self.scan, region, task=task, options=self.options, budget=self.budget)
 
     def rough(self) -> Run:
         """What a run has at hand that only looks for something: no option but the basic ones."""
@@ -82,7 +93,8 @@ class Run:
             higher_order_resampling_LEGACY=False,
         )
         work = replace(self.work, part=self.work.rough or self.work.part, resample=0.0)
-        return replace(self, options=options, work=work, keeps_scan=True)
+        scan = replace(self.scan, kept=True)
+        return replace(self, options=options, work=work, scan=scan)
 
 
 def run(
@@ -118,20 +130,23 @@ def run(
         check_license(task.name)
     scan = open_scan(source)  # before models are looked for, or even downloaded
     _say_what_is_done(task, options)
-    _begin_loading(task, options, session)
-    if options.export == "linear":
-        Thread(target=prepare_linear, name="totalfast-compile", daemon=True).start()
     with Progress(disable=options.quiet) as progress:
         this = Run(
             options=options,
             session=session,
             progress=progress,
             work=Work.of(scan, task, device=options.device),
-            keeps_scan=_writes_skin(task, options)
-            or options.preview
-            or bool(options.statistics and not options.fast)
-            or task.refined_by is not None,
+            scan=StoredScan(
+                shape=scan.shape[:3],
+                itemsize=scan.get_data_dtype().itemsize,
+                kept=_keeps_scan(task, options),
+            ),
+            budget=Budget.of(options),
         )
+        _check_memory(this, Grid(shape=scan.shape[:3], affine=scan.affine), task)
+        _begin_loading(task, options, session)
+        if options.export == "linear":
+            Thread(target=prepare_linear, name="totalfast-compile", daemon=True).start()
         progress.expect(this.work.total)
         progress.stage("Reading")
         image = read_image(scan)
@@ -164,6 +179,23 @@ def _begin_loading(task: Task, options: Options, session: Session) -> None:
         _begin_loading(task.refined_by, options, session)
     for part in task.parts:
         session.load(task, part, device=options.device)
+
+
+def _keeps_scan(task: Task, options: Options) -> bool:
+    return (
+        _writes_skin(task, options)
+        or options.preview
+        or bool(options.statistics and not options.fast)
+        or task.refined_by is not None
+    )
+
+
+def _check_memory(run: Run, whole: Grid, task: Task) -> None:
+    """Say what memory the first pass over the whole scan takes, or that it is too much."""
+    first = run
+    while task.crop is not None:
+        first, task = first.rough(), task.crop.rough
+    first.plan_memory(whole, task).check(run.budget)
 
 
 def _say_what_is_done(task: Task, options: Options) -> None:
@@ -209,6 +241,7 @@ def segment_region(run: Run, image: ScannerImage, task: Task, crop: Crop) -> nib
         nothing = np.zeros(image.grid.shape, dtype=np.uint8, order="F")
         return label_image(nothing, affine=image.grid.affine, header=None, names=task.classes)
     region = image.cropped(box)
+    run.plan_memory(region.grid, task).check(run.budget)
     if not run.keeps_scan:
         image.drop_voxels()
     result = uncrop(segment_all(run, region, task), image, box, task.classes)
@@ -291,6 +324,7 @@ def predict(run: Run, model_image: ModelImage, task: Task) -> NDArray[np.uint8]:
         logger.info("Splitting into subparts...")
         pieces = thirds(slices)
     spacing_zyx = [float(mm) for mm in model_image.grid.spacing_mm[::-1]]
+    on_device = run.plan_memory(model_image.canonical, task).on_device
     labels = np.zeros(shape, dtype=np.uint8)
     for index, part in enumerate(task.parts):
         if task.several_models:
@@ -309,7 +343,7 @@ def predict(run: Run, model_image: ModelImage, task: Task) -> NDArray[np.uint8]:
                 "voxels": model_image.voxels[piece.predicted],
                 "spacing_mm": spacing_zyx,
                 "model": model,
-                "tiling": Tiling(step=task.tile_step),
+                "tiling": Tiling(step=task.tile_step, on_device=on_device),
                 "on_tile": partial(progress.advance, run.work.part * tile_share),
             }
             with run.session.predicting:
