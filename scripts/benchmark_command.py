@@ -63,7 +63,7 @@ def time_forward(module):
         spent.append(time.perf_counter() - began)
         return y
     def timed_layer(self, x):  # totalfast calls the last layer by itself
-        if inside:
+        if inside or not spent:  # another backend ran the rest
             return convolve(self, x)
         began = time.perf_counter()
         y = convolve(self, x)

@@ -24,7 +24,7 @@ SEEDS = range(1, 11)
 BIN_HU = 4
 GROUPS = {
     "lung": "lung lobes", "vertebrae": "vertebrae", "rib": "ribs", "kidney": "kidneys",
-    "gluteus": "muscles", "autochthon": "muscles", "iliopsoas": "muscles",
+    "autochthon": "muscles", "iliopsoas": "muscles",
     "vena": "vessels", "vein": "vessels", "artery": "vessels", "aorta": "vessels",
 }  # fmt: skip
 

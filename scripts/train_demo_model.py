@@ -2,7 +2,7 @@
 
     python scripts/train_demo_model.py WORK [--output totalfast/demo/model]
 
-WORK is a folder for what a second call reuses: the drawn phantoms (about 600 MB), and the layers
+WORK is a folder for what a second call reuses: the drawn phantoms (about 800 MB), and the layers
 below full resolution once they are trained. The result has the layout of TotalSegmentator's 3 mm
 model (id 297, 118 channels) with a network of a thirtieth of its size. It takes half an hour on two
 cores; equal seeds give equal weights on equal machines. What is printed is the log that is kept in
@@ -652,10 +652,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("work", type=Path, help="folder for the drawn phantoms")
     parser.add_argument("--output", type=Path, default=Path("totalfast/demo/model"))
-    parser.add_argument("--phantoms", type=int, default=90)
+    parser.add_argument("--phantoms", type=int, default=120)
     parser.add_argument("--steps-quarter", type=int, default=200)
-    parser.add_argument("--steps-half", type=int, default=400)
-    parser.add_argument("--steps-full", type=int, default=900)
+    parser.add_argument("--steps-half", type=int, default=440)
+    parser.add_argument("--steps-full", type=int, default=800)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)

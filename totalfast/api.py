@@ -11,12 +11,15 @@ from totalfast.session import default_session
 
 if TYPE_CHECKING:
     from pathlib import Path
+    from typing import BinaryIO
 
     import nibabel as nib
 
+    from totalfast.stages.statistics import Statistics
+
 
 def segment(
-    input: str | Path | nib.Nifti1Image,  # noqa: A002 - upstream's name
+    input: str | Path | nib.Nifti1Image | BinaryIO,  # noqa: A002 - upstream's name
     output: str | Path | None = None,
     ml: bool = False,
     nr_thr_resamp: int = 1,
@@ -59,9 +62,10 @@ def segment(
     model_size: str = "big",
     *,
     export: str = "auto",
+    backend: str = "auto",
     tile_step_size: float | None = None,
     max_memory_gb: float | None = None,
-) -> nib.Nifti1Image:
+) -> nib.Nifti1Image | tuple[nib.Nifti1Image, Statistics]:
     """Segment one scan with one of TotalSegmentator's tasks.
 
     Arguments, their order, meanings and defaults are those of
@@ -71,10 +75,12 @@ def segment(
     Parameters
     ----------
     input
-        Path of a ``.nii`` or ``.nii.gz`` file, or a nibabel image.
+        Path of a NIfTI (``.nii``, ``.nii.gz``), NRRD (``.nrrd``, ``.nhdr``) or MetaImage (``.mha``,
+        ``.mhd``) file, of a folder or zip file of one DICOM series, or of a multi-frame DICOM
+        file; a NIfTI file open for reading bytes; or a nibabel image.
     output
-        Directory for one mask a class, or with ``ml`` the ``.nii.gz`` file of the label map. None
-        writes nothing.
+        Directory for one mask a class, or with ``ml`` the ``.nii.gz`` file of the label map, or
+        with a DICOM ``output_type`` its file. None writes nothing.
     ml
         Write one label map instead of one mask a class.
     nr_thr_resamp
@@ -89,6 +95,11 @@ def segment(
         Task name; ``totalfast --list-tasks`` shows them.
     force_split
         Predict in three pieces along z, as upstream does for very large images.
+    output_type
+        "nifti", "dicom_rtstruct", "dicom_seg", or several of them, as a list or with commas; the
+        latter two for DICOM input. Several are written as ``{base}.nii.gz`` (a label map),
+        ``{base}_rtstruct.dcm`` and ``{base}_seg.dcm``, where base is the name of ``output`` up to
+        its first dot, or in an existing directory ``{task}_segmentation``.
     quiet, verbose
         Show no progress bar; log more.
     skip_saving
@@ -114,6 +125,31 @@ def segment(
         File for the probabilities of all classes (``.npz``, key "probabilities", float32,
         (classes, z, y, x)) of the last model at its resolution; a ``.pkl`` beside it describes the
         image. Takes much memory.
+    statistics
+        Measure each class: volume in mm3, mean intensity. Written to the file given, or with True
+        to ``statistics.json`` in ``output``, or beside it with ``ml``. With ``fast`` on the
+        model's grid, as upstream does.
+    statistics_exclude_masks_at_border
+        Give classes that the image's edge may have cut zeros.
+    stats_aggregation
+        "mean" or "median" of the intensities.
+    statistics_extra
+        Also number of voxels, spread and range of the intensities, centroid and bounding box; not
+        with ``fast``.
+    statistics_normalized_intensities
+        Map intensities to 0..1 by the lowest and the highest of the image before.
+    remove_small_blobs
+        Remove blobs of up to this volume in mm3; True is 200.
+    v1_order
+        Task "total": number the labels of the label map as version 1 did. Single masks stay all
+        that ``task`` has.
+    radiomics
+        Also write ``statistics_radiomics.json`` beside the masks; needs the package pyradiomics.
+    report
+        File for a report of the run: versions, options, classes and files, and why classes are
+        empty.
+    nora_tag
+        Project of the viewer Nora that files are added to; "None" adds none.
     license_number
         Let TotalSegmentator check this number online and keep it in its configuration file.
     crop_path, test
@@ -121,6 +157,11 @@ def segment(
     export
         Not upstream's. How labels come to the scan's grid: "auto" or "nearest" as upstream does,
         "linear" from interpolated logits, for smooth masks.
+    backend
+        Not upstream's. What runs the networks: "torch" gives upstream's voxels; "openvino" (needs
+        ``pip install 'totalfast[cpu]'``) and "compile" are faster, and single voxels may differ;
+        "auto" is "openvino" on a CPU if it is installed, else "torch", unless the environment
+        variable TOTALFAST_BACKEND names another.
     tile_step_size
         Not upstream's. Distance of the network's tiles, at most, as a share of their size, above 0
         and up to 1: 0.8 lets neighbours overlap by at least a fifth. None takes upstream's, 0.8
@@ -136,7 +177,8 @@ def segment(
     Returns
     -------
         uint8 label map, (x, y, z) of the input's grid, 0 is background; its header is the
-        input's, with upstream's table of class names as an extension.
+        input's, with upstream's table of class names as an extension. With ``statistics`` a pair:
+        the label map, and class name to the figures of each class.
 
     Raises
     ------

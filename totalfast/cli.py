@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import totalfast
 from totalfast import upstream
+from totalfast.backends import BACKENDS
 from totalfast.errors import OptionError, TotalfastError
 from totalfast.options import (
     AGGREGATIONS,
@@ -54,6 +55,7 @@ examples:
   totalfast -i ct.nii.gz -o seg.nii.gz -ml         one label map
   totalfast -i ct.nii.gz -o segmentations --fast   3 mm model, for a laptop
   totalfast -i mr.nii.gz -o segmentations -ta total_mr
+  totalfast -i dicom_folder -o seg.dcm -ot dicom_seg
 
 other commands (each has a --help):
   totalfast demo                                   try it without a scan or a download
@@ -61,7 +63,7 @@ other commands (each has a --help):
   totalfast nnunet -i DIR -o DIR -m MODEL          any nnU-Net v2 model
   totalfast shim DIR                               a TotalSegmentator command that runs totalfast
 
-The flags are TotalSegmentator's; those marked [not yet] are refused so far.
+The flags are TotalSegmentator's; --backend, --export and --tile_step_size are ours.
 Not a medical device. TotalSegmentator is by Jakob Wasserthal et al.; please cite
 https://pubs.rsna.org/doi/10.1148/ryai.230024 and nnU-Net."""
 
@@ -140,16 +142,34 @@ def _segment(args: argparse.Namespace) -> int:
     for name in ("list_tasks", "list_classes"):
         del keywords[name]
     keywords["statistics_exclude_masks_at_border"] = not keywords.pop("stats_include_incomplete")
-    keywords["output_type"] = _output_type(keywords["output_type"])
+    keywords["output_type"] = keywords["output_type"] or "nifti"
     scan, output = keywords.pop("input"), keywords.pop("output")
+    keywords["task"] = _task_of_modality(keywords["task"], scan)
     totalfast.segment(scan, output, **keywords)
     return 0
 
 
-def _output_type(values: list[str] | None) -> str | list[str]:
-    """Flatten ``-ot a,b c`` as upstream does; one type stays a string."""
-    types = [part for value in values or ["nifti"] for part in value.split(",")]
-    return types[0] if len(types) == 1 else types
+def _task_of_modality(task: str, scan: Path) -> str:
+    """Take total for DICOM CT and total_mr for DICOM MR, whichever was asked for, as upstream."""
+    if task not in ("total", "total_mr") or not scan.exists() or not _is_dicom(scan):
+        return task
+    modality = (upstream.dicom_modality(scan) or "").upper()
+    swapped = {("total_mr", "CT"): "total", ("total", "MR"): "total_mr"}.get((task, modality))
+    if swapped is None:
+        return task
+    logging.getLogger("totalfast").warning(
+        "WARNING: you tried to run %s model, but input modality is %s. Will run %s model instead.",
+        "MR" if task == "total_mr" else "CT",
+        modality,
+        modality,
+    )
+    return swapped
+
+
+def _is_dicom(scan: Path) -> bool:
+    from totalfast.stages.read import is_dicom
+
+    return is_dicom(scan)
 
 
 def _stop(signal_number: int, frame: FrameType | None) -> None:
@@ -220,19 +240,34 @@ def build_parser(
     _add_run_flags(parser)
     _add_model_flags(parser)
     _add_statistics_flags(parser.add_argument_group("statistics"))
-    _add_unsupported_flags(parser.add_argument_group("TotalSegmentator's other flags [not yet]"))
     return parser
 
 
 def _add_run_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("-i", metavar="filepath", dest="input", type=_path, help="Scan: a .nii or .nii.gz file.")
+    add(
+        "-i",
+        metavar="filepath",
+        dest="input",
+        type=_path,
+        help="Scan: a NIfTI (.nii, .nii.gz), NRRD or MetaImage file, or a folder or zip file of "
+        "DICOM slices.",
+    )
     add(
         "-o",
         metavar="directory",
         dest="output",
         type=_path,
-        help="Directory for the masks, or with --ml the .nii.gz file to write.",
+        help="Directory for the masks, or with --ml the .nii.gz file to write, or the .dcm file.",
+    )
+    add(
+        "-ot",
+        "--output_type",
+        nargs="+",
+        metavar="type",
+        help="One or more of nifti (default), dicom_rtstruct, dicom_seg; the last two for DICOM "
+        "input, with pip install 'totalfast[dicom]'. Several at once: one file each, named "
+        "after -o.",
     )
     add("-ml", "--ml", action="store_true", help="Write one label map for all classes.")
     add("-ss", "--skip_saving", action="store_true", help="Write no masks and no label map.")
@@ -261,6 +296,21 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
         "--preview",
         action="store_true",
         help="Also draw a picture of the result, preview_{task}.png.",
+    )
+    add(
+        "-rp",
+        "--report",
+        type=_path,
+        metavar="filepath",
+        help="Also write a report of the run (.json): versions, options, classes and files, and "
+        "why classes are empty.",
+    )
+    add(
+        "-t",
+        "--nora_tag",
+        default="None",
+        metavar="project",
+        help="Add the files to this project of the viewer Nora.",
     )
     add("-q", "--quiet", action="store_true", help="Print nothing.")
     add("-v", "--verbose", action="store_true", help="Print more.")
@@ -331,6 +381,14 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
         help="'gpu' (default; the CPU where there is none), 'cpu', 'mps', or 'gpu:X'.",
     )
     add(
+        "--backend",
+        choices=BACKENDS,
+        default="auto",
+        help="What runs the networks. 'torch': exactly TotalSegmentator's voxels; 'openvino': "
+        "faster on CPUs, needs pip install 'totalfast[cpu]'; 'compile': torch's compiler, for many "
+        "tiles; 'auto' (default): openvino on a CPU if it is installed, else torch.",
+    )
+    add(
         "-ro",
         "--resampling_order",
         type=int,
@@ -387,7 +445,7 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
         "-v1o",
         "--v1_order",
         action="store_true",
-        help="Task total: label map with the labels of TotalSegmentator v1.",
+        help="Task total: number the labels of the label map as TotalSegmentator v1 did.",
     )
     add(
         "-fs",
@@ -464,11 +522,10 @@ def _add_statistics_flags(group: Any) -> None:  # noqa: ANN401 - argparse's clas
         action="store_true",
         help="More figures of the intensities; not with --fast.",
     )
-
-
-def _add_unsupported_flags(group: Any) -> None:  # noqa: ANN401 - argparse's class is private
-    add = group.add_argument
-    add("-r", "--radiomics", action="store_true")
-    add("-ot", "--output_type", nargs="+")
-    add("-t", "--nora_tag", default="None")
-    add("-rp", "--report", type=_path, metavar="filepath")
+    add(
+        "-r",
+        "--radiomics",
+        action="store_true",
+        help="Also write radiomics features of each mask, statistics_radiomics.json; needs the "
+        "package pyradiomics.",
+    )

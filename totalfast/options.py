@@ -5,24 +5,20 @@ Knows names and rules; knows nothing of arrays or files' contents.
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from totalfast.errors import OptionError, OutputError, UnsupportedError
+from totalfast.backends import resolve_backend
+from totalfast.errors import OptionError, UnsupportedError
 from totalfast.tasks import resolve_task
 
 if TYPE_CHECKING:
-    from totalfast.tasks import Task
+    from collections.abc import Sequence
 
-UNSUPPORTED_DEFAULTS: dict[str, Any] = {
-    "nora_tag": "None",
-    "radiomics": False,
-    "output_type": "nifti",
-    "report": None,
-}
-"""Upstream's keywords that totalfast does not support yet, and the values that need no support."""
+    from totalfast.tasks import Task
 
 EXPORTS = ("auto", "nearest", "linear")
 """Upstream's own way (nearest-neighbour from the model grid), the same said aloud, and smooth
@@ -30,6 +26,7 @@ masks from logits that are interpolated on the scanner grid."""
 
 AGGREGATIONS = ("mean", "median")
 MODEL_SIZES = ("big", "small")
+OUTPUT_TYPES = ("nifti", "dicom_rtstruct", "dicom_seg")
 SMALL_BLOB_MM3 = 200.0
 """What ``remove_small_blobs=True`` stands for."""
 
@@ -52,12 +49,32 @@ def validate_device(value: str) -> str:
     return value
 
 
+def parse_output_types(value: str | Sequence[str]) -> tuple[str, ...]:
+    """Take one type, several, or several with commas between them; "dicom" is "dicom_rtstruct".
+
+    Raises
+    ------
+    OptionError
+        If one of them is unknown.
+    """
+    words = [value] if isinstance(value, str) else list(value)
+    types = [word.strip() for text in words for word in text.split(",")]
+    types = ["dicom_rtstruct" if word == "dicom" else word for word in types]
+    unknown = [word for word in types if word not in OUTPUT_TYPES]
+    if unknown or not types:
+        raise OptionError(
+            f"Invalid output types: {unknown}. Allowed are: {', '.join(OUTPUT_TYPES)}."
+        )
+    return tuple(dict.fromkeys(types))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
     """Options of a run; names, meanings and defaults are those of ``totalsegmentator()``.
 
-    Ours are ``export``, how labels come to the scanner grid, one of ``EXPORTS``;
-    ``tile_step_size``, the task's own if None; and ``max_memory_gb``, what is free if None.
+    Ours are ``export``, how labels come to the scanner grid, one of ``EXPORTS``; ``backend``, what
+    runs the networks, one of ``totalfast.backends.BACKENDS``; ``tile_step_size``, which is the
+    task's own if None; and ``max_memory_gb``, which is what is free if None.
     """
 
     ml: bool = False
@@ -74,11 +91,15 @@ class Options:
     stats_aggregation: str = "mean"
     statistics_extra: bool = False
     statistics_normalized_intensities: bool = False
+    radiomics: bool = False
+    report: Path | None = None
+    nora_tag: str | None = None
     v1_order: bool = False
     remove_small_blobs: bool | float = False
     model_size: str = "big"
     crop_path: Path | None = None
     force_split: bool = False
+    output_type: tuple[str, ...] = ("nifti",)
     quiet: bool = False
     verbose: bool = False
     skip_saving: bool = False
@@ -96,13 +117,17 @@ class Options:
     license_number: str | None = field(default=None, repr=False)
     test: int = 0
     export: str = "auto"
+    backend: str = "auto"
     tile_step_size: float | None = None
     max_memory_gb: float | None = None
 
     def __post_init__(self) -> None:
         validate_device(self.device)
+        resolve_backend(self.backend)
         if self.save_lowres and not (self.fast or self.fastest):
             raise OptionError("save_lowres only works together with fast or fastest mode.")
+        if self.save_lowres and self.dicom_types:
+            raise OptionError("save_lowres only supports nifti output.")
         if self.resampling_order not in range(6):
             raise OptionError(
                 f"resampling_order must be between 0 and 5, not {self.resampling_order}."
@@ -132,6 +157,10 @@ class Options:
                 f"save_probabilities needs the name of an .npz file to write, not {archive}; "
                 "a .pkl file is written beside it."
             )
+        for name in ("statistics", "report"):
+            path = getattr(self, name)
+            if isinstance(path, Path) and path.is_dir():
+                raise OptionError(f"{name} needs the name of a file to write; {path} is a folder.")
         if self.test != 0:
             raise UnsupportedError(
                 f"test={self.test} makes TotalSegmentator's own tests take reference files of its "
@@ -167,18 +196,17 @@ class Options:
             If one of them is unknown or makes no sense.
         """
         own = {field.name for field in fields(cls)}
-        for name, value in keywords.items():
-            if name in UNSUPPORTED_DEFAULTS:
-                if value != UNSUPPORTED_DEFAULTS[name]:
-                    raise UnsupportedError(
-                        f"{name}={value!r} is not supported yet; use TotalSegmentator for it."
-                    )
-            elif name not in own:
+        for name in keywords:
+            if name not in own:
                 raise OptionError(f"unknown option '{name}'.")
-        taken = {name: value for name, value in keywords.items() if name in own}
-        for name in ("save_probabilities", "crop_path", "statistics"):
+        taken = dict(keywords)
+        if taken.get("nora_tag") == "None":  # upstream's word for it
+            taken["nora_tag"] = None
+        for name in ("save_probabilities", "crop_path", "statistics", "report"):
             if taken.get(name) is not None and not isinstance(taken[name], bool):
                 taken[name] = Path(taken[name]).absolute()
+        if "output_type" in taken:
+            taken["output_type"] = parse_output_types(taken["output_type"])
         for name in ("roi_subset", "roi_subset_robust"):
             if taken.get(name) is not None:
                 if not isinstance(taken[name], list | tuple):
@@ -192,6 +220,16 @@ class Options:
         return self.roi_subset if self.roi_subset_robust is None else self.roi_subset_robust
 
     @property
+    def dicom_types(self) -> tuple[str, ...]:
+        """Those of the output types that are DICOM."""
+        return tuple(kind for kind in self.output_type if kind != "nifti")
+
+    @property
+    def multilabel(self) -> bool:
+        """Whether ``output`` stands for files that hold all classes, not for a folder of masks."""
+        return self.ml or bool(self.dicom_types)
+
+    @property
     def blob_mm3(self) -> float | None:
         """Volume up to which blobs are removed; None: none are."""
         if self.remove_small_blobs is False:
@@ -202,6 +240,15 @@ class Options:
     def lowres(self) -> bool:
         """Whether the result stays on the model's grid; as upstream's, -ho comes before -sl."""
         return self.save_lowres and not self.higher_order_resampling
+
+    @property
+    def measures_model_grid(self) -> bool:
+        """Whether statistics are taken on the model's grid: upstream's rule for ``fast``.
+
+        So are those of a result that stays there, on which upstream fails, but not those of export
+        "linear", which has labels on no other grid than the scan's.
+        """
+        return bool(self.statistics) and (self.fast or self.lowres) and self.export != "linear"
 
     def resolved_task(self) -> Task:
         """Look up the task at the resolution that was asked for."""
@@ -231,35 +278,37 @@ class Options:
         return replace(task, spacing_mm=None) if self.higher_order_resampling else task
 
 
-def label_map_file(output: Path) -> Path:
-    """Return the file that a label map goes to.
+def check_radiomics(source: object, output: Path | None, options: Options) -> None:
+    """Refuse radiomics where they can't be computed, before any work is done.
 
-    A name without an ending gets ``.nii``, also where a directory of that name exists: nibabel's
-    rule for TotalSegmentator's files, which 3D Slicer's extension relies on.
-    """
-    return output if output.suffix else output.with_name(f"{output.name}.nii")
-
-
-def check_output(output: Path, *, ml: bool) -> None:
-    """Refuse an output path that can't be written, before any work is done.
+    Parameters
+    ----------
+    source
+        Path of the scan, or an image.
+    output
+        Directory of the masks.
+    options
+        Of the run.
 
     Raises
     ------
-    OutputError
-        If a multilabel path is no NIfTI name or is a directory, or a directory's place is taken.
+    OptionError
+        Without a folder of masks, for DICOM, or if pyradiomics is not installed.
     """
-    if ml:
-        if output.is_dir():
-            raise OutputError(
-                f"{output} is a directory; with --ml give the file to write, "
-                f"for example {output / 'segmentation.nii.gz'}."
-            )
-        if not output.name.endswith((".nii", ".nii.gz")):
-            raise OutputError(f"{output} must end in .nii.gz or .nii to be written with --ml.")
-    elif output.exists() and not output.is_dir():
-        raise OutputError(f"{output} is a file; without --ml give a directory for the masks.")
-    for parent in output.parents:
-        if parent.exists():
-            if not parent.is_dir():
-                raise OutputError(f"{parent} is a file, so {output} can't be made in it.")
-            break
+    if not options.radiomics:
+        return
+    if output is None:
+        raise OptionError("Output path is required for radiomics.")
+    if options.ml:
+        raise OptionError(
+            "Radiomics not supported for multilabel segmentation. Use without --ml option."
+        )
+    if options.skip_saving:
+        raise OptionError("radiomics are computed from the masks; do not skip saving them.")
+    if isinstance(source, str | Path) and not str(source).endswith((".nii", ".nii.gz")):
+        raise OptionError("Radiomics not supported for DICOM input. Use nifti input.")
+    if importlib.util.find_spec("radiomics") is None:
+        raise OptionError(
+            "radiomics need the package pyradiomics, which is not installed: "
+            "pip install pyradiomics."
+        )

@@ -6,6 +6,7 @@ Knows in which order things happen, what is said meanwhile, and nothing of how t
 from __future__ import annotations
 
 import logging
+import os
 import time
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,41 +19,52 @@ from nibabel.orientations import axcodes2ornt, ornt_transform
 
 from totalfast.budget import Budget
 from totalfast.cores import usable_cores
+from totalfast.deliver import Found, deliver, save_report, writes_skin
 from totalfast.export import nearest_to_scanner_grid
 from totalfast.export.legacy import smooth_to_scanner_grid
 from totalfast.export.linear import prepare as prepare_linear
+from totalfast.figures import measure_model_image
 from totalfast.geometry import Grid, to_canonical
+from totalfast.losses import (
+    CLEANED,
+    NO_REGION,
+    NOT_FOUND,
+    NOT_RESTORED,
+    OUTSIDE,
+    REFINED,
+    TOO_SMALL,
+    Losses,
+)
 from totalfast.memory import MemoryPlan, StoredScan, plan_memory
 from totalfast.progress import Progress, Work, timed
 from totalfast.sliding_window import Tiling, plan_tiles
-from totalfast.stages.clean import clean_labels, skin_mask
+from totalfast.stages.clean import clean_labels, remove_small_blobs
 from totalfast.stages.crop import box_around, remove_outside
 from totalfast.stages.merge import keep_labels, merge_part, thirds, wants_split, whole
 from totalfast.stages.predict import predict_part, predict_probabilities
 from totalfast.stages.read import open_scan, read_image
 from totalfast.stages.resample import to_model_grid
 from totalfast.stages.vertebrae import refine_vertebrae, separate_vertebrae
-from totalfast.stages.write import (
-    PendingFiles,
-    label_image,
-    write_labels,
-    write_masks,
-    write_probabilities,
-)
+from totalfast.stages.warn import warn_of_unusual
+from totalfast.stages.write import PendingFiles, label_image, write_probabilities
 from totalfast.upstream import check_license, store_license
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
+    from typing import BinaryIO
 
     from numpy.typing import NDArray
 
+    from totalfast.deliver import Delivered
     from totalfast.geometry import Box
     from totalfast.options import Options
     from totalfast.session import Session
+    from totalfast.stages.dicom import Series
     from totalfast.stages.predict import Probabilities
     from totalfast.stages.read import ScannerImage
     from totalfast.stages.resample import ModelImage
+    from totalfast.stages.statistics import Statistics
     from totalfast.tasks import Crop, Task
     from totalfast.weights import Model
 
@@ -71,6 +83,7 @@ class Run:
     work: Work
     scan: StoredScan
     budget: Budget
+    losses: Losses
 
     @property
     def keeps_scan(self) -> bool:
@@ -93,33 +106,45 @@ class Run:
             higher_order_resampling_LEGACY=False,
         )
         work = replace(self.work, part=self.work.rough or self.work.part, resample=0.0)
+        losses = Losses({}, wanted=False)
         scan = replace(self.scan, kept=True)
-        return replace(self, options=options, work=work, scan=scan)
+        return replace(self, options=options, work=work, scan=scan, losses=losses)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Labelled:
+    """An image's labels, and the figures that were taken before they came to its grid."""
+
+    image: nib.Nifti1Image
+    statistics: Statistics | None = None
 
 
 def run(
-    source: str | Path | nib.Nifti1Image,
+    source: str | Path | nib.Nifti1Image | BinaryIO,
     output: Path | None,
     *,
     options: Options,
     session: Session,
-) -> nib.Nifti1Image:
+    series: Series | None = None,
+) -> Delivered:
     """Segment one scan.
 
     Parameters
     ----------
     source
-        Path of a NIfTI file, or an image.
+        Path of an image file, an image, or an open file.
     output
         Directory of the masks, or file of the label map; None writes nothing.
     options
         What to do.
     session
         Where models are kept.
+    series
+        The DICOM series that ``source`` is the image of, if it is one's.
 
     Returns
     -------
-        uint8 label map on the scanner grid (on the model grid with ``save_lowres``), with the
+        The label map is on the scanner grid (on the model grid with ``save_lowres``), with the
         scan's header and a table of the class names.
     """
     began = time.perf_counter()
@@ -142,6 +167,7 @@ def run(
                 kept=_keeps_scan(task, options),
             ),
             budget=Budget.of(options),
+            losses=Losses(task.classes, wanted=options.verbose or options.report is not None),
         )
         _check_memory(this, Grid(shape=scan.shape[:3], affine=scan.affine), task)
         _begin_loading(task, options, session)
@@ -150,25 +176,46 @@ def run(
         progress.expect(this.work.total)
         progress.stage("Reading")
         image = read_image(scan)
+        warn_of_unusual(image, spacing_mm=task.spacing_mm, crops=task.crop is not None)
         progress.advance(this.work.read)
 
-        result = segment(this, image, task)
+        labelled = segment(this, image, task)
         if task.refined_by is not None:
-            refine(this, result, image, task, task.refined_by)
+            refine(this, labelled.image, image, task, task.refined_by)
         progress.advance(this.work.restore)
 
-        saved = "nothing was saved"
-        if output is not None and not options.skip_saving:
-            progress.stage("Saving")
-            save(result, output, image=image, task=task, options=options)
-            what = "label map" if options.ml else f"{len(task.classes)} masks"
-            saved = f"{what} in {output}"
-        if options.preview:
-            progress.stage("Drawing")
-            preview(result, output, image=image, task=task, options=options)
+        found = Found(
+            labels=labelled.image,
+            statistics=labelled.statistics,
+            image=image,
+            source=_named(source, scan, series),
+            series=series,
+            output=output,
+            task=task,
+            options=options,
+        )
+        delivered = deliver(found, progress)
         progress.advance(this.work.save)
-    logger.info("Done in %.1f s: %s", time.perf_counter() - began, saved)
-    return result
+    this.losses.tell()
+    seconds = time.perf_counter() - began
+    if options.report is not None:
+        device = (
+            session.load(task, task.parts[0], device=options.device, backend=options.backend)
+            .result()
+            .device
+        )
+        save_report(found, this.losses, device=device, seconds=seconds)
+    logger.info("Done in %.1f s: %s", seconds, ", ".join(delivered.saved) or "nothing was saved")
+    return delivered
+
+
+def _named(
+    source: str | Path | nib.Nifti1Image | BinaryIO, scan: nib.Nifti1Image, series: Series | None
+) -> str | Path | nib.Nifti1Image:
+    """What the user named, or the image, where no path was given."""
+    if series is not None:
+        return series.source
+    return source if isinstance(source, str | os.PathLike) else scan
 
 
 def _begin_loading(task: Task, options: Options, session: Session) -> None:
@@ -178,14 +225,14 @@ def _begin_loading(task: Task, options: Options, session: Session) -> None:
     if task.refined_by is not None:
         _begin_loading(task.refined_by, options, session)
     for part in task.parts:
-        session.load(task, part, device=options.device)
+        session.load(task, part, device=options.device, backend=options.backend)
 
 
 def _keeps_scan(task: Task, options: Options) -> bool:
     return (
-        _writes_skin(task, options)
+        writes_skin(task, options)
         or options.preview
-        or bool(options.statistics and not options.fast)
+        or bool(options.statistics)
         or task.refined_by is not None
     )
 
@@ -215,39 +262,48 @@ def _say_what_is_done(task: Task, options: Options) -> None:
         logger.info("Export 'plans': logits resampled to the scan's grid, as upstream does")
 
 
-def segment(run: Run, image: ScannerImage, task: Task) -> nib.Nifti1Image:
+def segment(run: Run, image: ScannerImage, task: Task) -> Labelled:
     """Label an image on its own grid: all of it, or what lies around a region of it."""
     if task.crop is None:
         return segment_all(run, image, task)
     return segment_region(run, image, task, task.crop)
 
 
-def segment_all(run: Run, image: ScannerImage, task: Task) -> nib.Nifti1Image:
+def segment_all(run: Run, image: ScannerImage, task: Task) -> Labelled:
     """Label all of an image; drops its voxels on the way, unless the run needs them again."""
     model_image = resample(image, task, run.options)
     run.progress.advance(run.work.resample)
     if not run.keeps_scan:
         image.drop_voxels()
     labels = label(run, model_image, task)
+    statistics = None
+    if run.options.measures_model_grid:
+        statistics = measure_model_image(labels, model_image, image, task.classes, run.options)
     run.progress.stage("Restoring")
-    return restore(labels, model_image, image, run.options, task.classes)
+    restored = restore(labels, model_image, image, run.options, task.classes)
+    run.losses.note(np.asanyarray(restored.dataobj), NOT_RESTORED)
+    return Labelled(image=restored, statistics=statistics)
 
 
-def segment_region(run: Run, image: ScannerImage, task: Task, crop: Crop) -> nib.Nifti1Image:
+def segment_region(run: Run, image: ScannerImage, task: Task, crop: Crop) -> Labelled:
     """Label what lies around the structures that a rough task finds, and nothing else."""
     rough, box = find_region(run, image, crop)
     if box is None:
         logger.info("INFO: Crop is empty. Returning empty segmentation.")
+        run.losses.note_all(NO_REGION)
         nothing = np.zeros(image.grid.shape, dtype=np.uint8, order="F")
-        return label_image(nothing, affine=image.grid.affine, header=None, names=task.classes)
+        affine = image.grid.affine
+        return Labelled(image=label_image(nothing, affine=affine, header=None, names=task.classes))
     region = image.cropped(box)
     run.plan_memory(region.grid, task).check(run.budget)
     if not run.keeps_scan:
         image.drop_voxels()
-    result = uncrop(segment_all(run, region, task), image, box, task.classes)
+    labelled = segment_all(run, region, task)
+    result = uncrop(labelled.image, image, box, task.classes)
     if crop.outside is not None:
         keep_near(result, box, rough, crop, image)
-    return result
+        run.losses.note(np.asanyarray(result.dataobj), OUTSIDE)
+    return replace(labelled, image=result)
 
 
 def find_region(run: Run, image: ScannerImage, crop: Crop) -> tuple[NDArray[np.uint8], Box | None]:
@@ -260,7 +316,7 @@ def find_region(run: Run, image: ScannerImage, crop: Crop) -> tuple[NDArray[np.u
         model_image = resample(image, crop.rough, rough_run.options)
         labels = label(rough_run, model_image, crop.rough)
     else:
-        found = segment(rough_run, image, crop.rough)
+        found = segment(rough_run, image, crop.rough).image
         labels = to_canonical(np.asanyarray(found.dataobj), image.grid).transpose(2, 1, 0)
     box = box_around(labels, crop.labels, scanner=image.grid, margin_mm=crop.margin_mm)
     if box is not None:
@@ -274,7 +330,7 @@ def refine(
 ) -> None:
     """Cut vertebrae, dilated, to the bodies that another task finds, in place."""
     logger.info("Generating vertebrae body mask for refinement...")
-    found = segment(run.rough(), image, bodies)
+    found = segment(run.rough(), image, bodies).image
     voxels = np.asanyarray(result.dataobj)
     voxels[...] = refine_vertebrae(
         voxels,
@@ -282,6 +338,7 @@ def refine(
         task.classes,
         zooms_mm=image.header.get_zooms()[:3],
     )
+    run.losses.note(voxels, REFINED)
 
 
 def resample(image: ScannerImage, task: Task, options: Options) -> ModelImage:
@@ -297,13 +354,24 @@ def label(run: Run, model_image: ModelImage, task: Task) -> NDArray[np.uint8]:
     """Run a task's models and clean up: labels (z, y, x), RAS+ axes, of ``_label_grid``."""
     with timed(None if task.several_models else "Predicting...", "  Predicted in"):
         labels = predict(run, model_image, task)
+    run.losses.note(labels, NOT_FOUND)
     grid = _label_grid(model_image, run.options).stored()
-    voxel_mm3 = float(np.prod(grid.spacing_mm))
+    voxel_mm3 = np.prod(grid.spacing_mm)
     labels = clean_labels(labels, task=task.name, classes=task.classes, voxel_mm3=voxel_mm3)
     if task.name in VERTEBRAE_TASKS:
-        zooms_mm = grid.spacing_mm.astype(np.float32)
-        labels = separate_vertebrae(labels, task.classes, zooms_mm=zooms_mm)
-    return keep_labels(labels, task.classes) if task.selected else labels
+        labels = separate_vertebrae(labels, task.classes, zooms_mm=grid.spacing_mm)
+    run.losses.note(labels, CLEANED)
+    # Upstream drops the other classes at the very end; no step between looks at more than one.
+    if task.selected:
+        labels = keep_labels(labels, task.classes)
+    blob_mm3 = run.options.blob_mm3
+    if blob_mm3 is not None:
+        with timed("Removing small blobs...", "  Removed in"):
+            labels = remove_small_blobs(
+                labels, task.classes, up_to_mm3=blob_mm3, voxel_mm3=voxel_mm3
+            )
+        run.losses.note(labels, TOO_SMALL)
+    return labels
 
 
 def predict(run: Run, model_image: ModelImage, task: Task) -> NDArray[np.uint8]:
@@ -330,7 +398,9 @@ def predict(run: Run, model_image: ModelImage, task: Task) -> NDArray[np.uint8]:
         if task.several_models:
             logger.info("Predicting part %d of %d ...", index + 1, len(task.parts))
         progress.stage("Loading model")
-        model = run.session.load(task, part, device=options.device).result()
+        model = run.session.load(
+            task, part, device=options.device, backend=options.backend
+        ).result()
         progress.stage(f"Predicting {index + 1}/{len(task.parts)}")
         tiles = [
             plan_tiles(model_image.voxels[piece.predicted].shape, model.patch_size, task.tile_step)
@@ -414,24 +484,6 @@ def keep_near(
         )
 
 
-def save(
-    result: nib.Nifti1Image, output: Path, *, image: ScannerImage, task: Task, options: Options
-) -> None:
-    """Write the label map, or one mask a class and those derived from them."""
-    threads = min(usable_cores(), options.nr_thr_saving)
-    says_each = not task.name.startswith("total")
-    with PendingFiles() as files:
-        with timed("Saving segmentations...", "  Saved in"):
-            if options.ml:
-                write_labels(result, output, files=files, threads=threads)
-                return
-            for name in task.classes.values() if says_each else ():
-                logger.info("Creating %s.nii.gz", name)
-            write_masks(result, task.classes, folder=output, files=files, threads=threads)
-        if _writes_skin(task, options):
-            write_body_and_skin(result, output, image=image, files=files, threads=threads)
-
-
 def save_probabilities(
     probabilities: Probabilities, path: Path, model_image: ModelImage, model: Model
 ) -> None:
@@ -441,46 +493,3 @@ def save_probabilities(
         write_probabilities(
             probabilities, path, affine=model_image.grid.affine, reader=reader, files=files
         )
-
-
-def preview(
-    result: nib.Nifti1Image,
-    output: Path | None,
-    *,
-    image: ScannerImage,
-    task: Task,
-    options: Options,
-) -> None:
-    """Draw the result into the folder of the masks, or beside the label map."""
-    if output is None:
-        logger.warning("WARNING: No output directory specified. Skipping preview generation.")
-        return
-    from totalfast.preview.page import draw_preview, save_picture
-
-    with timed("Generating preview...", "  Drawn in"):
-        labels = np.asanyarray(result.dataobj)
-        grid = Grid(shape=labels.shape, affine=np.asarray(result.affine, dtype=np.float64))
-        picture = draw_preview(image, labels, grid, task.classes, title=f"task {task.name}")
-        folder = output.parent if options.ml else output
-        save_picture(picture, folder / f"preview_{task.name}.png")
-
-
-def write_body_and_skin(
-    result: nib.Nifti1Image,
-    output: Path,
-    *,
-    image: ScannerImage,
-    files: PendingFiles,
-    threads: int,
-) -> None:
-    """Write the masks that upstream derives from those of the task body, with fresh headers."""
-    body = np.asfortranarray(result.dataobj) > 0
-    logger.info("Creating body.nii.gz")
-    logger.info("Creating skin.nii.gz")
-    for name, voxels in (("body", body.view(np.uint8)), ("skin", skin_mask(image, body))):
-        mask = label_image(voxels, affine=result.affine, header=None, names=None)
-        write_labels(mask, output / f"{name}.nii.gz", files=files, threads=threads)
-
-
-def _writes_skin(task: Task, options: Options) -> bool:
-    return task.name == "body" and not options.ml and not options.no_derived_masks

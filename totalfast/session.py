@@ -10,10 +10,12 @@ import logging
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
+from totalfast.backends import choose_backend, resolve_backend
 from totalfast.errors import OptionError
-from totalfast.options import Options, check_output, label_map_file, validate_device
+from totalfast.options import Options, check_radiomics, validate_device
+from totalfast.outputs import check_output
 from totalfast.weights import find_model, load_model
 
 if TYPE_CHECKING:
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
     import nibabel as nib
     import torch
 
+    from totalfast.backends import Backend
+    from totalfast.deliver import Delivered
+    from totalfast.stages.statistics import Statistics
     from totalfast.tasks import Part, Task
     from totalfast.weights import Model
 
@@ -45,27 +50,43 @@ class Session:
     def __init__(self, *, device: str = "gpu") -> None:
         self.device = validate_device(device)
         self.predicting = threading.Lock()
-        self._models: dict[tuple[Path, tuple[int, ...] | None, str], Future[Model]] = {}
+        self._models: dict[tuple[Path, tuple[int, ...] | None, str, str], Future[Model]] = {}
         self._lock = threading.Lock()
+        self._places: dict[tuple[str, str], tuple[torch.device, Backend]] = {}
+        self._placing = threading.Lock()
 
     def segment(
         self,
-        input: str | Path | nib.Nifti1Image,  # noqa: A002 - upstream's name
+        input: str | Path | nib.Nifti1Image | BinaryIO,  # noqa: A002 - upstream's name
         output: str | Path | None = None,
         **keywords: Any,  # noqa: ANN401 - typed by totalfast.segment
-    ) -> nib.Nifti1Image:
-        """Segment one scan; the arguments are those of ``totalfast.segment``."""
+    ) -> nib.Nifti1Image | tuple[nib.Nifti1Image, Statistics]:
+        """Segment one scan; arguments and result are those of ``totalfast.segment``."""
         from totalfast.pipeline import run
+        from totalfast.stages.dicom import open_series
+        from totalfast.stages.dicom_output import check_packages, check_series
+        from totalfast.stages.read import is_dicom
 
         options = Options.from_keywords({"device": self.device, **keywords})
         target = None if output is None else Path(output)
-        if target is not None and options.ml:
-            target = label_map_file(target)
         if target is not None and not options.skip_saving:
-            check_output(target, ml=options.ml)
-        return run(input, target, options=options, session=self)
+            check_output(target, options)
+        check_radiomics(input, target, options)
+        if not is_dicom(input):
+            if options.dicom_types:
+                raise OptionError(
+                    "To use output type dicom_rtstruct or dicom_seg you also have to use a Dicom "
+                    "image as input."
+                )
+            return _result(run(input, target, options=options, session=self))
+        options.resolved_task()  # before a series is converted for a task that makes no sense
+        check_packages(options.dicom_types)
+        with open_series(Path(input)) as series:
+            check_series(series, options.dicom_types)
+            found = run(series.image, target, options=options, session=self, series=series)
+            return _result(found)
 
-    def load(self, task: Task, part: Part, *, device: str) -> Future[Model]:
+    def load(self, task: Task, part: Part, *, device: str, backend: str = "auto") -> Future[Model]:
         """Begin to load one of a task's models in a thread, if that has not been done before."""
         folder = find_model(
             part.model_id,
@@ -73,15 +94,31 @@ class Session:
             plans=task.plans,
             configuration=task.configuration,
         )
-        key = (folder, task.folds, device)
+        backend = resolve_backend(backend)
+        key = (folder, task.folds, device, backend)
         with self._lock:
             known = self._models.get(key)
             failed = known is not None and known.done() and known.exception() is not None
             if known is None or failed:
                 known = self._models[key] = _in_thread(
-                    lambda: load_model(folder, folds=task.folds, device=select_device(device))
+                    lambda: self._load(folder, task.folds, device, backend)
                 )
         return known
+
+    def _load(
+        self, folder: Path, folds: tuple[int, ...] | None, device: str, backend: str
+    ) -> Model:
+        with self._placing:  # what the names become is said once
+            if (device, backend) not in self._places:
+                place = select_device(device)
+                self._places[device, backend] = place, choose_backend(backend, place)
+            place, run = self._places[device, backend]
+        return load_model(folder, folds=folds, device=place, backend=run)
+
+
+def _result(found: Delivered) -> nib.Nifti1Image | tuple[nib.Nifti1Image, Statistics]:
+    """What upstream's call returns: the label map, and the figures if they were asked for."""
+    return found.image if found.statistics is None else (found.image, found.statistics)
 
 
 def _in_thread(load: Callable[[], Model]) -> Future[Model]:

@@ -9,14 +9,13 @@ logits of a slice are dropped as soon as no later tile touches it.
 from __future__ import annotations
 
 import contextlib
-import copy
 import itertools
-import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from totalfast.cores import network_threads
 from totalfast.errors import PredictionError
 from totalfast.export.nearest import first_maximum, label_dtype
 
@@ -38,9 +37,6 @@ do not depend on how many voxels are asked for at a time. nnU-Net's last layer t
 
 SLICES_PER_ARGMAX = 2
 """Slices that are divided and reduced at a time: some megabytes for 118 classes."""
-
-MAX_THREADS = 8
-"""nnU-Net caps torch's threads at its ``default_num_processes``, which is 8."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -222,6 +218,8 @@ def final_logits(
                     box = (slice(None), *(slice(start, start + size) for start, size in corner))
                     window.add(image[box], box)
                     on_tile()
+        for forward in model.forwards:
+            forward.release()
         yield from window.advance(tiles.padded_shape[0])
 
 
@@ -233,37 +231,6 @@ def mirrorings(axes: Sequence[int]) -> list[tuple[int, ...]]:
         for count in range(1, len(shifted) + 1)
         for some in itertools.combinations(shifted, count)
     ]
-
-
-def split_head(network: nn.Module) -> tuple[nn.Module, nn.Module | None]:
-    """Split nnU-Net's U-Nets before their last layer, if that is a 1x1x1 convolution.
-
-    Its answer, hundreds of channels, is by far the largest array of a run. Each voxel of it depends
-    on that voxel's features alone, so that it can be had slice by slice, with the same bits.
-
-    Returns
-    -------
-        A network that shares the weights and ends before that layer, and the layer; or the
-        network as it is, and None.
-    """
-    from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
-    from torch import nn
-
-    if type(network) not in (PlainConvUNet, ResidualEncoderUNet):
-        return network, None
-    decoder: Any = network.decoder
-    head = decoder.seg_layers[-1]
-    if decoder.deep_supervision or type(head) is not nn.Conv3d or head.kernel_size != (1, 1, 1):
-        return network, None
-    layers = nn.ModuleList([*decoder.seg_layers[:-1], nn.Identity()])
-    return _with_module(network, "decoder", _with_module(decoder, "seg_layers", layers)), head
-
-
-def _with_module(module: nn.Module, name: str, part: nn.Module) -> nn.Module:
-    """Return a copy of a module, all parts shared, but one replaced."""
-    other = copy.copy(module)
-    other._modules = {**module._modules, name: part}
-    return other
 
 
 def _logits(head: nn.Module | None, features: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -305,7 +272,7 @@ class _RollingWindow:
         self.model = model
         plain = model.device.type == "cpu" and not tiling.mirror_axes and len(model.patch_size) == 3
         self.networks = [
-            split_head(network) if plain else (network, None) for network in model.networks
+            (forward.body, forward.head) if plain else (forward, None) for forward in model.forwards
         ]
         self.mirrorings = mirrorings(tiling.mirror_axes)
         self.tiles = tiles
@@ -338,7 +305,7 @@ class _RollingWindow:
                 self._add_up(total[place][:, slices], logits, self.gaussian[slices])
         self.weight[place[1:]] += self.gaussian
 
-    def _answer(self, network: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    def _answer(self, network: Callable[..., torch.Tensor], batch: torch.Tensor) -> torch.Tensor:
         """The network's answer to (1, channels, z, y, x), averaged over its mirror images.
 
         A network of 2-D images gets the one slice that its tiles have.
@@ -420,7 +387,7 @@ def inference_settings(device: torch.device) -> Iterator[None]:
     threads = torch.get_num_threads()
     benchmark = torch.backends.cudnn.benchmark
     cuda = device.type == "cuda"
-    torch.set_num_threads(min(os.cpu_count() or 1, MAX_THREADS) if device.type == "cpu" else 1)
+    torch.set_num_threads(network_threads() if device.type == "cpu" else 1)
     torch.backends.cudnn.benchmark = cuda or benchmark
     try:
         with (

@@ -8,10 +8,14 @@ never imported: it changes nnU-Net's classes for the whole process.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.metadata
 import io
+import logging
 import os
 import re
+import tempfile
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +40,8 @@ from totalsegmentator.registry import TASKS, format_classes_table, format_tasks_
 from totalfast.errors import LicenseError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
     import numpy as np
     from numpy.typing import NDArray
 
@@ -50,6 +56,9 @@ __all__ = [
     "check_license",
     "custom_trainer",
     "dataset_folder",
+    "dicom_modality",
+    "dicom_plane",
+    "dicom_to_nifti",
     "download_weights",
     "format_classes_table",
     "format_tasks_table",
@@ -61,6 +70,9 @@ __all__ = [
     "store_license",
     "version",
     "weights_home",
+    "write_dicom_seg",
+    "write_radiomics",
+    "write_rtstruct",
 ]
 
 CLASS_MAPS: dict[str, dict[int, str]] = class_map
@@ -183,6 +195,28 @@ def postprocessing() -> Any:  # noqa: ANN401 - a module without types
     return postprocessing
 
 
+def write_radiomics(scan: Path | Any, masks: Path, target: Path) -> None:  # noqa: ANN401 - nibabel
+    """Write features of all masks in a folder as JSON; needs the package pyradiomics.
+
+    Parameters
+    ----------
+    scan
+        A NIfTI file, or an image, which pyradiomics then reads from a temporary file.
+    masks
+        Folder of the ``.nii.gz`` masks.
+    target
+        The file to write.
+    """
+    import nibabel as nib
+    from totalsegmentator.statistics import get_radiomics_features_for_entire_dir
+
+    with tempfile.TemporaryDirectory(prefix="totalfast-") as folder:
+        if not isinstance(scan, Path):
+            nib.save(scan, Path(folder) / "ct.nii.gz")
+            scan = Path(folder) / "ct.nii.gz"
+        get_radiomics_features_for_entire_dir(scan, masks, target)
+
+
 def custom_trainer(name: str) -> type | None:
     """Return the trainer of that name if TotalSegmentator brings it itself, else None."""
     if name not in CUSTOM_TRAINERS:
@@ -228,3 +262,93 @@ def label_names(header: Any) -> dict[int, str]:  # noqa: ANN401 - nibabel is unt
         found = re.findall(r'<Label Key="(\d+)"[^>]*><!\[CDATA\[(.*?)\]\]></Label>', text)
         names.update((int(label), name) for label, name in found)
     return names
+
+
+def dicom_modality(path: Path) -> str | None:
+    """Modality of a folder's first readable DICOM file, such as "CT"; None if there is none."""
+    from totalsegmentator.dicom_io import detect_dicom_modality
+
+    modality: str | None = detect_dicom_modality(path)
+    return modality
+
+
+def dicom_to_nifti(folder: Path, path: Path) -> None:
+    """Convert a folder of DICOM files of one series to a NIfTI file; errors are dicom2nifti's."""
+    from totalsegmentator.dicom_io import dcm_to_nifti
+
+    dcm_to_nifti(folder, path)
+
+
+def dicom_plane(orientation: Sequence[float]) -> str:
+    """Name the plane of slices as upstream's DICOM writers do: "axial", ... or "oblique".
+
+    Parameters
+    ----------
+    orientation
+        DICOM's ImageOrientationPatient: direction cosines of a row and of a column.
+    """
+    from totalsegmentator.dicom_io import _infer_plane_from_iop
+
+    plane: str = _infer_plane_from_iop(list(orientation))
+    return plane
+
+
+def write_rtstruct(
+    labels: NDArray[np.uint8], names: Mapping[int, str], series: Path, path: Path
+) -> None:
+    """Write labels as a DICOM RT structure set with upstream's own writer.
+
+    Parameters
+    ----------
+    labels
+        (x, y, z), as ``dicom_to_nifti`` orients the series.
+    names
+        Label to name; absent ones are left out.
+    series
+        Folder of the series' slices.
+    path
+        Must end in ``.dcm``.
+    """
+    from totalsegmentator.dicom_io import save_mask_as_rtstruct
+
+    with _dicom_writers_are_silent():
+        save_mask_as_rtstruct(labels, dict(names), series, path)
+
+
+def write_dicom_seg(
+    labels: NDArray[np.uint8], names: Mapping[int, str], series: Path, path: Path
+) -> None:
+    """Write labels as a DICOM segmentation; the arguments are those of ``write_rtstruct``.
+
+    ``path`` may be a folder, too; the file is then named after its SeriesInstanceUID.
+    """
+    from totalsegmentator.dicom_io import save_mask_as_dicomseg
+
+    with _dicom_writers_are_silent():
+        save_mask_as_dicomseg(labels, dict(names), series, path, nifti_affine=None)
+
+
+_writing_dicom = threading.Lock()
+
+
+@contextlib.contextmanager
+def _dicom_writers_are_silent() -> Iterator[None]:
+    """Keep upstream's DICOM writers from printing, drawing bars and configuring the root logger."""
+    from totalsegmentator import dicom_io
+
+    replaced: list[tuple[Any, str, Any]] = [(dicom_io, "tqdm", lambda items, **_: items)]
+    with contextlib.suppress(ImportError):
+        replaced.append((importlib.import_module("rt_utils.rtstruct"), "print", lambda *_: None))
+    # The root logger is configured by whoever comes first, unless it has a handler.
+    root, silence = logging.getLogger(), logging.NullHandler()
+    with _writing_dicom:
+        before = [vars(module).get(name, print) for module, name, _ in replaced]
+        root.addHandler(silence)
+        try:
+            for module, name, value in replaced:
+                setattr(module, name, value)
+            yield
+        finally:
+            root.removeHandler(silence)
+            for (module, name, _), value in zip(replaced, before, strict=True):
+                setattr(module, name, value)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from totalfast import upstream
+from totalfast.backends.forward import run_by_torch
 from totalfast.errors import WeightsError
 
 if TYPE_CHECKING:
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 
     import torch
     from torch import nn
+
+    from totalfast.backends import Backend
+    from totalfast.backends.forward import Forward
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +54,8 @@ class Model:
         Content of dataset.json.
     networks
         One network a fold, in eval mode.
+    forwards
+        The same, as a backend runs them.
     trainer_name
         The trainer that the checkpoint names.
     mirroring_axes
@@ -62,6 +68,7 @@ class Model:
     labels: Any
     dataset: dict[str, Any]
     networks: tuple[nn.Module, ...]
+    forwards: tuple[Forward, ...]
     trainer_name: str
     mirroring_axes: tuple[int, ...] | None
     device: torch.device
@@ -124,6 +131,7 @@ def load_model(
     folds: Sequence[int | str] | None,
     device: torch.device,
     checkpoint_name: str = CHECKPOINT_NAME,
+    backend: Backend = run_by_torch,
 ) -> Model:
     """Load a model folder.
 
@@ -137,6 +145,8 @@ def load_model(
         Where the weights go.
     checkpoint_name
         File in each fold's folder.
+    backend
+        What runs the networks.
 
     Raises
     ------
@@ -144,7 +154,7 @@ def load_model(
         If something is missing, unreadable, or holds more than weights.
     """
     with _LOADING:
-        return _load(folder, folds, device, checkpoint_name)
+        return _load(folder, folds, device, checkpoint_name, backend)
 
 
 def _load(
@@ -152,8 +162,9 @@ def _load(
     folds: Sequence[int | str] | None,
     device: torch.device,
     checkpoint_name: str,
+    backend: Backend,
 ) -> Model:
-    plans_manager_class, determine_num_input_channels = _import_nnunet()
+    plans_manager_class, _ = _import_nnunet()
     plans = plans_manager_class(_read_json(folder / "plans.json"))
     dataset = _read_json(folder / "dataset.json")
     checkpoints = [
@@ -167,11 +178,11 @@ def _load(
             configuration = plans.get_configuration(first["init_args"]["configuration"])
         trainer_name = first["trainer_name"]
         labels = plans.get_label_manager(dataset)
-        inputs = determine_num_input_channels(plans, configuration, dataset)
+        shape = tile_shape(plans, configuration, dataset)
         networks = []
         for checkpoint in checkpoints:
             network = _empty_network(
-                trainer_name, plans, configuration, inputs, labels.num_segmentation_heads
+                trainer_name, plans, configuration, shape[1], labels.num_segmentation_heads
             )
             network.load_state_dict(_as_float32(checkpoint["network_weights"]), assign=True)
             networks.append(network.to(device).eval())
@@ -188,10 +199,22 @@ def _load(
         labels=labels,
         dataset=dataset,
         networks=tuple(networks),
+        forwards=tuple(backend(network, shape) for network in networks),
         trainer_name=trainer_name,
         mirroring_axes=None if axes is None else tuple(axes),
         device=device,
     )
+
+
+def tile_shape(
+    plans: Any,  # noqa: ANN401 - nnU-Net is untyped
+    configuration: Any,  # noqa: ANN401
+    dataset: dict[str, Any],
+) -> tuple[int, ...]:
+    """What a model's network gets at a time: (1, channels, z, y, x), without z if it is 2-D."""
+    _, determine_num_input_channels = _import_nnunet()
+    channels: int = determine_num_input_channels(plans, configuration, dataset)
+    return (1, channels, *configuration.patch_size)
 
 
 def _as_float32(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

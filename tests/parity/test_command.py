@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from tests.dicom_series import new_file
+
+from .dicom_files import dicom_problems
 from .matrix import (
     MAXIMUM_BOUNDARY,
     MINIMUM_CLASSES,
@@ -19,6 +22,9 @@ CASES = [case for case in all_cases() if case.in_ci]
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_command_leaves_what_totalsegmentator_leaves(case, scans, standin_home, tmp_path):
+    if "-ot" in case.flags:
+        pytest.importorskip("rt_utils")
+        pytest.importorskip("highdicom")
     scan = input_file(case.scan, scans)
     if scan is None:
         pytest.skip(f"TOTALFAST_TEST_DATA has no {PUBLIC[case.scan]}")
@@ -55,3 +61,14 @@ def test_comparison_sees_a_voxel_a_header_field_and_a_missing_file(tmp_path):
     assert result.differing_voxels == 1
     assert any("descrip" in problem for problem in result.problems)
     assert any("only totalfast writes b.nii.gz" in problem for problem in result.problems)
+
+
+def test_comparison_sees_a_value_in_a_dicom_file_and_passes_new_identifiers(tmp_path):
+    first, second = new_file(), new_file(StudyTime="235959")
+    for number, header in enumerate((first, second, second)):
+        header.PixelData = bytes(range(8))
+        header.SegmentSequence = [new_file(PatientID=str(number // 2))]
+        header.save_as(tmp_path / f"{number}.dcm", enforce_file_format=True)
+    assert dicom_problems("x", tmp_path / "0.dcm", tmp_path / "1.dcm") == []
+    (problem,) = dicom_problems("x", tmp_path / "0.dcm", tmp_path / "2.dcm")
+    assert problem == "x SegmentSequence[0] PatientID: 0 and 1"

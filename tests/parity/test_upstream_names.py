@@ -14,10 +14,13 @@ import pytest
 from totalfast import upstream
 from totalfast.tasks import BROKEN_TASKS, COARSE_STEP_TASKS, resolve_task
 
-OUR_FLAGS = {"export": "--export", "tile_step_size": "--tile_step_size"} | {
-    "max_memory_gb": "--max-memory"
+OUR_FLAGS = {
+    "export": "--export",
+    "backend": "--backend",
+    "tile_step_size": "--tile_step_size",
+    "max_memory_gb": "--max-memory",
 }
-"""Keywords and flags that upstream does not have."""
+"""What totalfast's call and command have beyond upstream's: keyword to flag."""
 
 
 @pytest.mark.parametrize("name", upstream.__all__)
@@ -45,6 +48,14 @@ def test_names_that_are_imported_only_when_needed_exist():
     from nnunetv2.utilities.get_network_from_plans import get_network_from_plans  # noqa: F401
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager  # noqa: F401
     from totalsegmentator import custom_trainers
+    from totalsegmentator.dicom_io import (  # noqa: F401
+        _infer_plane_from_iop,
+        dcm_to_nifti,
+        detect_dicom_modality,
+        save_mask_as_dicomseg,
+        save_mask_as_rtstruct,
+        tqdm,
+    )
     from totalsegmentator.libs import download_pretrained_weights  # noqa: F401
     from totalsegmentator.nifti_ext_header import add_label_map_to_nifti  # noqa: F401
 
@@ -64,9 +75,9 @@ def test_custom_trainers_are_all_that_upstream_adds():
 def test_threads_are_capped_as_in_nnunet():
     from nnunetv2.configuration import default_num_processes
 
-    from totalfast.sliding_window import MAX_THREADS
+    from totalfast.cores import NNUNET_THREADS
 
-    assert default_num_processes == MAX_THREADS
+    assert default_num_processes == NNUNET_THREADS
 
 
 SUPPORTED_TASKS = sorted(set(upstream.TASKS) & set(upstream.TASK_CONFIGS) - BROKEN_TASKS)

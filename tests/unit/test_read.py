@@ -1,13 +1,17 @@
 from __future__ import annotations
 
 import gzip
+import io
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK as sitk
+from nibabel.orientations import axcodes2ornt, ornt_transform
 
-from totalfast import InputError, UnsupportedError
-from totalfast.stages.read import read_image
+from totalfast import InputError
+from totalfast.stages.read import is_dicom, read_image
 
 
 def saved(path, values, slope=None, inter=None):
@@ -76,12 +80,89 @@ def test_missing_file_names_itself(tmp_path):
         read_image(tmp_path / "nothere.nii.gz")
 
 
-def test_directories_and_other_formats_are_not_supported_yet(tmp_path):
-    with pytest.raises(UnsupportedError, match="not supported yet"):
-        read_image(tmp_path)
+AXES = ["RAS", "LPS", "LIP", "SLP", "PSR"]
+
+
+@pytest.mark.parametrize("axes", AXES)
+@pytest.mark.parametrize("ending", [".nrrd", ".nhdr", ".mha", ".mhd"])
+def test_nrrd_and_metaimage_are_what_the_nifti_file_is(tmp_path, axes, ending):
+    values = np.random.default_rng(0).integers(-900, 900, (5, 6, 7)).astype(np.int16)
+    affine = np.diag([0.7, 1.3, 2.1, 1.0])
+    turn = np.deg2rad(11.0)
+    affine[:2, :2] = np.array(
+        [[0.7 * np.cos(turn), -1.3 * np.sin(turn)], [0.7 * np.sin(turn), 1.3 * np.cos(turn)]]
+    )
+    affine[:3, 3] = [-40.0, 12.5, 700.0]
+    image = nib.Nifti1Image(values, affine)
+    image = image.as_reoriented(ornt_transform(axcodes2ornt("RAS"), axcodes2ornt(axes)))
+    nib.save(image, tmp_path / "scan.nii.gz")
+    sitk.WriteImage(sitk.ReadImage(tmp_path / "scan.nii.gz"), tmp_path / f"scan{ending}")
+    expected, found = read_image(tmp_path / "scan.nii.gz"), read_image(tmp_path / f"scan{ending}")
+    np.testing.assert_array_equal(found.stored, expected.stored)
+    np.testing.assert_allclose(found.grid.affine, expected.grid.affine, rtol=0, atol=2e-5)
+    assert nib.aff2axcodes(found.grid.affine) == tuple(axes)
+    assert found.header.get_data_dtype() == np.int16
+
+
+def test_nrrd_of_int64_of_four_dimensions_and_of_colours(tmp_path):
+    values = np.arange(2 * 3 * 4 * 5).reshape(2, 3, 4, 5)
+    sitk.WriteImage(sitk.GetImageFromArray(values[0]), tmp_path / "long.nrrd")
+    assert read_image(tmp_path / "long.nrrd").stored.dtype == np.int64
+    four = sitk.GetImageFromArray(values.astype(np.int16), isVector=False)
+    sitk.WriteImage(four, tmp_path / "4d.nrrd")
+    np.testing.assert_array_equal(read_image(tmp_path / "4d.nrrd").stored, values[0].T)
+    colours = sitk.GetImageFromArray(values.astype(np.uint8), isVector=True)
+    sitk.WriteImage(colours, tmp_path / "colours.nrrd")
+    with pytest.raises(InputError, match=r"colours\.nrrd is 3-D .* with 5 values a voxel"):
+        read_image(tmp_path / "colours.nrrd")
+
+
+def test_damaged_nrrd_names_itself(tmp_path):
     (tmp_path / "scan.mha").write_bytes(b"x")
-    with pytest.raises(UnsupportedError, match=r"\.nii\.gz"):
+    with pytest.raises(InputError, match=r"scan\.mha can't be read"):
         read_image(tmp_path / "scan.mha")
+
+
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
+@pytest.mark.parametrize("newer", [False, True])
+def test_open_files_are_read_from_where_they_stand(tmp_path, ending, newer):
+    values = np.arange(60, dtype=np.int16).reshape(3, 4, 5)
+    kind = nib.Nifti2Image if newer else nib.Nifti1Image
+    image = kind(values, np.diag([1.0, 2.0, 3.0, 1.0]))
+    image.header.set_slope_inter(0.5, 3.0)
+    nib.save(image, tmp_path / f"scan{ending}")
+    expected = read_image(tmp_path / f"scan{ending}")
+    content = (tmp_path / f"scan{ending}").read_bytes()
+    behind_something = io.BytesIO(b"before" + content)
+    behind_something.seek(6)
+    with (tmp_path / f"scan{ending}").open("rb") as file:
+        for stream in (file, io.BytesIO(content), behind_something):
+            found = read_image(stream)
+            np.testing.assert_array_equal(
+                found.scale(found.stored), expected.scale(expected.stored)
+            )
+            np.testing.assert_array_equal(found.grid.affine, expected.grid.affine)
+
+
+@pytest.mark.parametrize(
+    ("stream", "match"),
+    [
+        (io.BytesIO(b"not a scan" * 99), "not a readable NIfTI"),
+        (io.BytesIO(b""), "can't be read|not a readable"),
+        (io.BytesIO(b"\x1f\x8b and no more"), "can't be read"),
+        (io.StringIO("text"), "mode 'rb'"),
+        (3, "int is no input"),
+    ],
+)
+def test_open_files_that_are_no_nifti(stream, match):
+    with pytest.raises(InputError, match=match):
+        read_image(stream)
+
+
+def test_only_paths_without_another_formats_name_are_dicom(tmp_path):
+    assert all(map(is_dicom, [tmp_path, str(tmp_path), tmp_path / "ct.zip", tmp_path / "a.nii.d"]))
+    others = ["a.nii", "a.NII.GZ", "a.nrrd", "a.nhdr", "a.mha", Path("a.mhd"), io.BytesIO(b"")]
+    assert not any(map(is_dicom, others))
 
 
 def test_truncated_file_says_how_much_is_there(tmp_path):

@@ -5,6 +5,7 @@ import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from totalfast import ArgmaxPredictor, PredictionError
+from totalfast.backends.forward import split_head
 from totalfast.sliding_window import (
     Tiling,
     _logits,
@@ -12,7 +13,6 @@ from totalfast.sliding_window import (
     plan_tiles,
     predict_labels,
     predict_logits,
-    split_head,
 )
 from totalfast.weights import load_model
 

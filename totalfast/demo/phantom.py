@@ -24,7 +24,7 @@ Mask = NDArray[np.bool_]
 Box = tuple[slice, slice, slice]
 Curve = NDArray[np.float64]
 
-FIELD_CENTRE_RAS_MM = (0.0, 0.0, 48.0)
+FIELD_CENTRE_RAS_MM = (0.0, 0.0, 45.0)
 """Reference point in the middle of the volume: 375 mm then reach from T2 to L5."""
 WARP_MM = 5.0
 """Largest displacement of the smooth warp along one axis: organic, yet no organ folds over."""
@@ -393,7 +393,7 @@ def _draw_spine(canvas: _Canvas) -> None:
     rows = _vertebrae()
     cord = [(0.0, _spine_a(s) - 21.5 - 0.02 * (150 - s) * (s < 150), s) for _, s, _ in rows]
     cord = [point for point in cord if point[2] > -40]
-    canvas.tube("spinal_cord", cord, 7.0, hu=38, flat=(1.2, 0.95, 1), jitter_mm=0)
+    canvas.tube("spinal_cord", cord, 7.6, hu=38, flat=(1.2, 0.95, 1), jitter_mm=0)
     for index, (level, s, height) in enumerate(rows):
         name, a = f"vertebrae_{level}", _spine_a(s)
         grow = index / (len(rows) - 1)
@@ -527,7 +527,7 @@ def _draw_airways_and_gullet(canvas: _Canvas) -> None:
     canvas.tube("trachea", [(2, -30, 174), (16, -30, 158), (32, -30, 146)], 6.5, hu=-985)
     canvas.tube("trachea", [(2, -30, 174), (-18, -29, 160), (-38, -30, 150)], 6.0, hu=-985)
     gullet = [(-5, -38, 265), (-3, -41, 200), (-5, -40, 120), (-14, -30, 75), (-22, -22, 52)]
-    canvas.tube("esophagus", gullet, 9.0, hu=CLOT_HU, flat=(1.15, 0.8, 1), jitter_mm=1.5)
+    canvas.tube("esophagus", gullet, 10.0, hu=CLOT_HU, flat=(1.15, 0.8, 1), jitter_mm=1.5)
 
 
 def _draw_great_vessels(canvas: _Canvas) -> None:
@@ -558,9 +558,9 @@ def _draw_great_vessels(canvas: _Canvas) -> None:
         canvas.tube(name, points, size, hu=vein)
     for side, word in ((-1.0, "left"), (1.0, "right")):
         fork = [(side * 4, -14, -106), (side * 24, -10, -135), (side * 48, 2, -190)]
-        canvas.tube(f"iliac_artery_{word}", fork, 8.5, hu=artery)
+        canvas.tube(f"iliac_artery_{word}", fork, 9.0, hu=artery)
         fork = [(side * 8 + 8, -20, -110), (side * 26, -22, -140), (side * 50, -8, -190)]
-        canvas.tube(f"iliac_vena_{word}", fork, 9.5, hu=vein)
+        canvas.tube(f"iliac_vena_{word}", fork, 10.0, hu=vein)
         for s, a in ((128, -14), (112, -12)):
             root = [(side * 14, a, s), (side * 36, a - 6, s + 2), (side * 56, a - 12, s + 4)]
             canvas.tube("pulmonary_vein", root, 8.0, hu=vein)

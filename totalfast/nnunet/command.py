@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from totalfast.backends import BACKENDS
 from totalfast.errors import InputError, OptionError
 
 if TYPE_CHECKING:
@@ -51,6 +52,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="How labels come to the image's resolution. auto: nnU-Net's labels, the cheapest way; "
         "nearest: the fastest; linear: from interpolated logits, whatever the plans say; plans: as "
         "the plans say, class by class.")  # fmt: skip
+    add("--backend", choices=BACKENDS, default="torch",
+        help="What runs the networks. torch (default): as nnU-Net, to the last bit; compile: "
+        "torch's compiler; openvino: for CPUs, needs the extra totalfast[cpu]; auto: openvino on a "
+        "CPU if it is installed.")  # fmt: skip
     add("--save_probabilities", action="store_true", help="Also write .npz and .pkl.")
     add("--continue_prediction", "--c", action="store_true", help="Leave files that exist.")
     add("-prev_stage_predictions", metavar="FOLDER", help="For a cascade: its first stage's files.")
@@ -98,6 +103,7 @@ def predict_folder(args: argparse.Namespace) -> int:
         verbose_preprocessing=args.verbose,
         allow_tqdm=not args.disable_progress_bar,
         export=args.export,
+        backend=args.backend,
     )
     folds = [fold if fold == "all" else int(fold) for fold in args.f]
     predictor.initialize_from_trained_model_folder(model_folder(args), folds, args.chk)

@@ -17,6 +17,7 @@ import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from tqdm import tqdm
 
+from totalfast.backends import choose_backend
 from totalfast.nnunet.cases import ahead, case_from_array, case_from_files, network_image
 from totalfast.nnunet.export import write_segmentation
 from totalfast.sliding_window import (
@@ -27,7 +28,7 @@ from totalfast.sliding_window import (
     predict_logits,
 )
 from totalfast.stages.predict import predict_network_image
-from totalfast.weights import CHECKPOINT_NAME, Model, load_model
+from totalfast.weights import CHECKPOINT_NAME, Model, load_model, tile_shape
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -49,11 +50,20 @@ class ArgmaxPredictor(nnUNetPredictor):  # type: ignore[misc] # nnU-Net is untyp
     export
         How labels come to the image's resolution: "auto" gives nnU-Net's labels, whatever the plans
         say; "nearest" and "linear" as in ``totalfast.export.export_labels``.
+    backend
+        What runs the networks, one of ``totalfast.backends.BACKENDS``; "torch" is nnU-Net's.
     """
 
-    def __init__(self, *arguments: Any, export: str = "auto", **keywords: Any) -> None:  # noqa: ANN401
+    def __init__(
+        self,
+        *arguments: Any,  # noqa: ANN401
+        export: str = "auto",
+        backend: str = "torch",
+        **keywords: Any,  # noqa: ANN401
+    ) -> None:
         super().__init__(*arguments, **keywords)
         self.export = export
+        self.backend = choose_backend(backend, self.device)
         self._model: Model | None = None
 
     def initialize_from_trained_model_folder(
@@ -84,6 +94,7 @@ class ArgmaxPredictor(nnUNetPredictor):  # type: ignore[misc] # nnU-Net is untyp
             folds=folds,
             device=self.device,
             checkpoint_name=checkpoint_name,
+            backend=self.backend,
         )
         self._model = model
         self.plans_manager = model.plans
@@ -109,6 +120,7 @@ class ArgmaxPredictor(nnUNetPredictor):  # type: ignore[misc] # nnU-Net is untyp
                 network = copy.deepcopy(self.network)
                 network.load_state_dict(parameters)
                 networks.append(network.to(self.device).eval())
+            shape = tile_shape(self.plans_manager, self.configuration_manager, self.dataset_json)
             self._model = Model(
                 folder=Path(self.plans_manager.dataset_name),
                 plans=self.plans_manager,
@@ -116,6 +128,7 @@ class ArgmaxPredictor(nnUNetPredictor):  # type: ignore[misc] # nnU-Net is untyp
                 labels=self.label_manager,
                 dataset=self.dataset_json,
                 networks=tuple(networks),
+                forwards=tuple(self.backend(network, shape) for network in networks),
                 trainer_name=self.trainer_name,
                 mirroring_axes=self.allowed_mirroring_axes,
                 device=self.device,

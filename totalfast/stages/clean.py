@@ -6,17 +6,19 @@ TotalSegmentator 2.18.0, postprocessing.py.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from totalfast.upstream import CLASS_MAPS
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from numpy.typing import NDArray
 
+    from totalfast.geometry import Box
     from totalfast.stages.read import ScannerImage
 
 BODY_EXTREMITY_MINIMUM_MM3 = 50_000.0
@@ -36,7 +38,11 @@ SKIN_SLAB = 64
 
 
 def clean_labels(
-    labels: NDArray[np.uint8], *, task: str, classes: Mapping[int, str], voxel_mm3: float
+    labels: NDArray[np.uint8],
+    *,
+    task: str,
+    classes: Mapping[int, str],
+    voxel_mm3: np.floating[Any],
 ) -> NDArray[np.uint8]:
     """Apply the clean-up that upstream gives a task: blobs of ``body``, auxiliary labels.
 
@@ -49,7 +55,7 @@ def clean_labels(
     classes
         Label to class name.
     voxel_mm3
-        Volume of a voxel.
+        Volume of a voxel, float32 as upstream has it.
     """
     auxiliary = list(CLASS_MAPS.get(f"{task}_auxiliary", ()))
     if auxiliary:
@@ -59,11 +65,69 @@ def clean_labels(
     if task != "body":
         return labels
     label_of = {name: label for label, name in classes.items()}
+    limit = BODY_EXTREMITY_MINIMUM_MM3 / voxel_mm3
+    rules = {label_of["body_trunc"]: _largest, label_of["body_extremities"]: _above(limit)}
+    return _keep_blobs(labels, rules)
+
+
+def remove_small_blobs(
+    labels: NDArray[np.uint8],
+    classes: Collection[int],
+    *,
+    up_to_mm3: float,
+    voxel_mm3: np.floating[Any],
+) -> NDArray[np.uint8]:
+    """Return labels without the small blobs of some classes.
+
+    Parameters
+    ----------
+    labels
+        uint8, any axis order, model grid; not changed.
+    classes
+        Labels of the classes; a blob of another label stays.
+    up_to_mm3
+        The largest volume that is removed.
+    voxel_mm3
+        Volume of a voxel, float32 as upstream has it: its rounding decides on the limit.
+    """
+    return _keep_blobs(labels, dict.fromkeys(classes, _above(up_to_mm3 / voxel_mm3)))
+
+
+def label_boxes(labels: NDArray[np.uint8]) -> dict[int, Box]:
+    """Bounding box of each label that occurs, along the axes of ``labels`` (3-D)."""
+    from scipy.ndimage import find_objects
+
+    turned = labels.flags.f_contiguous  # scipy visits voxels in C order
+    boxes = find_objects(labels.T if turned else labels)
+    return {
+        label: box[::-1] if turned else box
+        for label, box in enumerate(boxes, start=1)
+        if box is not None
+    }
+
+
+Rule = Callable[["NDArray[np.intp]"], "NDArray[np.bool_]"]
+"""Which blobs are kept, given the sizes of all; index 0 is not a blob."""
+
+
+def _largest(sizes: NDArray[np.intp]) -> NDArray[np.bool_]:
+    kept: NDArray[np.bool_] = np.arange(len(sizes)) == 1 + np.argmax(sizes[1:])
+    return kept
+
+
+def _above(limit: np.floating[Any]) -> Rule:
+    return lambda sizes: sizes > limit
+
+
+def _keep_blobs(labels: NDArray[np.uint8], rules: Mapping[int, Rule]) -> NDArray[np.uint8]:
+    """Set all other 6-connected blobs of the labels that have a rule to 0, in a copy."""
     labels = labels.copy()
-    _keep_largest_blob(labels, label_of["body_trunc"])
-    _remove_blobs(
-        labels, label_of["body_extremities"], up_to=BODY_EXTREMITY_MINIMUM_MM3 / voxel_mm3
-    )
+    boxes = label_boxes(labels)
+    for label in rules.keys() & boxes.keys():
+        part = labels[boxes[label]]
+        mask = part == label
+        blobs, sizes = _blob_sizes(mask)
+        part[mask & ~rules[label](sizes)[blobs]] = 0
     return labels
 
 
@@ -73,19 +137,6 @@ def _blob_sizes(mask: NDArray[np.bool_]) -> tuple[NDArray[np.int32], NDArray[np.
 
     blobs, _ = ndimage.label(mask)
     return blobs, np.bincount(blobs.ravel())
-
-
-def _keep_largest_blob(labels: NDArray[np.uint8], label: int) -> None:
-    mask = labels == label
-    blobs, sizes = _blob_sizes(mask)
-    if len(sizes) > 1:
-        labels[mask & (blobs != int(np.argmax(sizes[1:])) + 1)] = 0
-
-
-def _remove_blobs(labels: NDArray[np.uint8], label: int, *, up_to: float) -> None:
-    mask = labels == label
-    blobs, sizes = _blob_sizes(mask)
-    labels[mask & (sizes <= up_to)[blobs]] = 0
 
 
 def skin_mask(image: ScannerImage, body: NDArray[np.bool_]) -> NDArray[np.uint8]:

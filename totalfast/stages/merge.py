@@ -54,6 +54,25 @@ def keep_labels(labels: NDArray[np.uint8], kept: Collection[int]) -> NDArray[np.
     return table[labels]
 
 
+def renumbered(
+    labels: NDArray[np.uint8], classes: Mapping[int, str], wanted: Mapping[int, str]
+) -> NDArray[np.uint8]:
+    """Return labels with other numbers for the same classes; a class without one becomes 0.
+
+    Parameters
+    ----------
+    labels
+        uint8, any axis order.
+    classes, wanted
+        Label to class name: as it is, and as it is to be.
+    """
+    label_of = {name: label for label, name in wanted.items()}
+    table = np.zeros(256, dtype=np.uint8)
+    for label, name in classes.items():
+        table[label] = label_of.get(name, 0)
+    return table[labels]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
     """A range of slices that is predicted by itself, and the part of it that is kept."""

@@ -1,4 +1,4 @@
-"""Read a scan: NIfTI file or image in, voxels as stored and their geometry out.
+"""Read a scan: image file or image in, voxels as stored and their geometry out.
 
 The only stage that reads images from the disk. Knows nothing of models or tasks.
 """
@@ -7,26 +7,40 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import nibabel as nib
 import numpy as np
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError, SpatialImage
 from nibabel.volumeutils import apply_read_scaling
+from nibabel.wrapstruct import WrapStructError
 
-from totalfast.errors import InputError, UnsupportedError
+from totalfast.errors import InputError
 from totalfast.geometry import Grid
 
 if TYPE_CHECKING:
+    from typing import TypeGuard
+
     from numpy.typing import NDArray
 
     from totalfast.geometry import Box
 
 logger = logging.getLogger(__name__)
+
+NIFTI_ENDINGS = (".nii", ".nii.gz")
+ITK_ENDINGS = (".nrrd", ".nhdr", ".mha", ".mhd")
+"""Of formats that upstream does not read."""
+
+GZIP_MAGIC = b"\x1f\x8b"
+NIFTI_2_SIZES = (b"\x1c\x02\0\0", b"\0\0\x02\x1c")
+"""540, the size of a NIfTI-2 header, with which its file begins; either byte order."""
+
+LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
 @dataclass(slots=True, kw_only=True)
@@ -78,22 +92,33 @@ def truncate(values: NDArray[Any]) -> NDArray[np.int32]:
         return np.asarray(values, dtype=np.float64).astype(np.int32)
 
 
-def open_scan(source: str | Path | nib.Nifti1Image) -> nib.Nifti1Image:
-    """Open a scan and check its header; no voxel is read.
+def is_dicom(source: object) -> TypeGuard[str | Path]:
+    """Whether a source is read as DICOM: a path whose name is no other format's."""
+    if not isinstance(source, str | os.PathLike):
+        return False
+    return not Path(source).name.lower().endswith(NIFTI_ENDINGS + ITK_ENDINGS)
+
+
+def open_scan(source: str | Path | nib.Nifti1Image | BinaryIO) -> nib.Nifti1Image:
+    """Open a scan and check its header; no voxel of a NIfTI file is read.
 
     Parameters
     ----------
     source
-        Path of a ``.nii`` or ``.nii.gz`` file, or a nibabel image.
+        Path of a NIfTI, NRRD or MetaImage file, an open NIfTI file (plain or gzipped), or a nibabel
+        image.
 
     Raises
     ------
     InputError
         If the file is missing, damaged, not 3-D, or of a dtype that is no intensity.
-    UnsupportedError
-        If it is of another format.
     """
-    image = source if isinstance(source, SpatialImage) else _open(Path(source))
+    if isinstance(source, SpatialImage):
+        image = source
+    elif isinstance(source, str | os.PathLike):
+        image = _open(Path(source))
+    else:
+        image = _open_stream(source)
     name = _name(image)
     dtype = image.get_data_dtype()
     if dtype.fields is not None or dtype.kind not in "iufb":
@@ -119,7 +144,7 @@ def _name(image: nib.Nifti1Image) -> str:
     return Path(filename).name if filename else "the input image"
 
 
-def read_image(source: str | Path | nib.Nifti1Image) -> ScannerImage:
+def read_image(source: str | Path | nib.Nifti1Image | BinaryIO) -> ScannerImage:
     """Read a 3-D scan without copying it to float64; source and errors are ``open_scan``'s."""
     image = open_scan(source)
     name = _name(image)
@@ -137,16 +162,61 @@ def read_image(source: str | Path | nib.Nifti1Image) -> ScannerImage:
 def _open(path: Path) -> nib.Nifti1Image:
     if not path.exists():
         raise InputError(f"{path} does not exist.")
-    if path.is_dir() or not path.name.lower().endswith((".nii", ".nii.gz")):
-        raise UnsupportedError(
-            f"{path} is not a NIfTI file (.nii or .nii.gz); other formats are not supported yet."
-        )
+    if path.name.lower().endswith(ITK_ENDINGS):
+        return _open_itk(path)
     try:
         return nib.load(path)
     except (ImageFileError, HeaderDataError) as error:
         raise InputError(f"{path} is not a readable NIfTI file: {error}") from error
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path} can't be read: {error}") from error
+
+
+def _open_stream(stream: BinaryIO) -> nib.Nifti1Image:
+    """Open a NIfTI file that a program holds open, plain or gzipped, from where it stands."""
+    from isal import igzip
+
+    if not hasattr(stream, "read"):
+        raise InputError(
+            f"{type(stream).__name__} is no input; give a path, a nibabel image or an open file."
+        )
+    try:
+        content = stream.read()
+        if not isinstance(content, bytes):
+            raise InputError("the input file is open as text; open it with mode 'rb'.")
+        if content.startswith(GZIP_MAGIC):
+            content = igzip.decompress(content)
+        newer = content[:4] in NIFTI_2_SIZES
+        return (nib.Nifti2Image if newer else nib.Nifti1Image).from_bytes(content)
+    except (ImageFileError, HeaderDataError, WrapStructError) as error:
+        raise InputError(f"the input file is not a readable NIfTI file: {error}") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"the input file can't be read: {error}") from error
+
+
+def _open_itk(path: Path) -> nib.Nifti1Image:
+    """Read a NRRD or MetaImage file with SimpleITK, whose axes are LPS+."""
+    import SimpleITK as sitk  # noqa: N813 - as everyone calls it
+
+    try:
+        image = sitk.ReadImage(str(path))
+    except RuntimeError as error:
+        raise InputError(f"{path} can't be read: {error}") from error
+    dimensions = image.GetDimension()
+    if dimensions < 3 or image.GetNumberOfComponentsPerPixel() != 1:
+        raise InputError(
+            f"{path} is {dimensions}-D {image.GetSize()} with "
+            f"{image.GetNumberOfComponentsPerPixel()} values a voxel; totalfast needs a 3-D volume "
+            "with one."
+        )
+    direction = np.reshape(image.GetDirection(), (dimensions, dimensions))[:3, :3]
+    affine = np.eye(4)
+    affine[:3, :3] = direction * np.asarray(image.GetSpacing()[:3])
+    affine[:3, 3] = image.GetOrigin()[:3]
+    voxels = sitk.GetArrayFromImage(image).T
+    opened = nib.Nifti1Image(voxels, LPS_TO_RAS @ affine, dtype=voxels.dtype)
+    opened.file_map["image"].filename = str(path)
+    return opened
 
 
 def _stored_voxels(image: nib.Nifti1Image, name: str) -> tuple[NDArray[Any], float, float]:

@@ -1,0 +1,79 @@
+"""DICOM series that the tests make themselves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pydicom
+from pydicom.dataset import FileMetaDataset
+from pydicom.uid import ExplicitVRLittleEndian, generate_uid
+
+CT_IMAGE = "1.2.840.10008.5.1.4.1.1.2"
+AXIAL = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
+
+
+def new_file(**attributes) -> pydicom.Dataset:
+    """A CT file without position and pixels."""
+    header = pydicom.Dataset()
+    header.file_meta = FileMetaDataset()
+    header.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    header.SOPClassUID = CT_IMAGE
+    header.SOPInstanceUID = generate_uid()
+    header.Modality = "CT"
+    header.PatientName, header.PatientID = "Made^Up", "1"
+    header.StudyDate, header.StudyTime, header.StudyID = "20200101", "120000", "1"
+    header.StudyInstanceUID = header.FrameOfReferenceUID = "1.2.3"
+    header.SeriesInstanceUID, header.SeriesDescription = "1.2.3.4", "made"
+    header.BitsAllocated = header.BitsStored = 16
+    header.HighBit, header.PixelRepresentation, header.SamplesPerPixel = 15, 1, 1
+    header.PhotometricInterpretation = "MONOCHROME2"
+    header.RescaleSlope, header.RescaleIntercept = 1, -1024
+    for name, value in attributes.items():
+        setattr(header, name, value)
+    header.file_meta.MediaStorageSOPClassUID = header.SOPClassUID
+    header.file_meta.MediaStorageSOPInstanceUID = header.SOPInstanceUID
+    return header
+
+
+def write_series(
+    folder: Path,
+    voxels: np.ndarray,
+    *,
+    spacing_mm: tuple[float, float, float] = (3.0, 2.0, 2.0),
+    orientation: tuple[float, ...] = AXIAL,
+    origin_mm: tuple[float, float, float] = (-30.0, -40.0, 50.0),
+    step: np.ndarray | None = None,
+    name: str = "slice",
+    **attributes,
+) -> Path:
+    """Write one file a slice; the intensities, which are stored with 1024 added, are CT's.
+
+    Parameters
+    ----------
+    folder
+        Where; made if it is missing.
+    voxels
+        (slice, row, column), integers.
+    spacing_mm
+        Along the same axes.
+    orientation
+        Direction cosines of a row and of a column, LPS.
+    origin_mm
+        Of the first voxel, LPS.
+    step
+        From slice to slice, in mm, LPS; along the normal unless given.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if step is None:
+        step = np.cross(orientation[:3], orientation[3:]) * spacing_mm[0]
+    for number, plane in enumerate(voxels):
+        header = new_file(**attributes)
+        header.InstanceNumber = number + 1
+        header.ImageOrientationPatient = list(orientation)
+        header.ImagePositionPatient = [float(mm) for mm in np.add(origin_mm, number * step)]
+        header.PixelSpacing, header.SliceThickness = list(spacing_mm[1:]), spacing_mm[0]
+        header.Rows, header.Columns = plane.shape
+        header.PixelData = (plane + 1024).astype("<i2").tobytes()
+        header.save_as(folder / f"{name}{number:03d}.dcm", enforce_file_format=True)
+    return folder

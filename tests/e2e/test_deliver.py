@@ -1,0 +1,199 @@
+"""What a run leaves beside labels: figures, reports, radiomics, entries in Nora."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import types
+from importlib.machinery import ModuleSpec
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+import totalfast
+from totalfast.losses import NO_REGION, NOT_FOUND, TOO_SMALL
+from totalfast.options import Options, check_radiomics
+from totalfast.upstream import CLASS_MAPS
+
+QUICK = {"fastest": True, "device": "cpu", "quiet": True}
+
+
+@pytest.fixture(autouse=True)
+def _standins(standin_home, monkeypatch):
+    monkeypatch.delenv("TOTALSEG_WEIGHTS_PATH", raising=False)
+    monkeypatch.setenv("TOTALSEG_HOME_DIR", str(standin_home))
+
+
+@pytest.fixture(scope="module")
+def scan():
+    values = np.random.default_rng(0).normal(0, 300, (40, 36, 30)).astype(np.int16)
+    return nib.Nifti1Image(values, np.diag([-2.0, 2.0, 3.0, 1.0]))
+
+
+@pytest.fixture
+def small_scan(scan):
+    """Task body, which has two classes only, and derives masks of two more."""
+    return {"input": scan, "task": "body", "fast": True, "device": "cpu", "quiet": True}
+
+
+def test_statistics_are_returned_and_written_to_a_folder_that_is_made(scan, tmp_path):
+    path = str(tmp_path / "new" / "figures.json")
+    image, figures = totalfast.segment(
+        scan, statistics=path, statistics_exclude_masks_at_border=False, **QUICK
+    )
+    labels, counts = np.unique(image.dataobj, return_counts=True)
+    volumes = {CLASS_MAPS["total"][k]: 12.0 * n for k, n in zip(labels, counts, strict=True) if k}
+    assert {name: f["volume"] for name, f in figures.items() if f["volume"]} == volumes
+    assert json.loads((tmp_path / "new" / "figures.json").read_text()) == figures
+    with pytest.raises(totalfast.OptionError, match="statistics needs the name of a file"):
+        totalfast.segment(scan, statistics=str(tmp_path), **QUICK)
+
+
+def test_statistics_without_saving_lie_where_the_masks_would(scan, tmp_path):
+    output = tmp_path / "a" / "masks"
+    totalfast.segment(scan, output, statistics=True, skip_saving=True, **QUICK)
+    assert [path.name for path in output.iterdir()] == ["statistics.json"]
+
+
+def test_statistics_of_a_result_that_stays_on_the_models_grid(scan, tmp_path):
+    image, figures = totalfast.segment(
+        scan,
+        tmp_path / "new" / "masks",
+        save_lowres=True,
+        skip_saving=True,
+        statistics=True,
+        statistics_exclude_masks_at_border=False,
+        **QUICK,
+    )
+    assert image.shape != scan.shape
+    volumes = np.bincount(np.asarray(image.dataobj).ravel(), minlength=118) * 6.0**3
+    assert [f["volume"] for f in figures.values()] == pytest.approx(volumes[1:], rel=1e-6)
+    assert sum(volumes[1:]) > 0
+    assert (tmp_path / "new" / "masks" / "statistics.json").exists()
+
+
+def test_where_no_region_is_found_figures_are_zeros_and_the_report_says_so(scan, tmp_path):
+    present = np.unique(totalfast.segment(scan, **QUICK).dataobj)
+    absent = next(name for label, name in CLASS_MAPS["total"].items() if label not in present)
+    image, figures = totalfast.segment(
+        scan,
+        roi_subset=[absent],  # looked for with the same model
+        fast=True,
+        statistics=True,
+        report=tmp_path / "report.json",
+        device="cpu",
+        quiet=True,
+    )
+    assert not np.any(image.dataobj)
+    assert figures == {absent: {"volume": 0.0, "intensity": 0.0}}
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["totalfast"]["empty_classes"] == {absent: NO_REGION}
+
+
+def test_version_1_order_renumbers_labels_and_leaves_masks_alone(scan, tmp_path):
+    from totalsegmentator.libs import reorder_multilabel_like_v1
+
+    plain = totalfast.segment(scan, tmp_path / "plain", **QUICK)
+    ordered = totalfast.segment(scan, tmp_path / "ordered", v1_order=True, **QUICK)
+    voxels = np.asarray(plain.dataobj)
+    expected = reorder_multilabel_like_v1(voxels, CLASS_MAPS["total"], CLASS_MAPS["total_v1"])
+    np.testing.assert_array_equal(ordered.dataobj, expected)
+    assert not np.array_equal(expected, voxels)
+    table = ordered.header.extensions[-1].get_content()
+    assert table.count(b"<Label ") == len(CLASS_MAPS["total_v1"])
+    masks = sorted((tmp_path / "plain").iterdir())
+    assert len(masks) == 117
+    for mask in masks:
+        assert mask.read_bytes() == (tmp_path / "ordered" / mask.name).read_bytes()
+    body = totalfast.segment(scan, task="body", v1_order=True, fast=True, device="cpu", quiet=True)
+    assert b"body_trunc" in body.header.extensions[-1].get_content()
+
+
+def test_report_is_upstreams_and_tells_why_classes_are_empty(scan, tmp_path, caplog):
+    from totalsegmentator.python_api import build_run_report
+
+    output, path = tmp_path / "masks", tmp_path / "new" / "report.json"
+    with caplog.at_level(logging.DEBUG, logger="totalfast"):
+        image = totalfast.segment(scan, output, report=path, remove_small_blobs=1e8, **QUICK)
+    report = json.loads(path.read_text())
+    own, seconds = report.pop("totalfast"), report.pop("runtime_seconds")
+    expected = build_run_report(
+        scan, output, "total", "cpu", False, True, False, "nifti", None, runtime_seconds=1
+    )
+    expected.pop("runtime_seconds")
+    assert list(report.items()) == list(expected.items())
+    assert len(report["output_files"]) == 117
+    assert seconds > 0
+    assert own["version"] == totalfast.__version__
+    assert not np.any(image.dataobj)
+    assert own["empty_classes"].keys() == set(CLASS_MAPS["total"].values())
+    assert set(own["empty_classes"].values()) == {NOT_FOUND, TOO_SMALL}
+    assert any(message.startswith(f"Empty, {TOO_SMALL}: ") for message in caplog.messages)
+
+
+NORA = """#!/bin/sh
+for word in "$@"; do printf '%s|' "$word"; done >> {log}
+test -s "$4" && echo there >> {log}
+"""
+
+
+def test_nora_gets_files_that_are_there_and_no_shell_reads_the_tag(
+    small_scan, tmp_path, monkeypatch
+):
+    program, log = tmp_path / "nora", tmp_path / "log"
+    program.write_text(NORA.format(log=log))
+    program.chmod(0o755)
+    monkeypatch.setattr("totalfast.stages.nora.NORA", str(program))
+    masks, tag = tmp_path / "masks", f"a; touch {tmp_path}/seen"
+    totalfast.segment(output=masks, nora_tag=tag, **small_scan)
+    totalfast.segment(output=tmp_path / "seg.nii.gz", ml=True, nora_tag="b", **small_scan)
+    assert log.read_text().splitlines() == [
+        f"-p|{tag}|--add|{masks}/body_trunc.nii.gz|--addtag|mask|there",
+        f"-p|{tag}|--add|{masks}/body_extremities.nii.gz|--addtag|mask|there",
+        f"-p|b|--add|{tmp_path}/seg.nii.gz|--addtag|atlas|there",
+    ]
+    assert not (tmp_path / "seen").exists()
+
+
+def test_a_missing_nora_costs_a_warning_only(small_scan, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("totalfast.stages.nora.NORA", str(tmp_path / "none"))
+    totalfast.segment(output=tmp_path / "masks", nora_tag="a", **small_scan)
+    assert "Nora can't be started" in caplog.text
+    assert (tmp_path / "masks" / "body_trunc.nii.gz").exists()
+
+
+def test_radiomics_are_upstreams_over_our_masks(small_scan, tmp_path, monkeypatch):
+    def features(mask, image):
+        voxels = nib.load(image).get_fdata()[nib.load(mask).get_fdata() > 0]
+        return mask.name.split(".")[0], {"sum": float(voxels.sum())}
+
+    module = types.ModuleType("radiomics")
+    module.__spec__ = ModuleSpec("radiomics", None)
+    monkeypatch.setitem(sys.modules, "radiomics", module)
+    monkeypatch.setattr("totalsegmentator.statistics.get_radiomics_features", features)
+    labels = totalfast.segment(
+        output=tmp_path / "masks", radiomics=True, no_derived_masks=True, **small_scan
+    )
+    found = json.loads((tmp_path / "masks" / "statistics_radiomics.json").read_text())
+    trunc = np.asarray(small_scan["input"].dataobj)[np.asarray(labels.dataobj) == 1]
+    assert found["body_trunc"] == {"sum": float(trunc.sum())}
+    assert set(found) == {"body_trunc", "body_extremities"}
+
+
+@pytest.mark.parametrize(
+    ("source", "output", "keywords", "message"),
+    [
+        ("ct.nii.gz", None, {}, "Output path is required"),
+        ("ct.nii.gz", "seg.nii.gz", {"ml": True}, "not supported for multilabel"),
+        ("ct.nii.gz", "masks", {"skip_saving": True}, "do not skip saving"),
+        ("slices", "masks", {}, "not supported for DICOM"),
+        ("ct.nii.gz", "masks", {}, "pyradiomics, which is not installed"),
+    ],
+)
+def test_radiomics_are_refused_before_any_work(source, output, keywords, message, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(totalfast.OptionError, match=message):
+        check_radiomics(source, output, Options(radiomics=True, **keywords))
+    check_radiomics(source, output, Options())

@@ -1,0 +1,329 @@
+from __future__ import annotations
+
+import copy
+import importlib.util
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from dynamic_network_architectures.architectures.unet import PlainConvUNet
+
+import totalfast
+from totalfast import OptionError, backends
+from totalfast.backends import choose_backend, resolve_backend, store
+from totalfast.backends.forward import run_by_torch
+from totalfast.sliding_window import Tiling, inference_settings, predict_labels
+from totalfast.weights import load_model
+
+CPU = torch.device("cpu")
+TILE = (1, 1, 16, 16, 16)
+
+needs_openvino = pytest.mark.skipif(
+    importlib.util.find_spec("openvino") is None, reason="OpenVINO is not installed"
+)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    folder = tmp_path / "cache"
+    monkeypatch.setenv(store.FOLDER_VARIABLE, str(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(standin_home):
+    return next((standin_home / "nnunet/results").glob("Dataset297*/*"))
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """A switch: whether OpenVINO seems to be installed."""
+    return lambda there: monkeypatch.setattr(backends, "openvino_is_installed", lambda: there)
+
+
+def made_network(dimensions: int = 3) -> torch.nn.Module:
+    torch.manual_seed(dimensions)
+    network = PlainConvUNet(
+        input_channels=1,
+        n_stages=2,
+        features_per_stage=(4, 8),
+        conv_op=(torch.nn.Conv2d, torch.nn.Conv3d)[dimensions - 2],
+        kernel_sizes=3,
+        strides=(1, 2),
+        n_conv_per_stage=1,
+        num_classes=5,
+        n_conv_per_stage_decoder=1,
+        conv_bias=True,
+        norm_op=(torch.nn.InstanceNorm2d, torch.nn.InstanceNorm3d)[dimensions - 2],
+        norm_op_kwargs={"eps": 1e-5, "affine": True},
+        nonlin=torch.nn.LeakyReLU,
+        nonlin_kwargs={"inplace": True},
+    )
+    return network.eval()
+
+
+def answers(backend, network, tile):
+    """A tile's logits by torch and by another backend."""
+    with inference_settings(CPU):
+        forward = backend(network, tuple(tile.shape))
+        found = forward(tile)
+        forward.release()
+        return run_by_torch(network, tuple(tile.shape))(tile), found
+
+
+def test_auto_is_openvino_where_it_is_installed_and_of_use_and_says_so(
+    installed, monkeypatch, caplog
+):
+    monkeypatch.delenv(backends.DEFAULT_VARIABLE)
+    monkeypatch.setattr(backends.importlib.metadata, "version", lambda name: "2025.0")
+    installed(False)
+    assert choose_backend("auto", CPU) is run_by_torch
+    installed(True)
+    with caplog.at_level(logging.INFO, logger="totalfast"):
+        assert choose_backend("auto", torch.device("cuda")) is run_by_torch
+        assert choose_backend("auto", torch.device("mps")) is run_by_torch
+        assert choose_backend("torch", CPU) is run_by_torch
+        assert not caplog.messages
+        assert choose_backend("auto", CPU).__name__ == "run_by_openvino"
+    (message,) = caplog.messages
+    assert "OpenVINO 2025.0" in message
+    assert "--backend torch" in message
+
+
+def test_the_environment_says_what_auto_is_and_no_more(installed, monkeypatch):
+    installed(True)
+    monkeypatch.setenv(backends.DEFAULT_VARIABLE, "compile")
+    assert choose_backend("auto", CPU).__name__ == "run_compiled"
+    assert choose_backend("torch", CPU) is run_by_torch
+    monkeypatch.setenv(backends.DEFAULT_VARIABLE, "fastest")
+    with pytest.raises(OptionError, match="must be one of auto, torch, compile, openvino, not 'fa"):
+        resolve_backend("auto")
+
+
+def test_what_cannot_run_is_refused_before_anything_is_done(installed):
+    installed(False)
+    with pytest.raises(OptionError, match=r"pip install 'totalfast\[cpu\]'"):
+        totalfast.segment("scan.nii.gz", backend="openvino")
+    installed(True)
+    with pytest.raises(OptionError, match="on device 'cpu' only, not cuda"):
+        choose_backend("openvino", torch.device("cuda", 0))
+    with pytest.raises(OptionError, match="not mps"):
+        choose_backend("compile", torch.device("mps"))
+
+
+def test_cache_is_the_users_or_where_the_environment_says(cache, monkeypatch, tmp_path):
+    assert store.cache_folder() == cache
+    monkeypatch.delenv(store.FOLDER_VARIABLE)
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert store.cache_folder() == tmp_path / "xdg/totalfast"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert store.cache_folder() == tmp_path / "home/.cache/totalfast"
+
+
+def test_key_is_of_weights_layers_and_what_else_matters():
+    network = made_network()
+    key = store.content_key(network, {"shape": TILE})
+    assert store.content_key(copy.deepcopy(network), {"shape": TILE}) == key
+    assert store.content_key(network, {"shape": (1, 1, 16, 16, 32)}) != key
+    other = copy.deepcopy(network)
+    other.decoder.seg_layers[0].bias.data[0] += 1e-6
+    steeper = copy.deepcopy(network)
+    for module in steeper.modules():
+        if isinstance(module, torch.nn.LeakyReLU):
+            module.negative_slope = 0.02
+    keys = {key, *(store.content_key(changed, {"shape": TILE}) for changed in (other, steeper))}
+    assert len(keys) == 3
+
+
+def test_entries_are_made_once_and_damaged_ones_anew(cache):
+    made = []
+
+    def make(folder):
+        made.append(folder)
+        (folder / "weights").write_bytes(b"1234")
+
+    for _ in range(2):
+        assert (store.entry("key", make) / "weights").read_bytes() == b"1234"
+    assert len(made) == 1
+    for damage in (
+        lambda: (cache / "key/weights").write_bytes(b"1235"),
+        lambda: (cache / "key/weights").unlink(),
+        lambda: (cache / "key" / store.SUMS).write_text("[1]"),
+        lambda: (cache / "key" / store.SUMS).write_text('{"weights'),
+        lambda: (cache / "key" / store.SUMS).unlink(),
+    ):
+        damage()
+        assert (store.entry("key", make) / "weights").read_bytes() == b"1234"
+        assert (cache / "key" / store.SUMS).exists()
+    assert len(made) == 6
+    assert [path.name for path in cache.iterdir()] == ["key"]
+
+
+def test_entry_that_fails_leaves_nothing_and_an_unwritable_cache_is_done_without(
+    cache, monkeypatch, tmp_path, caplog
+):
+    def fail(folder):
+        (folder / "half").write_bytes(b"12")
+        raise RuntimeError("conversion failed")
+
+    with pytest.raises(RuntimeError, match="conversion failed"):
+        store.entry("key", fail)
+    assert not list(cache.iterdir())
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(store.FOLDER_VARIABLE, str(tmp_path / "file"))
+    with caplog.at_level(logging.INFO, logger="totalfast"):
+        assert store.entry("key", fail) is None
+    assert "can't be kept" in caplog.text
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch needs a C++ compiler")
+def test_compiled_network_agrees(caplog):
+    network = torch.nn.Sequential(
+        torch.nn.Conv3d(1, 4, 3), torch.nn.InstanceNorm3d(4), torch.nn.LeakyReLU(0.1)
+    )
+    tile = torch.randn(TILE, generator=torch.Generator().manual_seed(0))
+    torch._dynamo.reset()
+    expected, found = answers(choose_backend("compile", CPU), network, tile)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert "is run uncompiled" not in caplog.text
+
+
+def test_a_session_may_compile_more_networks_than_torch_would(monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for _ in range(9):
+        network = torch.nn.Sequential(torch.nn.Conv3d(1, 2, 3))
+        expected, found = answers(choose_backend("compile", CPU), network, torch.ones(TILE))
+        assert torch.equal(found, expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 9
+
+
+def test_without_a_compiler_a_network_is_run_as_it_is(monkeypatch, caplog):
+    from torch._inductor import config
+
+    monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
+    monkeypatch.setattr(config, "force_disable_caches", True)
+    network = torch.nn.Sequential(torch.nn.Conv3d(1, 3, 3), torch.nn.ELU(0.123))
+    torch._dynamo.reset()
+    expected, found = answers(choose_backend("compile", CPU), network, torch.ones(TILE))
+    assert torch.equal(found, expected)
+    assert len([m for m in caplog.messages if "is run uncompiled" in m]) == 1
+
+
+class Unheard(torch.nn.Module):
+    """A network with an operation that OpenVINO does not have."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Conv3d(1, 2, 1)
+
+    def forward(self, tile):
+        return torch.special.bessel_j0(self.layer(tile))
+
+
+@needs_openvino
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_openvino_agrees_in_float32_and_leaves_the_process_as_it_was(dimensions):
+    tile = torch.randn(TILE[: dimensions + 2], generator=torch.Generator().manual_seed(0))
+    expected, found = answers(choose_backend("openvino", CPU), made_network(dimensions), tile)
+    # Bfloat16, the default of some CPUs, is off by a hundred times as much.
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    subnormal = torch.full((100000,), 1e-40)
+    assert torch.all(subnormal * 1.0 > 0)
+    assert np.float32(1e-40) * np.float32(0.5) > 0
+    if hasattr(os, "sched_getaffinity"):
+        assert len(os.sched_getaffinity(0)) > 1 or os.cpu_count() == 1
+
+
+@needs_openvino
+def test_openvino_is_told_to_compute_in_float32():
+    forward = choose_backend("openvino", CPU)(made_network(), TILE)
+    (compiled,) = forward.body.args
+    assert compiled.get_property("INFERENCE_PRECISION_HINT").to_string() == "f32"
+    assert compiled.get_property("CPU_DENORMALS_OPTIMIZATION") is False
+
+
+@needs_openvino
+def test_labels_are_torchs_and_a_second_load_converts_nothing(folder, cache, monkeypatch):
+    from totalfast.backends import openvino
+
+    torchs = load_model(folder, folds=(0,), device=CPU)
+    first = load_model(folder, folds=(0,), device=CPU, backend=choose_backend("openvino", CPU))
+    monkeypatch.setattr(openvino, "_converted", lambda *_: pytest.fail("converted again"))
+    second = load_model(folder, folds=(0,), device=CPU, backend=choose_backend("openvino", CPU))
+    assert len(list(cache.iterdir())) == 1
+    image = torch.randn((1, 90, 60, 70), generator=torch.Generator().manual_seed(0))
+    expected, found, again = (
+        predict_labels(model, image, Tiling(step=0.8)) for model in (torchs, first, second)
+    )
+    assert torch.equal(found, again)
+    assert (found != expected).float().mean() < 1e-3
+
+
+@needs_openvino
+def test_networks_that_openvino_lacks_are_run_by_torch_and_not_stored(cache, caplog):
+    expected, found = answers(choose_backend("openvino", CPU), Unheard(), torch.ones(TILE))
+    assert torch.equal(found, expected)
+    (message,) = caplog.messages
+    assert message.startswith("OpenVINO can't run Unheard, so torch does: ")
+    assert "bessel_j0" in message
+    assert not cache.exists()
+
+
+WATCHED = """
+import sys
+
+asked = []
+
+
+def watch(event, arguments):
+    # OpenVINO's telemetry forks processes that do the asking.
+    if event.startswith(("socket.getaddrinfo", "socket.gethostby", "socket.connect", "os.fork")):
+        asked.append((event, arguments))
+        raise OSError(f"not allowed: {event} {arguments}")
+
+
+sys.addaudithook(watch)
+import torch
+from totalfast.backends.openvino import run_by_openvino
+
+network = torch.nn.Conv3d(1, 2, 3).eval()
+forward = run_by_openvino(network, (1, 1, 8, 8, 8))
+with torch.inference_mode():
+    assert torch.allclose(forward(torch.ones(1, 1, 8, 8, 8)), network(torch.ones(1, 1, 8, 8, 8)))
+assert type(forward.body).__name__ == "partial", "torch ran it"
+assert "openvino" in sys.modules
+loaded = [name for name in sys.modules if name.startswith("openvino_telemetry")]
+assert not asked, asked
+assert not loaded, loaded
+"""
+
+
+@needs_openvino
+def test_openvino_reports_to_nobody(tmp_path):
+    home = tmp_path / "home"
+    home.mkdir()
+    # Telemetry is silent in CI, which these variables tell.
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("CI", "TF_BUILD", "JENKINS_URL")
+    } | {"HOME": str(home), "USERPROFILE": str(home), "XDG_CACHE_HOME": str(home / "cache")}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", WATCHED],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in home.iterdir() if path.name != "cache"] == []

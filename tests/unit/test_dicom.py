@@ -1,0 +1,245 @@
+"""DICOM in: which files make the scan, where its voxels lie, what is refused."""
+
+from __future__ import annotations
+
+import shutil
+import zipfile
+
+import nibabel as nib
+import numpy as np
+import pytest
+from pydicom import Dataset
+from pydicom.uid import generate_uid
+
+from tests.dicom_series import AXIAL, new_file, write_series
+from totalfast import InputError
+from totalfast.cli import _task_of_modality
+from totalfast.stages import dicom_files
+from totalfast.stages.dicom import open_series
+from totalfast.stages.read import read_image
+from totalfast.upstream import dicom_to_nifti
+
+VOXELS = np.random.default_rng(0).integers(-1000, 1000, (6, 8, 7))
+"""(slice, row, column)."""
+
+ENHANCED_CT = "1.2.840.10008.5.1.4.1.1.2.1"
+
+
+def opened(source):
+    with open_series(source) as series:
+        image = read_image(series.image)
+    return image.scale(image.stored), image.grid.affine, series
+
+
+def upstreams(folder, tmp_path):
+    dicom_to_nifti(folder, tmp_path / "upstream.nii.gz")
+    image = nib.load(tmp_path / "upstream.nii.gz")
+    return image.get_fdata(), image.affine
+
+
+def test_folder_zip_and_what_lies_around_give_upstreams_image(tmp_path):
+    plain = write_series(tmp_path / "plain", VOXELS)
+    expected, affine = upstreams(plain, tmp_path)
+    assert expected.shape == (7, 8, 6)
+    # A localizer series, a structure set, a text, and all that in a folder below.
+    full = tmp_path / "full"
+    shutil.copytree(plain, full / "CT" / "series 1")
+    (full / "readme.txt").write_text("not DICOM")
+    write_series(full / "scout", VOXELS[:2], SeriesInstanceUID="1.2.9", name="scout")
+    write_series(full, VOXELS[:5], SeriesInstanceUID="1.2.8", ImageType=["O", "P", "LOCALIZER"])
+    new_file(Modality="RTSTRUCT").save_as(full / "rtstruct.dcm", enforce_file_format=True)
+    archive = shutil.make_archive(str(tmp_path / "ct"), "zip", full)
+    for source in (plain, full, tmp_path / archive):
+        found, found_affine, series = opened(source)
+        np.testing.assert_array_equal(found, expected)
+        np.testing.assert_array_equal(found_affine, affine)
+        assert (series.slices, series.orientation) == (6, AXIAL)
+        assert not series.folder.exists()
+
+
+ORIENTATIONS = [
+    AXIAL,
+    (-1.0, 0.0, 0.0, 0.0, 1.0, 0.0),
+    (1.0, 0.0, 0.0, 0.0, -1.0, 0.0),
+    (0.0, 1.0, 0.0, 1.0, 0.0, 0.0),
+    (1.0, 0.0, 0.0, 0.0, 0.0, -1.0),
+    (-1.0, 0.0, 0.0, 0.0, 0.0, -1.0),
+    (1.0, 0.0, 0.0, 0.0, 0.0, 1.0),
+    (0.0, 1.0, 0.0, 0.0, 0.0, -1.0),
+    (0.0, -1.0, 0.0, 0.0, 0.0, -1.0),
+    (0.0, 0.0, 1.0, 0.0, 1.0, 0.0),
+    (0.9848077530122081, 0.17364817766693033, 0.0, -0.17364817766693033, 0.9848077530122081, 0.0),
+]
+
+
+def patient_points(shape, orientation, spacing_mm, origin_mm):
+    """RAS+ positions (n, 3) of all voxels (slice, row, column) of a series."""
+    row, column = np.asarray(orientation[:3]), np.asarray(orientation[3:])
+    steps = [np.cross(row, column) * spacing_mm[0], column * spacing_mm[1], row * spacing_mm[2]]
+    points = np.indices(shape).reshape(3, -1).T @ np.asarray(steps) + origin_mm
+    return points * (-1, -1, 1)
+
+
+@pytest.mark.parametrize(
+    ("orientation", "backwards"),
+    [(each, False) for each in ORIENTATIONS] + [(ORIENTATIONS[n], True) for n in (0, 7)],
+)
+def test_voxels_lie_where_the_slices_say(tmp_path, orientation, backwards):
+    spacing_mm, origin_mm = (3.0, 2.0, 1.5), (-30.0, -40.0, 50.0)
+    step = np.cross(orientation[:3], orientation[3:]) * spacing_mm[0]
+    if backwards:
+        step = -step
+        origin_mm = tuple(np.subtract(origin_mm, (len(VOXELS) - 1) * step))
+    voxels = VOXELS[::-1] if backwards else VOXELS
+    folder = write_series(
+        tmp_path / "ct", voxels, spacing_mm=spacing_mm, orientation=orientation,
+        origin_mm=origin_mm, step=step,
+    )  # fmt: skip
+    found, affine, _ = opened(folder)
+    points = patient_points(VOXELS.shape, orientation, spacing_mm, (-30.0, -40.0, 50.0))
+    indices = nib.affines.apply_affine(np.linalg.inv(affine), points)
+    np.testing.assert_allclose(indices, np.rint(indices), atol=1e-4)
+    index = np.rint(indices).astype(int)
+    np.testing.assert_array_equal(found[tuple(index.T)], VOXELS.ravel())
+
+
+def refusal(source):
+    with pytest.raises(InputError) as caught, open_series(source):
+        pass
+    return str(caught.value)
+
+
+def test_what_is_no_scan_is_named(tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert "(0 files looked at)" in refusal(tmp_path / "empty")
+    assert "none.zip does not exist" in refusal(tmp_path / "none.zip")
+    (tmp_path / "notes.txt").write_text("hello")
+    assert "notes.txt holds no DICOM image slices with" in refusal(tmp_path / "notes.txt")
+    (tmp_path / "report").mkdir()
+    new_file(Modality="SR").save_as(tmp_path / "report" / "a", enforce_file_format=True)
+    assert "its DICOM files are of modality SR" in refusal(tmp_path / "report")
+    folder = write_series(tmp_path / "few", VOXELS[:3])
+    assert "few can't be converted: it has fewer than 4 slices" in refusal(folder)
+    assert "give the folder that holds its series" in refusal(folder / "slice000.dcm")
+
+
+def test_two_series_in_one_folder(tmp_path):
+    write_series(tmp_path / "both", VOXELS, name="a", SeriesDescription="lung")
+    write_series(
+        tmp_path / "both", VOXELS, name="b", SeriesDescription="bone", SeriesInstanceUID="1.2.7"
+    )
+    message = refusal(tmp_path / "both")
+    assert "both holds 2 DICOM series: 'lung' (CT, 6 slices); 'bone' (CT, 6 slices)" in message
+
+
+def test_a_tilted_gantry_a_missing_slice_and_slices_that_are_not_parallel(tmp_path):
+    tilted = write_series(tmp_path / "tilted", VOXELS, step=np.array([0.0, 1.0, 3.0]))
+    assert "sheared, as by a tilted gantry" in refusal(tilted)
+    gap = write_series(tmp_path / "gap", VOXELS)
+    (gap / "slice002.dcm").unlink()
+    assert "not evenly spaced" in refusal(gap)
+    mixed = write_series(tmp_path / "mixed", VOXELS)
+    write_series(mixed, VOXELS, orientation=ORIENTATIONS[4], name="coronal")
+    assert "mixed can't be converted: its slices are not parallel" in refusal(mixed)
+    sizes = write_series(tmp_path / "sizes", VOXELS)
+    write_series(sizes, VOXELS[:, :5], name="small", origin_mm=(-30.0, -40.0, 68.0))
+    assert "sizes can't be converted: ValueError" in refusal(sizes)
+
+
+def test_zip_files_of_strangers(tmp_path, monkeypatch):
+    series = write_series(tmp_path / "ct", VOXELS)
+    with zipfile.ZipFile(tmp_path / "up.zip", "w") as archive:
+        for path in sorted(series.iterdir()):
+            archive.write(path, f"../../{path.name}")
+    before = sorted(tmp_path.rglob("*"))
+    found, _, _ = opened(tmp_path / "up.zip")
+    np.testing.assert_array_equal(found, opened(series)[0])
+    assert sorted(tmp_path.rglob("*")) == before
+    with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("zeros", bytes(20_000_000))
+    monkeypatch.setattr(dicom_files, "BOMB_BYTES", 10_000_000)
+    assert "bomb.zip would grow from 0.0 MB to 20 MB" in refusal(tmp_path / "bomb.zip")
+    content = bytearray((tmp_path / "up.zip").read_bytes())
+    content[2000] ^= 0xFF
+    (tmp_path / "damaged.zip").write_bytes(content)
+    assert "damaged.zip can't be unpacked: Bad CRC" in refusal(tmp_path / "damaged.zip")
+
+
+def multi_frame(path, *, order=range(1, 7), per_frame=(1, -1024), shared=None, name=ENHANCED_CT):
+    """Write an enhanced CT file whose frames say that they are the slices ``order``."""
+    header = new_file(SOPClassUID=name, SOPInstanceUID=generate_uid(), InstanceNumber=1)
+    del header.RescaleSlope, header.RescaleIntercept
+    header.NumberOfFrames, header.Rows, header.Columns = VOXELS.shape
+
+    def group(**sequences):
+        item = Dataset()
+        for keyword, values in sequences.items():
+            part = Dataset()
+            for attribute, value in values.items():
+                setattr(part, attribute, value)
+            setattr(item, keyword, [part])
+        return item
+
+    def scaling(values):
+        slope, intercept = values
+        rescale = {"RescaleSlope": slope, "RescaleIntercept": intercept}
+        return {"PixelValueTransformationSequence": rescale}
+
+    header.SharedFunctionalGroupsSequence = [
+        group(
+            PlaneOrientationSequence={"ImageOrientationPatient": list(AXIAL)},
+            PixelMeasuresSequence={"PixelSpacing": [2.0, 2.0], "SliceThickness": 3.0},
+            **(scaling(shared) if shared else {}),
+        )
+    ]
+    header.PerFrameFunctionalGroupsSequence = [
+        group(
+            PlanePositionSequence={"ImagePositionPatient": [-30.0, -40.0, 50.0 + 3.0 * slice_]},
+            FrameContentSequence={"InStackPositionNumber": slice_},
+            **(scaling(per_frame) if per_frame else {}),
+        )
+        for slice_ in order
+    ]
+    planes = VOXELS[[slice_ - 1 for slice_ in order]]
+    header.PixelData = (planes + 1024).astype("<i2").tobytes()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    header.save_as(path, enforce_file_format=True)
+    return path
+
+
+def test_a_multi_frame_file_is_a_scan(tmp_path):
+    single, affine, _ = opened(
+        write_series(tmp_path / "single", VOXELS, origin_mm=(-30.0, -40.0, 53.0))
+    )
+    path = multi_frame(tmp_path / "many" / "ct.dcm")
+    for source in (path, path.parent):
+        found, found_affine, series = opened(source)
+        np.testing.assert_array_equal(found, single)
+        np.testing.assert_allclose(found_affine, affine)
+        assert series.orientation is None
+
+
+def test_multi_frame_files_that_would_be_converted_wrong(tmp_path):
+    shared = multi_frame(tmp_path / "shared.dcm", per_frame=None, shared=(1, -1024))
+    assert "share one rescale slope" in refusal(shared)
+    turned = multi_frame(tmp_path / "turned.dcm", order=range(6, 0, -1))
+    assert "not stored in the order of their slices" in refusal(turned)
+    multi_frame(tmp_path / "two" / "a.dcm")
+    multi_frame(tmp_path / "two" / "b.dcm")
+    assert "holds 2 files, of which 2 have many frames (as a.dcm)" in refusal(tmp_path / "two")
+
+
+@pytest.mark.parametrize(
+    ("asked", "modality", "expected"),
+    [
+        ("total", "MR", "total_mr"),
+        ("total_mr", "CT", "total"),
+        ("total", "CT", "total"),
+        ("total", "PT", "total"),
+        ("body", "MR", "body"),
+    ],
+)
+def test_command_takes_the_model_of_the_modality(tmp_path, asked, modality, expected):
+    folder = write_series(tmp_path / "scan", VOXELS[:1], Modality=modality)
+    assert _task_of_modality(asked, folder) == expected
+    assert _task_of_modality(asked, tmp_path / "scan.nii.gz") == asked
