@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from totalfast.demo.phantom import Phantom
 
 
-def segmented(phantom: Phantom, *, export: str) -> NDArray[np.uint8]:
-    """Labels (x, y, z) that ``--fast --export`` finds in a phantom."""
+def segmented(phantom: Phantom, **keywords: Any) -> NDArray[np.uint8]:
+    """Labels (x, y, z) that ``--fast`` and other options find in a phantom."""
     import totalfast
 
     scan = nib.Nifti1Image(phantom.ct, phantom.affine)
-    found = totalfast.segment(scan, fast=True, export=export, device="cpu", quiet=True)
+    found = totalfast.segment(scan, fast=True, device="cpu", quiet=True, **keywords)
     return np.asarray(found.dataobj)
 
 

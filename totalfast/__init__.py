@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from totalfast.errors import (
     InputError,
     LicenseError,
+    MemoryLimitError,
     OptionError,
     OutputError,
     PredictionError,
@@ -32,6 +33,7 @@ __all__ = [
     "ArgmaxPredictor",
     "InputError",
     "LicenseError",
+    "MemoryLimitError",
     "OptionError",
     "OutputError",
     "PredictionError",

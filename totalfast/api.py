@@ -64,6 +64,7 @@ def segment(
     export: str = "auto",
     backend: str = "auto",
     tile_step_size: float | None = None,
+    max_memory_gb: float | None = None,
 ) -> nib.Nifti1Image | tuple[nib.Nifti1Image, Statistics]:
     """Segment one scan with one of TotalSegmentator's tasks.
 
@@ -166,6 +167,10 @@ def segment(
         and up to 1: 0.8 lets neighbours overlap by at least a fifth. None takes upstream's, 0.8
         for the total tasks and 0.5 for others. A larger step means fewer tiles, less time and
         other labels. Rough models that look for a region keep theirs.
+    max_memory_gb
+        Not upstream's. Raise an error before the scan is read if the run needs more memory than
+        this, in 10**9 bytes; of a GPU's memory what is free is taken. None warns if more is needed
+        than is free.
 
     Other keywords are upstream's and raise ``UnsupportedError`` unless they have their default.
 

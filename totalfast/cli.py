@@ -474,6 +474,14 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
         "by nearest neighbour; 'linear' interpolates the logits, for smooth masks.",
     )
     add(
+        "--max-memory",
+        dest="max_memory_gb",
+        type=float,
+        metavar="GB",
+        help="Stop before the scan is read if the run needs more memory than this. Default: what "
+        "is free; a warning is given if it needs more.",
+    )
+    add(
         "--tile_step_size",
         type=float,
         metavar="0-1",

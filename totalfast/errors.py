@@ -9,6 +9,7 @@ The tree::
     ├── OutputError           the result can't be written where it was asked for
     ├── LicenseError          TotalSegmentator asks for a licence number for the task
     ├── WeightsError          a model is missing, damaged or holds more than weights
+    ├── MemoryLimitError      the run needs more memory than the user allows
     └── PredictionError       the network's answer can't be used
 
 All derive from ``TotalfastError``; a message gives what was found, what was expected, what to do.
@@ -43,6 +44,10 @@ class LicenseError(TotalfastError):
 
 class WeightsError(TotalfastError):
     """A model folder is missing, damaged, or a checkpoint holds more than weights."""
+
+
+class MemoryLimitError(TotalfastError):
+    """The run would need more memory than ``max_memory_gb`` allows; nothing was begun."""
 
 
 class PredictionError(TotalfastError):

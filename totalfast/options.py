@@ -73,8 +73,8 @@ class Options:
     """Options of a run; names, meanings and defaults are those of ``totalsegmentator()``.
 
     Ours are ``export``, how labels come to the scanner grid, one of ``EXPORTS``; ``backend``, what
-    runs the networks, one of ``totalfast.backends.BACKENDS``; and ``tile_step_size``, which is the
-    task's own if None.
+    runs the networks, one of ``totalfast.backends.BACKENDS``; ``tile_step_size``, which is the
+    task's own if None; and ``max_memory_gb``, which is what is free if None.
     """
 
     ml: bool = False
@@ -119,6 +119,7 @@ class Options:
     export: str = "auto"
     backend: str = "auto"
     tile_step_size: float | None = None
+    max_memory_gb: float | None = None
 
     def __post_init__(self) -> None:
         validate_device(self.device)
@@ -136,6 +137,8 @@ class Options:
         step = self.tile_step_size
         if step is not None and not 0 < step <= 1:
             raise OptionError(f"tile_step_size must be above 0 and at most 1, not {step}.")
+        if self.max_memory_gb is not None and not self.max_memory_gb > 0:
+            raise OptionError(f"max_memory_gb must be above 0, not {self.max_memory_gb}.")
         if self.export == "linear" and (
             self.save_lowres or self.force_split or self.higher_order_resampling_LEGACY
         ):

@@ -17,6 +17,7 @@ import nibabel as nib
 import numpy as np
 from nibabel.orientations import axcodes2ornt, ornt_transform
 
+from totalfast.budget import Budget
 from totalfast.cores import usable_cores
 from totalfast.deliver import Found, deliver, save_report, writes_skin
 from totalfast.export import nearest_to_scanner_grid
@@ -34,6 +35,7 @@ from totalfast.losses import (
     TOO_SMALL,
     Losses,
 )
+from totalfast.memory import MemoryPlan, StoredScan, plan_memory
 from totalfast.progress import Progress, Work, timed
 from totalfast.sliding_window import Tiling, plan_tiles
 from totalfast.stages.clean import clean_labels, remove_small_blobs
@@ -79,9 +81,18 @@ class Run:
     session: Session
     progress: Progress
     work: Work
-    keeps_scan: bool
-    """The scan's intensities are needed once more at the end."""
+    scan: StoredScan
+    budget: Budget
     losses: Losses
+
+    @property
+    def keeps_scan(self) -> bool:
+        """Whether the scan's intensities are needed once more at the end."""
+        return self.scan.kept
+
+    def plan_memory(self, region: Grid, task: Task) -> MemoryPlan:
+        """Estimate what labelling a region of the scan takes."""
+        return plan_memory(self.scan, region, task=task, options=self.options, budget=self.budget)
 
     def rough(self) -> Run:
         """What a run has at hand that only looks for something: no option but the basic ones."""
@@ -96,7 +107,8 @@ class Run:
         )
         work = replace(self.work, part=self.work.rough or self.work.part, resample=0.0)
         losses = Losses({}, wanted=False)
-        return replace(self, options=options, work=work, keeps_scan=True, losses=losses)
+        scan = replace(self.scan, kept=True)
+        return replace(self, options=options, work=work, scan=scan, losses=losses)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,21 +155,24 @@ def run(
         check_license(task.name)
     scan = open_scan(source)  # before models are looked for, or even downloaded
     _say_what_is_done(task, options)
-    _begin_loading(task, options, session)
-    if options.export == "linear":
-        Thread(target=prepare_linear, name="totalfast-compile", daemon=True).start()
     with Progress(disable=options.quiet) as progress:
         this = Run(
             options=options,
             session=session,
             progress=progress,
             work=Work.of(scan, task, device=options.device),
-            keeps_scan=writes_skin(task, options)
-            or options.preview
-            or bool(options.statistics)
-            or task.refined_by is not None,
+            scan=StoredScan(
+                shape=scan.shape[:3],
+                itemsize=scan.get_data_dtype().itemsize,
+                kept=_keeps_scan(task, options),
+            ),
+            budget=Budget.of(options),
             losses=Losses(task.classes, wanted=options.verbose or options.report is not None),
         )
+        _check_memory(this, Grid(shape=scan.shape[:3], affine=scan.affine), task)
+        _begin_loading(task, options, session)
+        if options.export == "linear":
+            Thread(target=prepare_linear, name="totalfast-compile", daemon=True).start()
         progress.expect(this.work.total)
         progress.stage("Reading")
         image = read_image(scan)
@@ -213,6 +228,23 @@ def _begin_loading(task: Task, options: Options, session: Session) -> None:
         session.load(task, part, device=options.device, backend=options.backend)
 
 
+def _keeps_scan(task: Task, options: Options) -> bool:
+    return (
+        writes_skin(task, options)
+        or options.preview
+        or bool(options.statistics)
+        or task.refined_by is not None
+    )
+
+
+def _check_memory(run: Run, whole: Grid, task: Task) -> None:
+    """Say what memory the first pass over the whole scan takes, or that it is too much."""
+    first = run
+    while task.crop is not None:
+        first, task = first.rough(), task.crop.rough
+    first.plan_memory(whole, task).check(run.budget)
+
+
 def _say_what_is_done(task: Task, options: Options) -> None:
     if task.coarse_mm is not None:
         logger.info(
@@ -263,6 +295,7 @@ def segment_region(run: Run, image: ScannerImage, task: Task, crop: Crop) -> Lab
         affine = image.grid.affine
         return Labelled(image=label_image(nothing, affine=affine, header=None, names=task.classes))
     region = image.cropped(box)
+    run.plan_memory(region.grid, task).check(run.budget)
     if not run.keeps_scan:
         image.drop_voxels()
     labelled = segment_all(run, region, task)
@@ -359,6 +392,7 @@ def predict(run: Run, model_image: ModelImage, task: Task) -> NDArray[np.uint8]:
         logger.info("Splitting into subparts...")
         pieces = thirds(slices)
     spacing_zyx = [float(mm) for mm in model_image.grid.spacing_mm[::-1]]
+    on_device = run.plan_memory(model_image.canonical, task).on_device
     labels = np.zeros(shape, dtype=np.uint8)
     for index, part in enumerate(task.parts):
         if task.several_models:
@@ -379,7 +413,7 @@ def predict(run: Run, model_image: ModelImage, task: Task) -> NDArray[np.uint8]:
                 "voxels": model_image.voxels[piece.predicted],
                 "spacing_mm": spacing_zyx,
                 "model": model,
-                "tiling": Tiling(step=task.tile_step),
+                "tiling": Tiling(step=task.tile_step, on_device=on_device),
                 "on_tile": partial(progress.advance, run.work.part * tile_share),
             }
             with run.session.predicting:

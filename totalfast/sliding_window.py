@@ -346,9 +346,12 @@ class _RollingWindow:
         if start >= self.tiles.padded_shape[0]:
             return
         for array in (*self.sums, self.weight):
-            kept = array[..., done:, :, :].clone()
-            array[..., : kept.shape[-3], :, :] = kept
-            array[..., kept.shape[-3] :, :, :] = 0
+            depth = array.shape[-3]
+            # As many slices at a time as they move by do not overlap: no copy of all is needed.
+            for row in range(done, depth, done):
+                moved = array[..., row : row + done, :, :]
+                array[..., row - done : row - done + moved.shape[-3], :, :] = moved
+            array[..., depth - done :, :, :] = 0
 
     def _normalised(self, part: tuple[slice, ...]) -> torch.Tensor:
         """Divide the sums by the weights, fold by fold, and average the folds: all in float16."""

@@ -187,11 +187,11 @@ def test_fewer_tiles_are_predicted_when_asked_for(monkeypatch):
     counts = []
     plan = pipeline.plan_tiles
     monkeypatch.setattr(pipeline, "plan_tiles", lambda *a: counts.append(plan(*a)) or counts[-1])
-    scan = nib.Nifti1Image(np.zeros((125, 20, 20), np.int16), np.diag([6.0, 6.0, 6.0, 1.0]))
-    for step in (None, 0.4, 1.0):
+    scan = nib.Nifti1Image(np.zeros((20, 20, 130), np.int16), np.diag([6.0, 6.0, 6.0, 1.0]))
+    for step in (None, 1.0):
         totalfast.segment(scan, tile_step_size=step, **QUICK)
-    default, many, few = (tiles.count for tiles in counts)
-    assert few < default < many
+    default, few = (tiles.count for tiles in counts)
+    assert few < default
 
 
 def test_a_licence_number_is_checked_by_upstream_once_and_kept(monkeypatch, tmp_path):

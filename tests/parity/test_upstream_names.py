@@ -14,8 +14,13 @@ import pytest
 from totalfast import upstream
 from totalfast.tasks import BROKEN_TASKS, COARSE_STEP_TASKS, resolve_task
 
-OUR_KEYWORDS = ("export", "backend", "tile_step_size")
-"""What totalfast's call and command have beyond upstream's, under the same names."""
+OUR_FLAGS = {
+    "export": "--export",
+    "backend": "--backend",
+    "tile_step_size": "--tile_step_size",
+    "max_memory_gb": "--max-memory",
+}
+"""What totalfast's call and command have beyond upstream's: keyword to flag."""
 
 
 @pytest.mark.parametrize("name", upstream.__all__)
@@ -211,7 +216,7 @@ def test_the_python_call_has_upstreams_signature():
     count = len(parameters(theirs))
     assert ours[:count] == parameters(theirs)
     assert {(name, kind) for name, _, kind in ours[count:]} == {
-        (keyword, inspect.Parameter.KEYWORD_ONLY) for keyword in OUR_KEYWORDS
+        (keyword, inspect.Parameter.KEYWORD_ONLY) for keyword in OUR_FLAGS
     }
     assert totalfast.segment is totalsegmentator
 
@@ -247,7 +252,7 @@ def flags(parser):
 
 def test_flags_and_their_defaults_are_upstreams(parsers):
     expected, found = map(flags, parsers)
-    assert found.keys() - expected.keys() == {f"--{keyword}" for keyword in OUR_KEYWORDS}
+    assert found.keys() - expected.keys() == set(OUR_FLAGS.values())
 
     def facts(action):
         names = ("option_strings", "dest", "nargs", "const", "default", "required")
@@ -274,7 +279,7 @@ def test_flags_take_and_refuse_the_words_that_upstream_takes_and_refuses(parsers
             found = vars(parser.parse_args(words))
         except Refusal:
             return "refused"
-        for keyword in OUR_KEYWORDS:
+        for keyword in OUR_FLAGS:
             found.pop(keyword, None)
         return repr(sorted(found.items()))
 

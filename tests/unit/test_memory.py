@@ -1,0 +1,182 @@
+"""What is planned, by hand and by what a run took; what is free, from made files."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import totalfast
+from totalfast.budget import Budget, _cgroup_bytes, free_host_bytes
+from totalfast.geometry import Grid
+from totalfast.memory import PROGRAM_BYTES, Network, StoredScan, plan_memory
+from totalfast.options import Options
+
+CPU = Budget(host=1e9, device=None, is_limit=False)
+
+
+def grid_of(shape, mm):
+    return Grid(shape=shape, affine=np.diag([mm, mm, mm, 1.0]))
+
+
+NETWORK = Network(
+    patch=(64, 64, 64),
+    spacing_mm=(3.0, 3.0, 3.0),
+    axes=(0, 1, 2),
+    features=8,
+    heads=118,
+    folds=1,
+    weights=1_000_000,
+)
+
+
+def test_a_network_needs_by_hand():
+    small, long = grid_of((64, 50, 64), 3.0), grid_of((80, 70, 200), 3.0)
+    assert NETWORK.pads(small)
+    assert not NETWORK.pads(long)
+    assert NETWORK.image(small) == 4 * 64**3
+    assert NETWORK.window(long) == 2 * 119 * 64 * 70 * 80
+    assert NETWORK.forward == 7.5 * 4 * 8 * 64**3
+    assert NETWORK.summing(long) == NETWORK.forward + NETWORK.window(long)
+    assert NETWORK.summing(small) < NETWORK.forward + NETWORK.window(small)
+    finer = grid_of((160, 140, 400), 1.5)
+    assert NETWORK.window(finer) == NETWORK.window(long)
+
+
+@pytest.fixture
+def task(standin_home, monkeypatch):
+    monkeypatch.delenv("TOTALSEG_WEIGHTS_PATH", raising=False)
+    monkeypatch.setenv("TOTALSEG_HOME_DIR", str(standin_home))
+    return Options(fast=True).resolved_task()
+
+
+def plan(task, shape, *, budget=CPU, **options):
+    scan = StoredScan(shape=shape, itemsize=2, kept=False)
+    return plan_memory(
+        scan, grid_of(shape, 1.0), task=task, options=Options(fast=True, **options), budget=budget
+    )
+
+
+def test_plans_are_read_in_both_formats(task, tmp_path, monkeypatch):
+    part = task.parts[0]
+    network = Network.of(task, part)
+    assert (network.patch, network.features, network.heads) == ((72, 72, 64), 8, 118)
+    assert network.weights > 100_000
+    child = {"inherits_from": "base", "patch_size": [32, 32]}
+    base = {
+        "patch_size": [8, 8, 8],
+        "spacing": [1.0, 1.0],
+        "architecture": {"arch_kwargs": {"features_per_stage": [24, 48]}},
+    }
+    plans = {"transpose_forward": [1, 0, 2], "configurations": {"base": base, "3d_fullres": child}}
+    (tmp_path / "plans.json").write_text(json.dumps(plans))
+    regions = {"labels": {"background": 0, "a": [1, 2], "b": 2}, "regions_class_order": [1, 2]}
+    (tmp_path / "dataset.json").write_text(json.dumps(regions))
+    monkeypatch.setattr("totalfast.memory.find_model", lambda *a, **k: tmp_path)
+    network = Network.of(task, part)
+    assert (network.patch, network.features, network.heads) == ((32, 32), 24, 2)
+    assert network.image(grid_of((50, 40, 30), 1.0)) == 4 * 50 * 40 * 32
+    (tmp_path / "plans.json").write_text("{}")
+    with pytest.raises(totalfast.WeightsError, match="can't be read"):
+        Network.of(task, part)
+
+
+def test_memory_does_not_grow_with_what_the_window_is_for(task):
+    one, two = (plan(task, (400, 400, slices)).host for slices in (400, 1200))
+    stored = 2 * 400 * 400 * 800
+    assert 0 < two - one < 2.5 * stored
+    assert plan(task, (400, 400, 400), export="linear").host > one
+
+
+def test_logits_go_to_the_device_if_they_fit(task):
+    shape = (500, 500, 500)
+    for free, fits in ((8e9, True), (0.2e9, False)):
+        found = plan(task, shape, budget=Budget(host=1e9, device=free, is_limit=False))
+        assert found.on_device is fits
+    assert not plan(task, shape).on_device
+
+
+def test_a_limit_is_an_error_and_too_little_free_memory_a_warning(task, caplog):
+    found = plan(task, (400, 400, 400))
+    found.check(Budget(host=100e9, device=None, is_limit=True))
+    assert found.host > PROGRAM_BYTES
+    with pytest.raises(totalfast.MemoryLimitError, match=r"max_memory allows 0\.5 GB"):
+        found.check(Budget(host=0.5e9, device=None, is_limit=True))
+    assert not caplog.records
+    found.check(Budget(host=0.5e9, device=None, is_limit=False))
+    assert "0.5 GB are free" in caplog.messages[-1]
+
+
+def test_a_limit_stops_a_run_before_its_scan_is_read(task, tmp_path):
+    import nibabel as nib
+
+    nib.save(nib.Nifti1Image(np.zeros((90, 90, 90), np.int16), np.eye(4)), tmp_path / "ct.nii.gz")
+    content = (tmp_path / "ct.nii.gz").read_bytes()
+    (tmp_path / "ct.nii.gz").write_bytes(content[: len(content) // 2])  # can't be read
+    given = {"fast": True, "device": "cpu", "quiet": True}
+    with pytest.raises(totalfast.MemoryLimitError, match="--fast"):
+        totalfast.segment(tmp_path / "ct.nii.gz", max_memory_gb=0.1, **given)
+    with pytest.raises(totalfast.InputError, match="damaged"):
+        totalfast.segment(tmp_path / "ct.nii.gz", **given)
+    with pytest.raises(totalfast.OptionError, match="max_memory_gb must be above 0"):
+        totalfast.segment(tmp_path / "ct.nii.gz", max_memory_gb=0.0, **given)
+
+
+RUN = """
+import resource, sys, nibabel, numpy, totalfast
+scan = nibabel.Nifti1Image(numpy.zeros((200, 200, 260), numpy.int16), 2 * numpy.eye(4))
+totalfast.segment(scan, fast=True, device="cpu", quiet=True)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems count other bytes")
+def test_a_run_takes_no_more_than_planned(task):
+    shape = (200, 200, 260)
+    scan = StoredScan(shape=shape, itemsize=2, kept=False)
+    planned = plan_memory(
+        scan, grid_of(shape, 2.0), task=task, options=Options(fast=True), budget=CPU
+    ).host
+    done = subprocess.run([sys.executable, "-c", RUN], capture_output=True, text=True, check=True)
+    taken = int(done.stdout.split()[-1])
+    assert 0.6 * planned < taken < 1.15 * planned
+
+
+@pytest.mark.parametrize(
+    ("line", "files", "left"),
+    [
+        ("0::/a/b", {"a/b/memory.max": "1000", "a/b/memory.current": "300"}, [700]),
+        ("0::/a/b", {"a/memory.max": "max", "memory.max": "500", "memory.current": "600"}, [-100]),
+        (
+            "0::/",
+            {
+                "memory.max": "1000",
+                "memory.current": "800",
+                "memory.stat": "anon 5\ninactive_file 300\n",
+            },
+            [500],
+        ),
+        (
+            "4:cpu,memory:/gone",
+            {"memory/memory.limit_in_bytes": "900", "memory/memory.usage_in_bytes": "100"},
+            [800],
+        ),
+        ("3:cpuset:/", {"memory.max": "10"}, []),
+    ],
+)
+def test_what_cgroups_leave(tmp_path, line, files, left):
+    for name, content in files.items():
+        path = tmp_path / "sys" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content + "\n")
+    (tmp_path / "cgroup").write_text(line + "\n")
+    assert list(_cgroup_bytes(tmp_path / "cgroup", tmp_path / "sys")) == left
+    assert list(_cgroup_bytes(tmp_path / "nothing", tmp_path / "sys")) == []
+
+
+def test_something_is_free():
+    free = free_host_bytes()
+    assert free is None or 0 < free < 1e15
