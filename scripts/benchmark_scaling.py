@@ -1,0 +1,152 @@
+"""Wall time and peak memory over the number of slices, for both programs.
+
+    python scripts/benchmark_scaling.py HOME --json FILE [--slices 100 300 ...]
+        [--programs totalfast upstream] [--flags "--fast -ml"] [--limit-gb 20] [--plot FILE.png]
+
+Made CTs of 512x512 voxels a slice are segmented by each program as a whole process. Only what is
+named is run; the figures are merged into FILE, so that sessions can share the work. A program is
+not run on more slices once it has failed with the same flags, or has taken more than the limit, for
+which it is stopped; both are kept as results. HOME: stand-ins made by make_standin_weights.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmark_command import PROGRAMS, SAMPLE_S, Watch, command, machine, make_scan
+
+SLICES = (100, 300, 531, 800, 1100, 1500)
+FLAGS = ("--fast -ml", "-ml")
+SPACING = "0.75x0.75x1"
+SETTLE_S = 5.0
+"""Pause before each run, in which the machine takes back the last one's memory."""
+
+
+def measure(words: list[str | Path], home: Path, limit_gb: float) -> dict[str, Any]:
+    """Run a command: seconds, peak bytes of its process tree, and how it ended."""
+    time.sleep(SETTLE_S)
+    environment = {**os.environ, "TOTALSEG_HOME_DIR": str(home.absolute())}
+    began = time.perf_counter()
+    # A group of its own, so that upstream's worker processes can be stopped with it.
+    process = subprocess.Popen(
+        words,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    watch, ended = Watch(process), "finished"
+    while process.poll() is None:
+        time.sleep(SAMPLE_S)
+        if watch.peak_bytes > limit_gb * 1e9 and ended == "finished":
+            ended = f"stopped above {limit_gb:g} GB"
+            os.killpg(process.pid, 9)
+    if process.returncode and ended == "finished":
+        ended = f"failed with exit code {process.returncode}"
+    return {
+        "wall_s": time.perf_counter() - began,
+        "peak_bytes": watch.peak_bytes,
+        "ended": ended,
+    }
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Earlier results."""
+    if path.exists():
+        content: dict[str, Any] = json.loads(path.read_text())
+        return content
+    return {"weights": "tiny stand-ins (scripts/make_standin_weights.py)", "runs": []}
+
+
+def is_hopeless(runs: list[dict[str, Any]], case: dict[str, Any]) -> bool:
+    """Whether the program has not come through on fewer slices."""
+    return any(
+        run["ended"] != "finished"
+        and run["slices"] < case["slices"]
+        and all(run[key] == case[key] for key in ("program", "flags"))
+        for run in runs
+    )
+
+
+def plot(runs: list[dict[str, Any]], path: Path) -> None:
+    """Draw seconds and gigabytes over slices; a cross is where a program ended early."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    all_flags = sorted({run["flags"] for run in runs})
+    figure, panels = plt.subplots(
+        len(all_flags), 2, figsize=(9, 3 * len(all_flags)), layout="constrained", squeeze=False
+    )
+    for row, flags in zip(panels, all_flags, strict=True):
+        for panel, key, scale, unit in (
+            (row[0], "wall_s", 1.0, "seconds"),
+            (row[1], "peak_bytes", 1e9, "peak memory, GB"),
+        ):
+            for program, colour in (("upstream", "tab:gray"), ("totalfast", "tab:blue")):
+                some = [run for run in runs if (run["flags"], run["program"]) == (flags, program)]
+                some.sort(key=lambda run: run["slices"])
+                for ended, style in ((False, "o-"), (True, "x")):
+                    points = [run for run in some if (run["ended"] != "finished") == ended]
+                    panel.plot(
+                        [run["slices"] for run in points],
+                        [run[key] / scale for run in points],
+                        style,
+                        color=colour,
+                        label=program if not ended else None,
+                    )
+            panel.set(xlim=(0, None), ylim=(0, None), ylabel=unit, title=flags)
+            panel.grid(alpha=0.3)
+    for panel in panels[-1]:
+        panel.set_xlabel("slices of 512x512")
+    panels[0][0].legend()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("home", type=Path, help="TOTALSEG_HOME_DIR with stand-ins")
+    parser.add_argument("--json", type=Path, required=True, help="figures, added to what it has")
+    parser.add_argument("--slices", type=int, nargs="*", default=list(SLICES))
+    parser.add_argument("--programs", nargs="*", choices=list(PROGRAMS), default=list(PROGRAMS))
+    parser.add_argument("--flags", nargs="*", default=list(FLAGS), help='sets, "--fast -ml"')
+    parser.add_argument("--limit-gb", type=float, default=20.0)
+    parser.add_argument("--plot", type=Path, metavar="PICTURE", help="draw all results so far")
+    options = parser.parse_args()
+    result = load(options.json)
+    result["machine"] = machine()
+    with tempfile.TemporaryDirectory(prefix="totalfast-scaling-") as scratch:
+        for slices in sorted(options.slices):
+            scan = make_scan(f"phantom:512x512x{slices}:{SPACING}", Path(scratch))
+            for flags in options.flags:
+                for program in options.programs:
+                    case = {"slices": slices, "flags": flags, "program": program}
+                    if is_hopeless(result["runs"], case):
+                        continue
+                    target = Path(scratch) / "out" / "seg.nii.gz"
+                    words = command(program, scan, target, flags.split())
+                    case |= measure(words, options.home, options.limit_gb)
+                    result["runs"] = [
+                        run
+                        for run in result["runs"]
+                        if any(run[key] != case[key] for key in ("slices", "flags", "program"))
+                    ] + [case]
+                    options.json.write_text(json.dumps(result, indent=1) + "\n")
+                    print(case, flush=True)
+    if options.plot:
+        plot(result["runs"], options.plot)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
