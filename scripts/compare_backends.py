@@ -29,6 +29,8 @@ from totalfast.weights import Model, load_model
 
 CPU = torch.device("cpu")
 SEED = 3
+LARGE = 100
+"""Voxels of a structure that one voxel does not change by a percent."""
 
 
 def main() -> None:
@@ -107,13 +109,15 @@ def difference(labels: np.ndarray, reference: np.ndarray) -> dict[str, Any]:
     for label in np.unique(reference)[1:]:
         ours, theirs = labels == label, reference == label
         dice[int(label)] = 2 * int((ours & theirs).sum()) / int(ours.sum() + theirs.sum())
+    sizes = {label: int((reference == label).sum()) for label in dice}
     worst = min(dice, key=lambda label: dice[label])
     return {
         "differing_voxels": int((labels != reference).sum()),
         "differing_share": float((labels != reference).mean()),
         "classes": len(dice),
         "lowest_dice": round(dice[worst], 6),
-        "lowest_dice_voxels": int((reference == worst).sum()),
+        "lowest_dice_voxels": sizes[worst],
+        "lowest_dice_of_large": round(min(dice[n] for n in dice if sizes[n] >= LARGE), 6),
     }
 
 
