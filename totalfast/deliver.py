@@ -135,8 +135,9 @@ def save(found: Found, result: nib.Nifti1Image, output: Path) -> None:
                 write_masks(found.labels, task.classes, folder=output, files=files, threads=threads)
         if writes_skin(task, options):
             _write_body_and_skin(found, output, files=files, threads=threads)
-    if options.nora_tag is not None:
-        if options.multilabel:
+    # As upstream: Nora gets NIfTI files, and none where DICOM is written.
+    if options.nora_tag is not None and not options.dicom_types:
+        if options.ml:
             add_to_nora(
                 list(output_files(output, options).values()), tag=options.nora_tag, kind=ATLAS
             )

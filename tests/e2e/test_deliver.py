@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import totalfast
+from tests.dicom_series import write_series
 from totalfast.losses import NO_REGION, NOT_FOUND, TOO_SMALL
 from totalfast.options import Options, check_radiomics
 from totalfast.upstream import CLASS_MAPS
@@ -155,6 +156,21 @@ def test_nora_gets_files_that_are_there_and_no_shell_reads_the_tag(
         f"-p|b|--add|{tmp_path}/seg.nii.gz|--addtag|atlas|there",
     ]
     assert not (tmp_path / "seen").exists()
+
+
+def test_nora_gets_nothing_where_dicom_is_written(tmp_path, monkeypatch):
+    pytest.importorskip("rt_utils")
+    program, log = tmp_path / "nora", tmp_path / "log"
+    program.write_text(NORA.format(log=log))
+    program.chmod(0o755)
+    monkeypatch.setattr("totalfast.stages.nora.NORA", str(program))
+    voxels = np.random.default_rng(0).normal(0, 300, (12, 40, 36)).astype(np.int16)
+    totalfast.segment(
+        write_series(tmp_path / "dicom", voxels), tmp_path / "out.nii.gz", fastest=True,
+        device="cpu", quiet=True, nora_tag="a", output_type=["nifti", "dicom_rtstruct"],
+    )  # fmt: skip
+    assert {path.name for path in tmp_path.glob("out*")} == {"out.nii.gz", "out_rtstruct.dcm"}
+    assert not log.exists()
 
 
 def test_a_missing_nora_costs_a_warning_only(small_scan, tmp_path, monkeypatch, caplog):
