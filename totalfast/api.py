@@ -172,7 +172,7 @@ def segment(
         this, in 10**9 bytes; of a GPU's memory what is free is taken. None warns if more is needed
         than is free.
 
-    Other keywords are upstream's and raise ``UnsupportedError`` unless they have their default.
+    ``test`` other than 0, for upstream's own tests, raises ``UnsupportedError``.
 
     Returns
     -------

@@ -51,6 +51,7 @@ from totalfast.upstream import check_license, store_license
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from concurrent.futures import Future
     from pathlib import Path
     from typing import BinaryIO
 
@@ -65,7 +66,7 @@ if TYPE_CHECKING:
     from totalfast.stages.read import ScannerImage
     from totalfast.stages.resample import ModelImage
     from totalfast.stages.statistics import Statistics
-    from totalfast.tasks import Crop, Task
+    from totalfast.tasks import Crop, Part, Task
     from totalfast.weights import Model
 
 logger = logging.getLogger(__name__)
@@ -89,6 +90,11 @@ class Run:
     def keeps_scan(self) -> bool:
         """Whether the scan's intensities are needed once more at the end."""
         return self.scan.kept
+
+    def load(self, task: Task, part: Part) -> Future[Model]:
+        """Begin to load a model of a task, or get what was begun before."""
+        options = self.options
+        return self.session.load(task, part, device=options.device, backend=options.backend)
 
     def plan_memory(self, region: Grid, task: Task) -> MemoryPlan:
         """Estimate what labelling a region of the scan takes."""
@@ -170,7 +176,7 @@ def run(
             losses=Losses(task.classes, wanted=options.verbose or options.report is not None),
         )
         _check_memory(this, Grid(shape=scan.shape[:3], affine=scan.affine), task)
-        _begin_loading(task, options, session)
+        _begin_loading(this, task)
         if options.export == "linear":
             Thread(target=prepare_linear, name="totalfast-compile", daemon=True).start()
         progress.expect(this.work.total)
@@ -199,11 +205,7 @@ def run(
     this.losses.tell()
     seconds = time.perf_counter() - began
     if options.report is not None:
-        device = (
-            session.load(task, task.parts[0], device=options.device, backend=options.backend)
-            .result()
-            .device
-        )
+        device = this.load(task, task.parts[0]).result().device
         save_report(found, this.losses, device=device, seconds=seconds)
     logger.info("Done in %.1f s: %s", seconds, ", ".join(delivered.saved) or "nothing was saved")
     return delivered
@@ -218,14 +220,14 @@ def _named(
     return source if isinstance(source, str | os.PathLike) else scan
 
 
-def _begin_loading(task: Task, options: Options, session: Session) -> None:
+def _begin_loading(run: Run, task: Task) -> None:
     """Begin to load all models that a task needs; what is needed first comes first."""
     if task.crop is not None:
-        _begin_loading(task.crop.rough, options, session)
+        _begin_loading(run, task.crop.rough)
     if task.refined_by is not None:
-        _begin_loading(task.refined_by, options, session)
+        _begin_loading(run, task.refined_by)
     for part in task.parts:
-        session.load(task, part, device=options.device, backend=options.backend)
+        run.load(task, part)
 
 
 def _keeps_scan(task: Task, options: Options) -> bool:
@@ -398,9 +400,7 @@ def predict(run: Run, model_image: ModelImage, task: Task) -> NDArray[np.uint8]:
         if task.several_models:
             logger.info("Predicting part %d of %d ...", index + 1, len(task.parts))
         progress.stage("Loading model")
-        model = run.session.load(
-            task, part, device=options.device, backend=options.backend
-        ).result()
+        model = run.load(task, part).result()
         progress.stage(f"Predicting {index + 1}/{len(task.parts)}")
         tiles = [
             plan_tiles(model_image.voxels[piece.predicted].shape, model.patch_size, task.tile_step)

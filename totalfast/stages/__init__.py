@@ -1,1 +1,1 @@
-"""The steps of a run, one module each; none imports another."""
+"""The steps of a run, one module each."""
