@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import contextlib
+import functools
 import importlib
 import logging
 import os
@@ -30,7 +31,7 @@ from totalfast.options import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from types import FrameType
 
 CITATION = "If you use this tool please cite: https://pubs.rsna.org/doi/10.1148/ryai.230024"
@@ -72,7 +73,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
     words = sys.argv[1:] if argv is None else list(argv)
     if words and words[0] in SUBCOMMANDS:
-        signal.signal(signal.SIGTERM, _stop)
         module = importlib.import_module(SUBCOMMANDS[words[0]])
         return _run(module.run, module.build_parser().parse_args(words[1:]))
     return answer(build_parser(), words)
@@ -80,7 +80,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def answer(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     """Do what upstream's flags ask for; return the exit code."""
-    signal.signal(signal.SIGTERM, _stop)
     args = parser.parse_args(words)
     if args.list_tasks:
         print(upstream.format_tasks_table())
@@ -103,7 +102,8 @@ def answer(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
 def _run(work: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
     """Do the work; turn errors into a line on stderr and an exit code."""
     try:
-        return work(args)
+        with _termination_as_interruption():
+            return work(args)
     except TotalfastError as error:
         if args.debug:
             raise
@@ -172,9 +172,42 @@ def _is_dicom(scan: Path) -> bool:
     return is_dicom(scan)
 
 
-def _stop(signal_number: int, frame: FrameType | None) -> None:
-    """Turn SIGTERM into an exception, so that half-written files are removed."""
-    raise KeyboardInterrupt
+@contextlib.contextmanager
+def _termination_as_interruption() -> Iterator[None]:
+    """Turn SIGTERM into KeyboardInterrupt meanwhile, so that half-written files are removed.
+
+    Not in processes that a library forks from this one, whose pools end them by it: a handler in
+    Python can miss the signal just after the fork or before a lock, and is then waited for forever.
+    """
+
+    def stop(signal_number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    if hasattr(os, "register_at_fork"):
+        _end_forked_processes_by_termination()
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+@functools.cache
+def _end_forked_processes_by_termination() -> None:
+    """Let SIGTERM wait during each fork, until the new process has no handler of ours."""
+
+    def unblock() -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+    def forget() -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        unblock()
+
+    os.register_at_fork(
+        before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM}),
+        after_in_parent=unblock,
+        after_in_child=forget,
+    )
 
 
 class _LineHandler(logging.Handler):

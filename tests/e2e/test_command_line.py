@@ -195,6 +195,38 @@ def test_termination_while_files_are_open_leaves_none(standin_home, scan, tmp_pa
     assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == whole
 
 
+FORKING_SUBCOMMAND = """
+import multiprocessing, signal, sys, time
+from totalfast import cli
+
+def run(arguments):
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    child.start()
+    child.terminate()
+    child.join()
+    return -child.exitcode
+
+def main():
+    import totalfast.preview.command as command
+    command.run = run
+    before = signal.getsignal(signal.SIGTERM)
+    code = cli.main(["preview", "a", "b", "c"])
+    assert signal.getsignal(signal.SIGTERM) is before
+    sys.exit(code)
+
+main()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_processes_that_a_library_forks_can_be_ended():
+    """One that took over our handler would miss the signal now and then, and be waited for."""
+    done = subprocess.run(
+        [sys.executable, "-c", FORKING_SUBCOMMAND], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (signal.SIGTERM, "")
+
+
 def test_no_file_but_the_results_and_no_child_process(standin_home, scan, tmp_path):
     """Runs with no temporary folder and no shared memory to write to, and forbids new processes."""
     code = (

@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.utilities.utils import create_lists_from_splitted_dataset_folder
 
 from totalfast import ArgmaxPredictor, InputError
 from totalfast.cli import main
 from totalfast.nnunet import export_prediction_from_logits
+from totalfast.nnunet.cases import list_cases
 from totalfast.nnunet.command import build_parser
 
 from .nnunet_models import Made
@@ -174,6 +176,23 @@ def test_export_takes_what_nnunets_takes(simple, tmp_path, probabilities):
         )
     np.testing.assert_equal(segmentations(tmp_path / "ours"), segmentations(tmp_path / "theirs"))
     assert files_of(tmp_path / "ours") == files_of(tmp_path / "theirs")
+
+
+def test_cases_of_a_folder_are_nnunets(tmp_path):
+    names = "b_0001.nii.gz b_0000.nii.gz a_1_0000.nii.gz a_0000.nii.gz a10_0000.nii.gz"
+    for name in [*names.split(), "a_0000.nii", "notes.txt"]:
+        (tmp_path / name).touch()
+    expected = create_lists_from_splitted_dataset_folder(str(tmp_path), ".nii.gz", num_processes=1)
+    assert list_cases(str(tmp_path), ".nii.gz") == expected
+    assert len(expected) == 4
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_no_process_is_started(simple, tmp_path, monkeypatch):
+    _, folder, images = simple
+    monkeypatch.setattr("os.fork", lambda: pytest.fail("forked"))
+    monkeypatch.setattr("subprocess.Popen", lambda *_, **__: pytest.fail("started a process"))
+    predicted(ArgmaxPredictor, folder, images, tmp_path / "ours", probabilities=True)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -6,7 +6,9 @@ knows nothing of networks. What nnU-Net does in worker processes is done in a th
 
 from __future__ import annotations
 
+import re
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -33,6 +35,20 @@ def ahead(items: Iterable[Item]) -> Iterator[Item]:
         while (item := future.result()) is not _END:
             future = pool.submit(next, iterator, _END)
             yield item  # type: ignore[misc] # it is not the end
+
+
+def list_cases(folder: str, file_ending: str) -> list[list[str]]:
+    """The files of each case of a folder, ``CASE_0000`` and on, one a channel, sorted.
+
+    nnU-Net's ``create_lists_from_splitted_dataset_folder``, which forks a pool of processes for it:
+    with torch's threads running, and a process a case to look at all names again.
+    """
+    channel = re.compile(r"(.+)_\d{4}" + re.escape(file_ending))
+    cases: dict[str, list[str]] = {}
+    for path in sorted(Path(folder).iterdir()):
+        if path.is_file() and (match := channel.fullmatch(path.name)):
+            cases.setdefault(match[1], []).append(str(path))
+    return [cases[name] for name in sorted(cases)]
 
 
 def case_from_files(

@@ -18,7 +18,13 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from tqdm import tqdm
 
 from totalfast.backends import choose_backend
-from totalfast.nnunet.cases import ahead, case_from_array, case_from_files, network_image
+from totalfast.nnunet.cases import (
+    ahead,
+    case_from_array,
+    case_from_files,
+    list_cases,
+    network_image,
+)
 from totalfast.nnunet.export import write_segmentation
 from totalfast.sliding_window import (
     Tiling,
@@ -180,6 +186,18 @@ class ArgmaxPredictor(nnUNetPredictor):  # type: ignore[misc] # nnU-Net is untyp
         outputs = _as_list(truncated_ofname, len(images))
         every = zip(images, before, properties, outputs, strict=True)
         return ahead(case_from_array(*case, self.model) for case in every)
+
+    def _manage_input_and_output_lists(
+        self,
+        list_of_lists_or_source_folder: str | list[list[str]],
+        *arguments: Any,  # noqa: ANN401
+        **keywords: Any,  # noqa: ANN401
+    ) -> Any:  # noqa: ANN401
+        """nnU-Net's, which would fork processes to list a folder."""
+        cases = list_of_lists_or_source_folder
+        if isinstance(cases, str):
+            cases = list_cases(cases, self.dataset_json["file_ending"])
+        return super()._manage_input_and_output_lists(cases, *arguments, **keywords)
 
     def _internal_get_data_iterator_from_lists_of_filenames(
         self,
