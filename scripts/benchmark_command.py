@@ -1,14 +1,15 @@
 """Time the TotalSegmentator command against totalfast on one input, as whole processes.
 
-    python scripts/benchmark_command.py HOME SCAN --json FILE [--repeats N] [-- FLAGS ...]
+    python scripts/benchmark_command.py HOME SCAN --json FILE [--repeats N]
+        [--backends torch openvino] [-- FLAGS ...]
 
-Both commands run in turn on the same scan with the same weights (HOME: stand-ins made by
-scripts/make_standin_weights.py). Recorded for each: wall and CPU seconds; in one run more, because
-sampling slows a process down, the peak memory of the whole process tree (sum of PSS, so that
-shared pages count once, sampled five times a second); seconds inside the network's forward pass (a
-hook on the architecture's class, and on convolutions outside of it, loaded into both programs
-through sitecustomize); and the voxels
-that differ. SCAN may be
+Both commands, totalfast with each backend, run in turn on the same scan with the same weights
+(HOME: stand-ins made by scripts/make_standin_weights.py). Recorded for each: wall and CPU seconds;
+in one run more, because sampling slows a process down, the peak memory of the whole process tree
+(sum of PSS, so that shared pages count once, sampled five times a second); seconds inside the
+network's forward pass (hooks on the architecture's class, on convolutions outside of it and on
+OpenVINO's call, loaded into both programs through sitecustomize); and the voxels that differ.
+The first run of each begins with empty caches of numba and of converted networks. SCAN may be
 "phantom:NXxNYxNZ:SXxSYxSZ": a made CT of that many voxels and that spacing in mm.
 """
 
@@ -24,6 +25,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,8 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tests.parity.matrix import compare_folders
+from tests.parity.matrix import compare_folders, voxels_of
+from totalfast.backends import BACKENDS
 
 SAMPLE_S = 0.2
 """Reading the PSS stops the process for a moment, so not more often than needed."""
@@ -45,11 +48,25 @@ which would be counted as the next program's time."""
 
 PROGRAMS = {"upstream": "totalsegmentator.bin.TotalSegmentator", "totalfast": "totalfast"}
 
+LARGE = 100
+"""Voxels of a structure that one voxel does not change by a percent."""
+
 FORWARD_HOOK = """
 import atexit, os, sys, time
 
-NAME = "dynamic_network_architectures.architectures.unet"
 spent = []
+
+def time_openvino(module):
+    infer, calls = module._infer, []
+    def timed(*arguments):
+        if not calls:
+            spent.clear()  # passes for the conversion
+        began = time.perf_counter()
+        y = infer(*arguments)
+        spent.append(time.perf_counter() - began)
+        calls.append(True)
+        return y
+    module._infer = timed
 
 def time_forward(module):
     import torch
@@ -77,16 +94,21 @@ def report():
         with open(os.environ["TOTALFAST_FORWARD_LOG"], "a") as log:
             log.write(f"{sum(spent)} {len(spent)}\\n")
 
+HOOKS = {
+    "dynamic_network_architectures.architectures.unet": time_forward,
+    "totalfast.backends.openvino": time_openvino,
+}
+
 class Finder:
     def find_spec(self, name, path=None, target=None):
-        if name != NAME:
+        if name not in HOOKS:
             return None
         specs = (f.find_spec(name, path, target) for f in sys.meta_path if f is not self)
         spec = next(found for found in specs if found is not None)
         execute = spec.loader.exec_module
         def exec_module(module):
             execute(module)
-            time_forward(module)
+            HOOKS[name](module)
         spec.loader.exec_module = exec_module
         return spec
 
@@ -224,6 +246,37 @@ def machine() -> dict[str, Any]:
     }
 
 
+def differences(name: str, expected: Path, actual: Path) -> dict[str, Any]:
+    """Differing voxels and files, and the lowest Dice of a class."""
+    compared = compare_folders(name, expected, actual)
+    worst, worst_large = 1.0, 1.0
+    for ours, theirs in pairs_of_masks(expected, actual):
+        size = np.count_nonzero(theirs)
+        if both := size + np.count_nonzero(ours):
+            dice = 2 * np.count_nonzero(ours & theirs) / both
+            worst = min(worst, dice)
+            worst_large = min(worst_large, dice) if size >= LARGE else worst_large
+    return {
+        "voxels": compared.voxels,
+        "differing_voxels": compared.differing_voxels,
+        "lowest_dice": worst,
+        "lowest_dice_of_large": worst_large,
+        "other_differences": compared.problems,
+        "classes_present": compared.classes,
+        "boundary_cells": compared.boundary,
+    }
+
+
+def pairs_of_masks(expected: Path, actual: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Each class's mask of totalfast and of upstream, from one file or from a file a class."""
+    for path in sorted(expected.rglob("*.nii.gz")):
+        theirs = voxels_of(nib.load(path))
+        ours = voxels_of(nib.load(actual / path.relative_to(expected)))
+        labels = np.flatnonzero(np.bincount(theirs.ravel(order="K")))
+        for label in labels[labels > 0]:
+            yield ours == label, theirs == label
+
+
 def benchmark(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """Run both programs in turn and compare what they leave."""
     scan = make_scan(options.scan, scratch)
@@ -233,7 +286,16 @@ def benchmark(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     (hook / "sitecustomize.py").write_text(FORWARD_HOOK)
     log = scratch / "forward.log"
     base = {**os.environ, "TOTALSEG_HOME_DIR": str(options.home.absolute())}
-    hooked = {**base, "PYTHONPATH": str(hook), "TOTALFAST_FORWARD_LOG": str(log)}
+    base |= {"PYTHONPATH": str(hook), "TOTALFAST_FORWARD_LOG": str(log)}
+    runs = {"upstream": base} | {
+        f"totalfast {backend}": base
+        | {
+            "TOTALFAST_BACKEND": backend,
+            "TOTALFAST_CACHE_DIR": str(scratch / f"cache-{backend}"),
+            "NUMBA_CACHE_DIR": str(scratch / f"cache-{backend}"),
+        }
+        for backend in options.backends
+    }
     name = "seg.nii.gz" if "-ml" in options.flags or "--ml" in options.flags else "seg"
     result: dict[str, Any] = {
         "case": options.name or f"{options.scan} {' '.join(options.flags)}",
@@ -245,47 +307,46 @@ def benchmark(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         },
         "weights": "stand-in weights, not TotalSegmentator's (scripts/make_standin_weights.py)",
         "machine": machine(),
-        "runs": {program: [] for program in PROGRAMS},
+        "runs": {label: [] for label in runs},
+        "peak_bytes": {},
+        "compared": {},
     }
     for repeat in range(options.repeats):
-        for program in PROGRAMS:
+        for label, environment in runs.items():
             log.unlink(missing_ok=True)
-            folder = scratch / f"{program}-{repeat}"
-            target = folder / name
-            figures = run(
-                command(program, scan, target, options.flags), hooked, timed=True, watched=False
-            )
+            target = scratch / label / str(repeat) / name
+            words = command(label.split()[0], scan, target, options.flags)
+            figures = run(words, environment, timed=True, watched=False)
             figures |= forward_seconds(log)
             figures["outside_network_s"] = figures["wall_s"] - figures["network_s"]
-            result["runs"][program].append(figures)
-            print(program, {key: round(value, 2) for key, value in figures.items()}, flush=True)
-    peaks = {
-        program: run(
-            command(program, scan, scratch / f"{program}-watched" / name, options.flags),
-            base,
-            timed=False,
-            watched=True,
-        )["peak_bytes"]
-        for program in PROGRAMS
-    }
-    compared = compare_folders(result["case"], scratch / "upstream-0", scratch / "totalfast-0")
-    result["voxels"] = compared.voxels
-    result["differing_voxels"] = compared.differing_voxels
-    result["other_differences"] = compared.problems
-    result["classes_present"] = compared.classes
-    result["boundary_cells"] = compared.boundary
+            result["runs"][label].append(figures)
+            print(label, {key: round(value, 2) for key, value in figures.items()}, flush=True)
+    for label, environment in runs.items():
+        target = scratch / label / "watched" / name
+        words = command(label.split()[0], scan, target, options.flags)
+        watched = run(words, environment, timed=False, watched=True)
+        result["peak_bytes"][label] = watched["peak_bytes"]
+        if label != "upstream":
+            result["compared"][label] = differences(
+                result["case"], scratch / "upstream" / "0", scratch / label / "0"
+            )
     result["median"] = {
-        program: {key: statistics.median(run[key] for run in runs) for key in runs[0]}
-        | {"peak_bytes": peaks[program]}
-        for program, runs in result["runs"].items()
+        label: {key: statistics.median(run[key] for run in some) for key in some[0]}
+        for label, some in result["runs"].items()
     }
-    theirs, ours = result["median"]["upstream"], result["median"]["totalfast"]
-    result["ratios"] = {
+    result["ratios"] = {label: ratios(result, label) for label in runs if label != "upstream"}
+    return result
+
+
+def ratios(result: dict[str, Any], label: str) -> dict[str, float]:
+    """How totalfast compares with upstream."""
+    theirs, ours = result["median"]["upstream"], result["median"][label]
+    peaks = result["peak_bytes"]
+    return {
         "wall": theirs["wall_s"] / ours["wall_s"],
         "outside_network": theirs["outside_network_s"] / ours["outside_network_s"],
-        "peak_memory_share": ours["peak_bytes"] / theirs["peak_bytes"],
+        "peak_memory_share": peaks[label] / peaks["upstream"],
     }
-    return result
 
 
 def main() -> int:
@@ -296,6 +357,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, required=True, help="write the figures here")
     parser.add_argument("--name", help="what the case is called in tables")
     parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--backends", nargs="+", choices=BACKENDS[1:], default=["torch"])
     arguments = sys.argv[1:]
     split = arguments.index("--") if "--" in arguments else len(arguments)
     options = parser.parse_args(arguments[:split])
@@ -304,15 +366,18 @@ def main() -> int:
         result = benchmark(options, Path(scratch))
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(result, indent=1) + "\n")
-    ratios = result["ratios"]
-    print(
-        f"{result['case']}: {ratios['wall']:.1f} times faster, "
-        f"{ratios['outside_network']:.1f} times outside the network, "
-        f"{ratios['peak_memory_share']:.0%} of the memory, "
-        f"{result['differing_voxels']} of {result['voxels']} voxels differ, "
-        f"{result['classes_present']} classes, {result['boundary_cells']:.1%} boundary cells"
-    )
-    return int(result["differing_voxels"] > 0)
+    for label, compared in result["compared"].items():
+        gains = result["ratios"][label]
+        print(
+            f"{result['case']}, {label}: {gains['wall']:.1f} times faster, "
+            f"{gains['outside_network']:.1f} times outside the network, "
+            f"{gains['peak_memory_share']:.0%} of the memory, "
+            f"{compared['differing_voxels']} of {compared['voxels']} voxels differ, lowest Dice "
+            f"of {LARGE} voxels or more {compared['lowest_dice_of_large']:.4f}, "
+            f"{compared['classes_present']} classes, {compared['boundary_cells']:.1%} boundary"
+        )
+    exact = result["compared"].get("totalfast torch", {"differing_voxels": 0})
+    return int(exact["differing_voxels"] > 0)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ def measure(words: list[str | Path], home: Path, limit_gb: float) -> dict[str, A
     """Run a command: seconds, peak bytes of its process tree, and how it ended."""
     time.sleep(SETTLE_S)
     environment = {**os.environ, "TOTALSEG_HOME_DIR": str(home.absolute())}
+    environment["TOTALFAST_BACKEND"] = "torch"
     began = time.perf_counter()
     # A group of its own, so that upstream's worker processes can be stopped with it.
     process = subprocess.Popen(

@@ -6,6 +6,7 @@ python scripts/benchmark_table.py
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,29 @@ from readme import write_table
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def row(result: dict[str, Any]) -> str:
-    """One case as a line of the table."""
-    theirs, ours = result["median"]["upstream"], result["median"]["totalfast"]
-    ratios = result["ratios"]
-    return (
-        f"| {result['case']} "
-        f"| {theirs['wall_s']:.0f} s | {ours['wall_s']:.0f} s | {ratios['wall']:.1f} "
-        f"| {theirs['outside_network_s']:.0f} s | {ours['outside_network_s']:.1f} s "
-        f"| {theirs['peak_bytes'] / 1e9:.1f} GB | {ours['peak_bytes'] / 1e9:.1f} GB "
-        f"| {result['differing_voxels']} |"
-    )
+def rows(result: dict[str, Any]) -> Iterator[str]:
+    """One case as lines of the table: upstream, then totalfast with each backend."""
+    for label, figures in result["median"].items():
+        first = result["runs"][label][0]["wall_s"]
+        cells = [result["case"] if label == "upstream" else "", label.replace(" ", ", ")]
+        cells += [f"{figures['wall_s']:.0f} s", f"{first:.0f} s"]
+        cells += [f"{figures['network_s']:.0f} s", f"{figures['outside_network_s']:.1f} s"]
+        cells += [f"{result['peak_bytes'][label] / 1e9:.1f} GB"]
+        if label == "upstream":
+            cells += ["", "", ""]
+        else:
+            gains, compared = result["ratios"][label], result["compared"][label]
+            cells += [f"{gains['wall']:.1f}x", f"{gains['peak_memory_share']:.0%}"]
+            cells += [differing(compared)]
+        yield f"| {' | '.join(cells)} |"
+
+
+def differing(compared: dict[str, Any]) -> str:
+    """Differing voxels and, where there are any, how far that goes."""
+    count, voxels = compared["differing_voxels"], compared["voxels"]
+    if not count:
+        return "0"
+    return f"{count} ({count / voxels:.1g}), Dice at least {compared['lowest_dice_of_large']:.4f}"
 
 
 def table() -> str:
@@ -33,19 +46,21 @@ def table() -> str:
         json.loads(path.read_text())
         for path in sorted((ROOT / "scripts/results").glob("command_*.json"))
     ]
-    results.sort(key=lambda result: result["case"])
+    machines = {json.dumps(result["machine"], sort_keys=True) for result in results}
     machine = results[0]["machine"]
     versions = machine["versions"]
     runs = {len(result["runs"]["upstream"]) for result in results}
     lines = [
-        "| case | upstream | totalfast | times faster | outside the network: upstream | totalfast "
-        "| peak memory: upstream | totalfast | differing voxels |",
-        "|---|---|---|---|---|---|---|---|---|",
-        *(row(result) for result in results),
+        "| case | program | time | first run | network | outside it | peak memory | faster "
+        "| memory | differing voxels |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+        *(line for result in results for line in rows(result)),
         "",
-        f"{machine['cores']} cores of {machine['processor']}, {machine['memory_gb']} GB, CPU only; "
+        f"{machine['cores']} cores of {machine['processor']}, {machine['memory_gb']} GB"
+        f"{' (and others like it)' if len(machines) > 1 else ''}, CPU only; "
         f"TotalSegmentator {versions['TotalSegmentator']}, nnU-Net {versions['nnunetv2']}, "
-        f"torch {versions['torch']}; median of {'/'.join(map(str, sorted(runs)))} run(s).",
+        f"torch {versions['torch']}; median of {' or '.join(map(str, sorted(runs)))} run(s), the "
+        "first of which finds empty caches.",
     ]
     return "\n".join(lines) + "\n"
 

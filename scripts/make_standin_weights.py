@@ -18,6 +18,7 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from numpy.typing import NDArray
 from totalfast.demo.phantom import make_phantom
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     import torch
 
@@ -100,6 +101,7 @@ def _total_parts(first_id: int, table: str) -> dict[int, Model]:
 
 
 # Patch sizes, stages and intensities as published or, for the ids that publish none, by analogy.
+# Models that no row describes are made as upstream's table has them: see ``_plain_model``.
 MODELS: dict[int, Model] = {
     **_total_parts(291, "class_map_5_parts"),
     297: _ct("class_map", "total", (112, 112, 128), 5),
@@ -145,6 +147,9 @@ TINY_COARSENING = 2.5
 """Tiny models whose images nnU-Net resamples are this much coarser: small tiles, few of them."""
 
 
+NONE: Mapping[str, str] = MappingProxyType({})
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
     """A model with everything upstream's tables say about it."""
@@ -157,6 +162,8 @@ class Recipe:
     class_names: tuple[str, ...]
     model: Model
     tiny: bool
+    shown_as: Mapping[str, str]
+    """Which of the phantom's structures a class is to be found in, where it is not its own."""
 
     @property
     def strides(self) -> list[list[int]]:
@@ -197,16 +204,13 @@ def label_map_facts(labels: NDArray[Any]) -> tuple[int, float]:
     return classes, float(np.mean(low != high))
 
 
-def recipe_for(task_id: int, *, tiny: bool) -> Recipe:
+def recipe_for(task_id: int, *, tiny: bool, shown_as: Mapping[str, str] = NONE) -> Recipe:
     """Join a row of ``MODELS`` with upstream's folder, trainer, spacing and class names."""
     from totalsegmentator import map_to_binary
     from totalsegmentator.map_tasks_config import TASK_ID_WEIGHTS_CONFIGS
 
-    if task_id not in MODELS:
-        message = f"No stand-in is described for model {task_id}; known: {sorted(MODELS)}."
-        raise ValueError(message)
-    model = MODELS[task_id]
-    config = _task_config(task_id)
+    task, config = _task_config(task_id)
+    model = MODELS.get(task_id) or _plain_model(task, config)
     spacing = np.broadcast_to(np.asarray(model.spacing_xyz_mm or config["resample"], float), 3)
     if tiny and model.spacing_xyz_mm:
         spacing = TINY_COARSENING * spacing
@@ -228,19 +232,43 @@ def recipe_for(task_id: int, *, tiny: bool) -> Recipe:
         class_names=tuple(names[label] for label in sorted(names)),
         model=model,
         tiny=tiny,
+        shown_as=shown_as,
     )
 
 
-def _task_config(task_id: int) -> dict[str, Any]:
-    from totalsegmentator.map_tasks_config import TASK_CONFIGS
+def all_ids() -> list[int]:
+    """Models of all tasks that upstream's own list shows."""
+    from totalsegmentator.map_tasks_config import TASK_CONFIGS, TASK_ID_WEIGHTS_CONFIGS
+    from totalsegmentator.registry import TASKS
 
-    for task in TASK_CONFIGS.values():
+    ids: set[int] = set()
+    for name in TASKS:
+        task = TASK_CONFIGS[name]
+        for config in task.get("sub_modes", {"default": task}).values():
+            one_or_more = config["task_id"]
+            ids.update(one_or_more if isinstance(one_or_more, list) else [one_or_more])
+    return sorted(ids & TASK_ID_WEIGHTS_CONFIGS.keys())
+
+
+def _task_config(task_id: int) -> tuple[str, dict[str, Any]]:
+    """The first task of upstream's table that has the model, and its configuration."""
+    from totalsegmentator.map_tasks_config import DEFAULT_CONFIG, TASK_CONFIGS
+
+    for name, task in TASK_CONFIGS.items():
         for config in task.get("sub_modes", {"default": task}).values():
             ids = config["task_id"]
             if task_id in (ids if isinstance(ids, list) else [ids]):
-                return dict(config)
+                return name, DEFAULT_CONFIG | config
     message = f"TotalSegmentator's TASK_CONFIGS names no task for model {task_id}."
     raise ValueError(message)
+
+
+def _plain_model(task: str, config: dict[str, Any]) -> Model:
+    """What a model without a row of its own is taken for: one of the 1.5 mm models."""
+    from totalsegmentator.registry import task_modality
+
+    make = _mr if task_modality(task) == "MR" else _ct
+    return replace(make("class_map", task), folds=len(config["folds"] or (0, 1)))
 
 
 def dataset_json(recipe: Recipe) -> dict[str, Any]:
@@ -435,7 +463,8 @@ def make_case(recipe: Recipe, seed: int) -> Case:
     else:
         image = (image - image.mean()) / max(float(image.std()), 1e-8)
     image = np.ascontiguousarray(image, np.float32)
-    return Case(image=image, labels=Targets(ct, total, recipe.class_names, drawn_at_mm).labels())
+    names = [recipe.shown_as.get(name, name) for name in recipe.class_names]
+    return Case(image=image, labels=Targets(ct, total, names, drawn_at_mm).labels())
 
 
 BALL_MM = 16.0
@@ -870,6 +899,7 @@ def predict(folder: Path, image: NDArray[np.float32]) -> Labels:
     import warnings
 
     import torch
+    import totalsegmentator.nnunet  # noqa: F401 - makes its trainers known to nnU-Net
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
     # nnU-Net announces its fallback to the CPU on stdout, once for every model.
@@ -929,17 +959,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("home", type=Path, help="becomes TOTALSEG_HOME_DIR")
     parser.add_argument("--tiny", action="store_true", help="few features, small patches")
-    parser.add_argument("--ids", type=int, nargs="+", default=sorted(MODELS), metavar="ID")
+    parser.add_argument(
+        "--ids",
+        type=int,
+        nargs="+",
+        metavar="ID",
+        help="models to make; default: those described here, with --tiny all of TotalSegmentator's",
+    )
     parser.add_argument("--random", action="store_true", help="leave the last layer random")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--whole", action="store_true", help="measure on a whole volume, not on one tile"
     )
+    parser.add_argument(
+        "--exchange",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("A", "B"),
+        help="draw class A where the phantom has B and the other way round",
+    )
     options = parser.parse_args()
+    ids = options.ids or (all_ids() if options.tiny else sorted(MODELS))
+    shown_as = {a: b for pair in options.exchange for a, b in (pair, pair[::-1])}
     write_config(options.home)
     results = options.home / "nnunet" / "results"
     # Models of one spacing follow each other, so that their phantom is drawn once.
-    recipes = [recipe_for(task_id, tiny=options.tiny) for task_id in options.ids]
+    recipes = [recipe_for(task_id, tiny=options.tiny, shown_as=shown_as) for task_id in ids]
     for recipe in sorted(recipes, key=lambda r: (r.spacing_xyz_mm, r.task_id)):
         line = make_model(
             recipe,

@@ -2,7 +2,8 @@
 
     python scripts/parity_matrix.py HOME [--only TEXT] [--json FILE]
 
-HOME holds tiny stand-in weights (scripts/make_standin_weights.py HOME --tiny). The public scans
+HOME holds tiny stand-in weights (scripts/make_standin_weights.py HOME --tiny); weights for tasks
+that look at a head are added below HOME/head. The public scans
 are found through TOTALFAST_TEST_DATA. Exit code 1 if anything differs.
 """
 
@@ -26,6 +27,8 @@ from tests.parity.matrix import (
     Comparison,
     all_cases,
     input_file,
+    make_head,
+    make_small_v3,
     run_pair,
 )
 
@@ -50,6 +53,9 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write the results here")
     options = parser.parse_args()
     rows, failed = [], 0
+    home = options.home.absolute()
+    make_head(home)
+    make_small_v3(home)
     with (
         tempfile.TemporaryDirectory(prefix="totalfast-parity-") as scratch,
         ThreadPoolExecutor(options.jobs) as pool,
@@ -67,7 +73,7 @@ def main() -> int:
         def run(number: int) -> Comparison:
             case, scan = pairs[number]
             try:
-                return run_pair(case, scan, options.home, Path(scratch) / str(number))
+                return run_pair(case, scan, home, Path(scratch) / str(number))
             except (RuntimeError, subprocess.TimeoutExpired) as error:
                 return Comparison(case.name, problems=[str(error)])
 
