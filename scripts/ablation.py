@@ -5,8 +5,8 @@
 Runs ``totalfast`` as a whole process, once as it is and once for each row of ``ABLATIONS`` with
 that row's lines executed first, which put the plain way in place of the fast one. All take turns;
 the medians are kept, with the voxels that differ from the run as it is (none, or the row compares
-two different things). HOME: stand-ins made by scripts/make_standin_weights.py, tiny ones if what lies
-around the network is to be seen. SCAN: as for benchmark_command.py. Prints a table for README.
+two different things). HOME: stand-ins made by scripts/make_standin_weights.py, tiny ones if what
+lies around the network is to be seen. SCAN: as for benchmark_command.py. Prints README's table.
 """
 
 from __future__ import annotations
