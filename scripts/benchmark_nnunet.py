@@ -10,7 +10,9 @@ an hour a case, it gets the first --nnunet-cases cases only, totalfast is timed 
 Its memory is measured in runs of its own, as sampling slows it down.
 
 The label maps of both are compared. nnU-Net keeps all classes at the scan's resolution: with 118
-classes it needs about 80 bytes a voxel for each, and dies where the machine has not as much.
+classes it needs about 80 bytes a voxel for each, and dies where the machine has not as much. So a
+copy of the model whose plans name nnU-Net's torch resampling, which takes more, gets a case of
+--torch-shape, as the default plans do once more.
 """
 
 from __future__ import annotations
@@ -53,7 +55,7 @@ def write_cases(folder: Path, shape_zyx: tuple[int, int, int], count: int) -> li
 
 def command(program: str, model: Path, images: Path, target: Path) -> list[str | Path]:
     """Command line of either program on a folder."""
-    start = {"nnunet": ["-c", f"{NNUNET}; f()"], "totalfast": ["-m", "totalfast", "nnunet"]}
+    start = {"nnU-Net": ["-c", f"{NNUNET}; f()"], "totalfast": ["-m", "totalfast", "nnunet"]}
     flags = ["-i", images, "-o", target, "-m", model, *FOLDS, "-device", "cpu"]
     return [sys.executable, *start[program], *flags]
 
@@ -79,74 +81,128 @@ def compare(theirs: Path, ours: Path) -> dict[str, Any]:
     }
 
 
-def benchmark(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    """Run both commands."""
-    (model,) = options.home.glob("nnunet/results/Dataset297_*/*__3d_fullres")
-    images = write_cases(scratch / "images", tuple(options.shape), options.cases)
-    first = scratch / "first"
-    first.mkdir()
-    for path in images[: options.nnunet_cases]:
-        shutil.copy(path, first)
-    environment = dict(os.environ)
-    counts = {"first": options.nnunet_cases, "images": options.cases}
-    result: dict[str, Any] = {
-        "shape_zyx": options.shape,
-        "classes": len(json.loads((model / "dataset.json").read_text())["labels"]),
-        "weights": "stand-in weights (scripts/make_standin_weights.py), tiny network",
-        "machine": machine(),
-        "runs": {},
+def with_torch_resampling(model: Path, folder: Path) -> Path:
+    """Copy a model folder; its plans then name nnU-Net's torch resampling, as its planners do."""
+    copy = folder / model.parent.name / model.name
+    shutil.copytree(model, copy)
+    plans = json.loads((copy / "plans.json").read_text())
+    options = {
+        "is_seg": False,
+        "force_separate_z": False,
+        "memefficient_seg_resampling": False,
     }
+    for configuration in plans["configurations"].values():
+        for kind in ("data", "seg", "probabilities"):
+            configuration[f"resampling_fn_{kind}"] = "resample_torch_fornnunet"
+            configuration[f"resampling_fn_{kind}_kwargs"] = options | {"is_seg": kind == "seg"}
+    (copy / "plans.json").write_text(json.dumps(plans, indent=4))
+    return copy
 
-    def measure(name: str, program: str, folder: str, *, timed: bool, watched: bool) -> None:
-        target = scratch / name
+
+class Bench:
+    """Runs the commands on folders of images, and keeps what they took."""
+
+    def __init__(self, scratch: Path) -> None:
+        self.scratch = scratch
+        self.runs: dict[str, dict[str, Any]] = {}
+
+    def measure(
+        self, name: str, model: Path, images: Path, *, timed: bool = True, watched: bool = True
+    ) -> None:
+        """Run nnU-Net or totalfast, whichever the name begins with."""
+        count = len(list(images.iterdir()))
         figures = run(
-            command(program, model, scratch / folder, target),
-            environment,
+            command(name.partition(",")[0], model, images, self.scratch / name),
+            {**os.environ, "TOTALFAST_BACKEND": "torch"},
             timed=timed,
             watched=watched,
         )
         if timed:
-            figures["seconds_a_case"] = figures["wall_s"] / counts[folder]
-        result["runs"].setdefault(name, {"cases": counts[folder]}).update(figures)
+            figures["seconds_a_case"] = figures["wall_s"] / count
+        self.runs.setdefault(name, {"cases": count}).update(figures)
         print(name, {key: round(value, 2) for key, value in figures.items()}, flush=True)
 
-    measure("totalfast", "totalfast", "first", timed=True, watched=False)
-    measure("totalfast, all cases", "totalfast", "images", timed=True, watched=False)
-    measure("totalfast, all cases", "totalfast", "images", timed=False, watched=True)
-    if options.nnunet_cases:
-        measure("nnU-Net", "nnunet", "first", timed=True, watched=True)
-        result |= compare(scratch / "nnU-Net", scratch / "totalfast")
-        theirs, ours = result["runs"]["nnU-Net"], result["runs"]["totalfast, all cases"]
-        result["times_faster"] = {
-            name: theirs["seconds_a_case"] / figures["seconds_a_case"]
-            for name, figures in result["runs"].items()
-        }
-        result["peak_memory_share"] = ours["peak_bytes"] / theirs["peak_bytes"]
-    return result
+
+def benchmark(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    """Run both commands."""
+    (model,) = options.home.glob("nnunet/results/Dataset297_*/*__nnUNetPlans__3d_fullres")
+    images, first, small = (scratch / name for name in ("images", "first", "small"))
+    paths = write_cases(images, tuple(options.shape), options.cases)
+    first.mkdir()
+    for path in paths[: options.nnunet_cases]:
+        shutil.copy(path, first)
+    bench = Bench(scratch)
+    bench.measure("totalfast", model, first, watched=False)
+    bench.measure("totalfast, all cases", model, images, watched=False)
+    bench.measure("totalfast, all cases", model, images, timed=False)
+    bench.measure("nnU-Net", model, first)
+    write_cases(small, tuple(options.torch_shape), 1)
+    torch_model = with_torch_resampling(model, scratch / "torch")
+    bench.measure("nnU-Net, torch plans", torch_model, small)
+    bench.measure("totalfast, torch plans", torch_model, small, watched=False)
+    bench.measure("totalfast, torch plans", torch_model, small, timed=False)
+    bench.measure("nnU-Net, default plans", model, small)
+    bench.measure("totalfast, default plans", model, small, watched=False)
+    bench.measure("totalfast, default plans", model, small, timed=False)
+    return {
+        "shape_zyx": options.shape,
+        "torch_shape_zyx": options.torch_shape,
+        "classes": len(json.loads((model / "dataset.json").read_text())["labels"]),
+        "weights": "stand-in weights (scripts/make_standin_weights.py), tiny network",
+        "machine": machine(),
+        "runs": bench.runs,
+        "compared": {
+            ours: compare(scratch / theirs, scratch / ours) for ours, theirs in COMPARED.items()
+        },
+    }
+
+
+COMPARED = {
+    "totalfast": "nnU-Net",
+    "totalfast, torch plans": "nnU-Net, torch plans",
+    "totalfast, default plans": "nnU-Net, default plans",
+}
 
 
 def table(result: dict[str, Any]) -> str:
     """Markdown of one run."""
     lines = [
-        "| command | cases | seconds a case | times faster | peak memory |",
-        "|---|---|---|---|---|",
+        "| command | shape | cases | seconds a case | times faster | peak memory "
+        "| differing voxels |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for name in ("nnU-Net", "totalfast", "totalfast, all cases"):
-        figures = result["runs"][name]
+    runs = result["runs"]
+    for name in sorted(runs, key=list(ORDER).index):
+        figures, base = runs[name], runs[ORDER[name]]
+        small = "plans" in name
+        shape = "x".join(str(n) for n in result["torch_shape_zyx" if small else "shape_zyx"])
+        faster = base["seconds_a_case"] / figures["seconds_a_case"]
         memory = f"{figures['peak_bytes'] / 1e9:.1f} GB" if "peak_bytes" in figures else ""
+        differing = result["compared"].get(name, {}).get("differing_voxels", "")
         lines.append(
-            f"| {name} | {figures['cases']} | {figures['seconds_a_case']:.0f} s "
-            f"| {result['times_faster'][name]:.0f} | {memory} |"
+            f"| {name} | {shape} | {figures['cases']} | {figures['seconds_a_case']:.0f} s "
+            f"| {faster:.1f} | {memory} | {differing} |"
         )
-    shape = "x".join(str(n) for n in result["shape_zyx"])
-    where = result["machine"]
+    where, first = result["machine"], result["compared"]["totalfast"]
     text = (
-        f"{result['classes']} classes, cases of {shape} voxels, tiny stand-in network; "
-        f"{result['differing_voxels']} of {result['voxels'] / 1e6:.0f} million voxels differ, "
-        f"{result['boundary_cells']:.0%} of the cells at boundaries. "
-        f"{where['cores']} cores of {where['processor']}, {where['memory_gb']} GB."
+        f"{result['classes']} classes, tiny stand-in network (3 mm, tiles that overlap by half); "
+        f"the label maps have {first['classes_present']} classes and {first['boundary_cells']:.0%} "
+        f"of their cells at boundaries. {where['cores']} cores of {where['processor']}, "
+        f"{where['memory_gb']} GB. One run each."
     )
     return "\n".join(lines) + f"\n\n{text}\n"
+
+
+ORDER = {
+    "nnU-Net": "nnU-Net",
+    "totalfast": "nnU-Net",
+    "totalfast, all cases": "nnU-Net",
+    "nnU-Net, default plans": "nnU-Net, default plans",
+    "totalfast, default plans": "nnU-Net, default plans",
+    "nnU-Net, torch plans": "nnU-Net, torch plans",
+    "totalfast, torch plans": "nnU-Net, torch plans",
+}
+"""Rows of the table, each with the run that it is compared with."""
 
 
 def main() -> int:
@@ -157,6 +213,7 @@ def main() -> int:
     parser.add_argument("--shape", type=int, nargs=3, default=(300, 512, 512), metavar="N")
     parser.add_argument("--cases", type=int, default=10)
     parser.add_argument("--nnunet-cases", type=int, default=1)
+    parser.add_argument("--torch-shape", type=int, nargs=3, default=(80, 512, 512), metavar="N")
     parser.add_argument("--readme", action="store_true", help="also write README's table")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="totalfast-benchmark-") as scratch:
@@ -165,7 +222,7 @@ def main() -> int:
     options.json.write_text(json.dumps(result, indent=1) + "\n")
     if options.readme:
         write_table(Path(__file__).name, table(result))
-    return int(result.get("differing_voxels", 0) > 0)
+    return int(any(found["differing_voxels"] for found in result["compared"].values()))
 
 
 if __name__ == "__main__":

@@ -167,15 +167,19 @@ class Case:
 
 
 HEAD = {
-    "skull": "heart",
-    "brain": "stomach",
-    "hip_left": "spleen",
-    "clavicula_left": "kidney_left",
+    "skull": "aorta",
+    "brain": "lung_lower_lobe_left",
+    "hip_left": "superior_vena_cava",
+    "clavicula_left": "inferior_vena_cava",
+    "teeth_lower": "rib_left_8",
+    "intracerebral_hemorrhage": "lung_middle_lobe_right",
+    "hip_implant": "lung_upper_lobe_right",
 }
-"""What tasks look at and the phantom lacks, and the structures that stand in for it in the weights
-below ``head`` of the stand-ins' folder."""
+"""What tasks look at or for and the phantom lacks, and the structures that stand in for it in the
+weights below ``head`` of the stand-ins' folder."""
 
-ROUGH_IDS = (297, 298)
+HEAD_IDS = (297, 298, 115, 150, 260)
+"""Models that these weights are other ones of."""
 
 MADE = (
     "thick",
@@ -328,7 +332,7 @@ def all_cases() -> list[Case]:
     # All others, once; the masks of some are cut to what lies near the region.
     others = [("-ta", name, "-ml") for name in TASKS if name != "test"]
     others += [("-ta", name) for name in TASKS if TASK_CONFIGS[name].get("remove_outside")]
-    others += [("-ta", "teeth"), ("-ta", "liver_segments", "-ml", "-ho")]
+    others.append(("-ta", "liver_segments", "-ml", "-ho"))
     tried = {case.task for case in cases}
     for flags in others:
         case = Case("lps", flags, structured=False)
@@ -408,7 +412,7 @@ def make_head(home: Path) -> None:
     flags = [word for pair in HEAD.items() for word in ("--exchange", *pair)]
     maker = [sys.executable, SCRIPTS / "make_standin_weights.py"]
     subprocess.run(
-        [*maker, head, "--tiny", "--ids", *map(str, ROUGH_IDS), *flags],
+        [*maker, head, "--tiny", "--ids", *map(str, HEAD_IDS), *flags],
         check=True,
         stdout=subprocess.DEVNULL,
     )

@@ -1,0 +1,182 @@
+"""Time single steps of a run in one process: upstream's functions against totalfast's.
+
+    python scripts/benchmark_steps.py HOME --json FILE [--repeats N]
+
+- 117 masks of a 512x512x300 label map: upstream's pool of six processes that each read the label
+  map once a mask, as its command starts it, against ``write_masks``.
+- Statistics of a 488x404x336 scan: ``get_basic_statistics`` against ``measure``.
+- A second call in one session, ``fast``: seconds outside of the network, of totalfast alone.
+
+Label maps are those of the demonstration's phantom, repeated to that size. HOME: stand-ins made by
+scripts/make_standin_weights.py, of official size if the session's times are to mean something.
+Files and figures of both must be equal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from benchmark_command import compare_folders, machine, make_scan
+
+MASKS_SHAPE, STATISTICS_SHAPE = (512, 512, 300), (488, 404, 336)
+SPACING_MM = (0.75, 0.75, 1.0)
+UPSTREAM_THREADS = 6
+"""Upstream's default of --nr_thr_saving."""
+
+
+def label_map(shape: tuple[int, int, int]) -> np.ndarray:
+    """The phantom's labels, nearest neighbour, (x, y, z), Fortran order as files have it."""
+    from totalfast.demo.phantom import make_phantom
+
+    labels = make_phantom(3).labels
+    picks = [np.arange(n) * have // n for n, have in zip(shape, labels.shape, strict=True)]
+    return np.asfortranarray(labels[np.ix_(*picks)])
+
+
+def upstream_masks(labels: np.ndarray, folder: Path, scratch: Path) -> float:
+    """Save as upstream's command does; returns seconds."""
+    from totalsegmentator.map_to_binary import class_map
+    from totalsegmentator.nnunet import save_segmentation_nifti
+
+    image = nib.Nifti1Image(labels, np.diag([*SPACING_MM, 1.0]))
+    folder.mkdir()
+    began = time.perf_counter()
+    nib.save(image, scratch / "s01.nii.gz")
+    rest = (scratch, folder, "None", image.header, "total", True)
+    with get_context("fork").Pool(UPSTREAM_THREADS) as pool:
+        results = [
+            pool.starmap_async(save_segmentation_nifti, [(item, *rest)])
+            for item in class_map["total"].items()
+        ]
+        for result in results:
+            result.get()
+    return time.perf_counter() - began
+
+
+def our_masks(labels: np.ndarray, folder: Path) -> float:
+    """Save as totalfast does; returns seconds."""
+    from totalfast.cores import usable_cores
+    from totalfast.stages.write import PendingFiles, label_image, write_masks
+    from totalfast.upstream import CLASS_MAPS
+
+    affine, names = np.diag([*SPACING_MM, 1.0]), CLASS_MAPS["total"]
+    header = nib.Nifti1Image(labels, affine).header
+    image = label_image(labels, affine=affine, header=header, names=names)
+    began = time.perf_counter()
+    with PendingFiles() as files:
+        write_masks(image, names, folder=folder, files=files, threads=usable_cores())
+    return time.perf_counter() - began
+
+
+def masks(repeats: int, scratch: Path) -> dict[str, Any]:
+    """Both ways to save 117 masks."""
+    labels = label_map(MASKS_SHAPE)
+    seconds: dict[str, list[float]] = {"upstream": [], "totalfast": []}
+    our_masks(labels, scratch / "warm")
+    for repeat in range(repeats):
+        ours, theirs = scratch / f"ours{repeat}", scratch / f"theirs{repeat}"
+        seconds["totalfast"].append(our_masks(labels, ours))
+        if repeat == 0:  # minutes
+            seconds["upstream"].append(upstream_masks(labels, theirs, scratch))
+    compared = compare_folders("masks", scratch / "theirs0", scratch / "ours0")
+    return {
+        "what": f"117 masks of {MASKS_SHAPE}",
+        "seconds": seconds,
+        "differing_voxels": compared.differing_voxels,
+        "other_differences": compared.problems,
+    }
+
+
+def figures(repeats: int, scratch: Path) -> dict[str, Any]:
+    """Both ways to measure volumes and intensities."""
+    from totalsegmentator.statistics import get_basic_statistics
+
+    from totalfast.stages.read import read_image
+    from totalfast.stages.statistics import Wanted, measure
+    from totalfast.upstream import CLASS_MAPS
+
+    labels = label_map(STATISTICS_SHAPE)
+    size = "x".join(map(str, STATISTICS_SHAPE))
+    scan = nib.load(make_scan(f"phantom:{size}:{'x'.join(map(str, SPACING_MM))}", scratch))
+    image = read_image(scan)
+    voxel_mm3 = np.prod(scan.header.get_zooms())
+    seconds: dict[str, list[float]] = {"upstream": [], "totalfast": []}
+    found: Any = None
+    for _ in range(repeats):
+        began = time.perf_counter()
+        found = measure(labels, image, CLASS_MAPS["total"], voxel_mm3=voxel_mm3, wanted=Wanted())
+        seconds["totalfast"].append(time.perf_counter() - began)
+    began = time.perf_counter()
+    expected = get_basic_statistics(labels.astype(np.float64), scan, quiet=True)
+    seconds["upstream"].append(time.perf_counter() - began)
+    return {
+        "what": f"statistics of {len(np.unique(labels)) - 1} structures in {STATISTICS_SHAPE}",
+        "seconds": seconds,
+        "equal": json.dumps(found) == json.dumps(expected),
+    }
+
+
+def second_call(repeats: int, scratch: Path) -> dict[str, Any]:
+    """What a call of a session takes besides the network, once the first is over."""
+    import totalfast
+    from totalfast.sliding_window import _RollingWindow
+
+    size = "x".join(map(str, STATISTICS_SHAPE))
+    scan = make_scan(f"phantom:{size}:{'x'.join(map(str, SPACING_MM))}", scratch)
+    spent: list[float] = []
+    answer = _RollingWindow._answer
+
+    def timed(self: Any, network: Any, batch: Any) -> Any:
+        began = time.perf_counter()
+        result = answer(self, network, batch)
+        spent.append(time.perf_counter() - began)
+        return result
+
+    _RollingWindow._answer = timed  # type: ignore[method-assign]
+    session = totalfast.Session(device="cpu")
+    rows = []
+    for repeat in range(1 + repeats):
+        spent.clear()
+        began = time.perf_counter()
+        session.segment(scan, scratch / f"call{repeat}", fast=True, quiet=True)
+        wall = time.perf_counter() - began
+        rows.append({"wall_s": wall, "network_s": sum(spent), "outside_s": wall - sum(spent)})
+    return {"what": f"calls of a session, fast, per class, {STATISTICS_SHAPE}", "calls": rows}
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("home", type=Path, help="TOTALSEG_HOME_DIR with stand-in 297")
+    parser.add_argument("--json", type=Path, required=True, help="write the figures here")
+    parser.add_argument("--repeats", type=int, default=3)
+    options = parser.parse_args()
+    os.environ["TOTALSEG_HOME_DIR"] = str(options.home.absolute())
+    os.environ["TOTALFAST_BACKEND"] = "torch"
+    result: dict[str, Any] = {"machine": machine(), "steps": {}}
+    for name, step in (("masks", masks), ("statistics", figures), ("second call", second_call)):
+        with tempfile.TemporaryDirectory(prefix="totalfast-steps-") as scratch:
+            found = result["steps"][name] = step(options.repeats, Path(scratch))
+        if "seconds" in found:
+            found["times_faster"] = statistics.median(found["seconds"]["upstream"]) / (
+                statistics.median(found["seconds"]["totalfast"])
+            )
+        print(json.dumps(found, indent=1), flush=True)
+    options.json.write_text(json.dumps(result, indent=1) + "\n")
+    steps = result["steps"]
+    return int(steps["masks"]["differing_voxels"] > 0 or not steps["statistics"]["equal"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
