@@ -13,8 +13,8 @@ from PIL import Image
 from totalfast.demo.command import MODEL
 
 MODEL_BYTES = 2_000_000
-LEAST_DICE = 0.82
-"""A little below what the shown phantom gets; 0.90 is the aim."""
+LEAST_DICE = 0.88
+"""A little below what the shown phantom gets."""
 
 
 def test_the_model_that_ships_is_small_and_of_the_official_layout():

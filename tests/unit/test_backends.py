@@ -77,6 +77,23 @@ def answers(backend, network, tile):
         return run_by_torch(network, tuple(tile.shape))(tile), found
 
 
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_torch_drops_skip_connections_once_they_are_read_and_changes_no_bit(dimensions):
+    network = made_network(dimensions)
+    tile = torch.randn((1, 1, *[16] * dimensions), generator=torch.Generator().manual_seed(1))
+    given, left = [], []
+    network.decoder.register_forward_pre_hook(lambda module, inputs: given.append(inputs[0]))
+    network.decoder.stages[-1].register_forward_pre_hook(
+        lambda module, inputs: left.append(list(given[-1]))
+    )
+    with inference_settings(CPU):
+        expected, found = network(tile), run_by_torch(network, tuple(tile.shape))(tile)
+    assert torch.equal(found, expected)
+    plain, forgetful = left
+    assert [answer is None for answer in plain] == [False, False]
+    assert forgetful == [None, None]
+
+
 def test_auto_is_openvino_where_it_is_installed_and_of_use_and_says_so(
     installed, monkeypatch, caplog
 ):

@@ -51,7 +51,30 @@ class Forward:
 def run_by_torch(network: nn.Module, shape: tuple[int, ...]) -> Forward:
     """Run a network as nnU-Net does: the same operations, hence the same bits."""
     body, head = split_head(network)
+    if is_nnunets(body):
+        body = _with_module(body, "encoder", _with_forgotten_answers(body.encoder))  # type: ignore[arg-type]
     return Forward(body=body, head=head)
+
+
+def _with_forgotten_answers(encoder: nn.Module) -> nn.Module:
+    """Return an encoder whose answers, a decoder's skip connections, can be read once each.
+
+    The decoder copies them into its next input and needs them no more; what it works on then is
+    largest, and the finest of them a sixth of it.
+    """
+    other = copy.copy(encoder)
+    other._forward_hooks = encoder._forward_hooks.copy()
+    other.register_forward_hook(lambda module, inputs, answers: _ReadOnce(answers))
+    return other
+
+
+class _ReadOnce(list[Any]):
+    """A list that forgets what was taken from it."""
+
+    def __getitem__(self, index: Any) -> Any:  # noqa: ANN401 - as the list's
+        value = super().__getitem__(index)
+        self[index] = None
+        return value
 
 
 def is_nnunets(network: nn.Module) -> bool:
