@@ -39,12 +39,12 @@ CUBIC_SLAB_BYTES = 200_000_000
 SPLINE_SLICES = 160
 """Of the scan, at most, that a thread holds three times for splines of orders 2, 4 and 5."""
 
-FORWARD_FEATURES = 7.5
+FORWARD_FEATURES = 6.5
 """Peak of an eager forward pass as a multiple of the features at full resolution, in float32.
 
 Measured on torch 2.14 with oneDNN at the last joined layer (official features, patches of 64 to
-128, plain and residual): twice two joined, once in oneDNN's order; what was joined, and two answers
-more; the half is all coarser stages.
+128, plain and residual): twice two joined, once in oneDNN's order; one more, and two answers; the
+half is all coarser stages.
 """
 
 MARGIN = 1.05

@@ -247,7 +247,8 @@ def all_cases() -> list[Case]:
         (("--fast", "--higher_order_resampling_LEGACY", "-rs", "liver", "heart"), False),
     ]
     for flags, in_ci in modes:
-        cases.append(Case("oblique", flags, in_ci=in_ci, structured="--fast" in flags))
+        structured = "--fast" in flags and "-rs" not in flags
+        cases.append(Case("oblique", flags, in_ci=in_ci, structured=structured))
         cases.append(Case("ct", flags, structured=False))
     # Only some classes: the models, the region and the files that they need.
     subsets: list[tuple[tuple[str, ...], bool]] = [
@@ -297,7 +298,7 @@ def all_cases() -> list[Case]:
     plain = (
         ("-ff", "-ml", "-nr", "2", "-q"),
         ("-ff", "-ml", "-v", "--debug"),
-        ("-ff", "-ss", "-s", "-sii"),
+        ("-ff", "-ss", "-ml", "-s", "-sii"),
         ("-ff", "-ot", "nifti"),
         ("-rs", "liver", "heart", "--fast", "-ml"),
         ("-ta", "body", "-ndm"),
