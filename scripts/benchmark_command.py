@@ -316,16 +316,19 @@ def benchmark(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
             log.unlink(missing_ok=True)
             target = scratch / label / str(repeat) / name
             words = command(label.split()[0], scan, target, options.flags)
-            figures = run(words, environment, timed=True, watched=False)
+            figures = run(words, environment, timed=True, watched=options.watch_timed)
             figures |= forward_seconds(log)
+            if options.watch_timed:
+                result["peak_bytes"][label] = figures.pop("peak_bytes")
             figures["outside_network_s"] = figures["wall_s"] - figures["network_s"]
             result["runs"][label].append(figures)
             print(label, {key: round(value, 2) for key, value in figures.items()}, flush=True)
     for label, environment in runs.items():
         target = scratch / label / "watched" / name
         words = command(label.split()[0], scan, target, options.flags)
-        watched = run(words, environment, timed=False, watched=True)
-        result["peak_bytes"][label] = watched["peak_bytes"]
+        if not options.watch_timed:
+            watched = run(words, environment, timed=False, watched=True)
+            result["peak_bytes"][label] = watched["peak_bytes"]
         if label != "upstream":
             result["compared"][label] = differences(
                 result["case"], scratch / "upstream" / "0", scratch / label / "0"
@@ -357,6 +360,11 @@ def main() -> int:
     parser.add_argument("--json", type=Path, required=True, help="write the figures here")
     parser.add_argument("--name", help="what the case is called in tables")
     parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument(
+        "--watch-timed",
+        action="store_true",
+        help="measure memory in the timed runs, if they are long",
+    )
     parser.add_argument("--backends", nargs="+", choices=BACKENDS[1:], default=["torch"])
     arguments = sys.argv[1:]
     split = arguments.index("--") if "--" in arguments else len(arguments)
