@@ -15,35 +15,40 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-from benchmark_command import compare_folders, machine, make_scan
+from benchmark_command import compare_folders, machine, make_scan, run, target_name
 from readme import write_table
 
 ABLATIONS = {
     "as it is": "",
     "one thread outside of the network": """
 import totalfast.cores
-totalfast.cores.usable_cores = lambda: 1
+def one():
+    used.append(1)
+    return 1
+totalfast.cores.usable_cores = one
 """,
     "scan read by Python's gzip instead of ISA-L": """
 import numpy, totalfast.stages.read as read
-read._inflate = lambda path, proxy: numpy.asanyarray(proxy.get_unscaled())
+def inflate(path, proxy):
+    used.append(1)
+    return numpy.asanyarray(proxy.get_unscaled())
+read._inflate = inflate
 """,
     "models loaded after the scan is read": """
 import totalfast.pipeline
-totalfast.pipeline._begin_loading = lambda run, task: None
+totalfast.pipeline._begin_loading = lambda run, task: used.append(1)
 """,
     "checkpoints read instead of mapped": """
 import totalfast.weights as weights
 mapped = weights.read_checkpoint
 def read(path):
     import torch
+    used.append(1)
     load = torch.load
     torch.load = lambda *arguments, mmap=None, **keywords: load(*arguments, **keywords)
     try:
@@ -55,31 +60,44 @@ weights.read_checkpoint = read
     "imports as upstream's": """
 import totalsegmentator.python_api
 import nnunetv2.inference.predict_from_raw_data
+used.append(1)
 """,
     "scan resampled by scipy, whole": """
 import totalfast.stages.resample as resample
-def whole(voxels, image, stored, threads):
+def whole(image, stored, shape, order):
     from scipy import ndimage
-    target = voxels.T
-    zoom = [m / n for n, m in zip(stored.shape, target.shape)]
-    scaled = ndimage.zoom(image.scale(stored), zoom, order=3, mode="nearest")
-    target[...] = resample.truncate(scaled)
-resample._fill_cubic = whole
+    used.append(1)
+    zoom = [m / n for n, m in zip(stored.shape, shape)]
+    out = ndimage.zoom(image.scale(stored), zoom, order=order, mode="nearest")
+    return lambda start, stop: out[:, :, start:stop].transpose(2, 1, 0)
+resample._RESAMPLERS[1] = whole
+""",
+    "skip connections kept to the end": """
+import totalfast.backends.forward as forward
+def keep(encoder):
+    used.append(1)
+    return encoder
+forward._with_skips_read_once = keep
 """,
     "last layer run on the whole tile": """
 import totalfast.backends.forward as forward
-forward.split_head = lambda network: (network, None)
+def whole(network):
+    used.append(1)
+    return network, None
+forward.split_head = whole
 """,
     "accumulators allocated at once": """
 import totalfast.sliding_window as window
 def zeros(shape, device):
     import torch
+    used.append(1)
     return torch.zeros(shape, dtype=torch.half, device=device)
 window._zeros = zeros
 """,
     "logits weighted and added without a slice's memory": """
 import totalfast.sliding_window as window
 def add_up(self, total, logits, weight):
+    used.append(1)
     logits *= weight
     total += logits
 window._RollingWindow._add_up = add_up
@@ -87,10 +105,12 @@ window._RollingWindow._add_up = add_up
     "no huge pages": """
 import os
 os.environ["THP_MEM_ALLOC_ENABLE"] = "0"
+used.append(1)
 """,
     "labels picked voxel by voxel": """
 import totalfast.export.nearest as nearest
 def gather(labels, indices, *, threads):
+    used.append(1)
     z, y, x = indices
     return labels[z[:, None, None], y[:, None], x]
 nearest.gather = gather
@@ -99,23 +119,33 @@ nearest.gather = gather
 import types, zlib
 import totalfast.gzip_member as gzip_member
 isal = gzip_member.isal_zlib
+def encoder(*arguments):
+    used.append(1)
+    return zlib.compressobj(*arguments)
 gzip_member.isal_zlib = types.SimpleNamespace(
-    compressobj=zlib.compressobj, DEFLATED=zlib.DEFLATED, MAX_WBITS=zlib.MAX_WBITS,
+    compressobj=encoder, DEFLATED=zlib.DEFLATED, MAX_WBITS=zlib.MAX_WBITS,
     Z_SYNC_FLUSH=zlib.Z_SYNC_FLUSH, crc32=zlib.crc32, crc32_combine=isal.crc32_combine,
 )
 """,
     "empty slices of masks compressed like others": """
 import totalfast.stages.write as write
-write.zeros = lambda length: write.compress(bytes(length))
+def zeros(length):
+    used.append(1)
+    return write.compress(bytes(length))
+write.zeros = zeros
 """,
     "each mask compressed whole": """
 import numpy, totalfast.stages.write as write
-write._present_labels = lambda labels, threads: numpy.ones((labels.shape[2], 256), bool)
+def everywhere(labels, threads):
+    used.append(1)
+    return numpy.ones((labels.shape[2], 256), bool)
+write._present_labels = everywhere
 """,
     "masks saved by nibabel": """
 import totalfast.stages.write as write
 def save(image, names, *, folder, files, threads):
     import nibabel, numpy
+    used.append(1)
     voxels = numpy.asanyarray(image.dataobj)
     header = image.header.copy()
     header.extensions.clear()
@@ -129,43 +159,46 @@ totalfast.deliver.write_masks = save
     "interpreter taken down at the end": """
 import os, sys
 def leave(code):
+    used.append(1)
     raise SystemExit(code)
 os._exit = leave
 """,
 }
-"""What is switched off, and the lines that do it."""
+"""What is switched off, and the lines that do it; these add to ``used`` when they are come to."""
 
 START = """
-import runpy, sys
-exec(sys.argv[1])
+import atexit, os, runpy, sys
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # the command does, before it imports torch
+prelude, used = sys.argv[1], []
+@atexit.register
+def report():
+    status = dict(line.split(":", 1) for line in open("/proc/self/status"))
+    with open(os.environ["TOTALFAST_ABLATION"], "w") as file:
+        file.write(f"{int(bool(used) or not prelude)} {status['VmHWM'].split()[0]}")
+exec(prelude, {"used": used})
 sys.argv = ["totalfast", *sys.argv[2:]]
 runpy.run_module("totalfast", run_name="__main__", alter_sys=True)
 """
 
-SETTLE_S = 2.0
+SETTLE_S = 5.0
+"""Pause before each run: all are small, and alike."""
 
 
-def run_once(prelude: str, words: list[str | Path], environment: dict[str, str]) -> dict[str, Any]:
+def run_once(
+    prelude: str, words: list[str | Path], environment: dict[str, str], report: Path
+) -> dict[str, float]:
     """Run the command; wall and CPU seconds, and the peak of its one process."""
-    time.sleep(SETTLE_S)
-    began = time.perf_counter()
-    process = subprocess.Popen(
+    figures = run(
         [sys.executable, "-c", START, prelude, *words],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
+        {**environment, "TOTALFAST_ABLATION": str(report)},
+        timed=True,
+        watched=False,
+        settle_s=SETTLE_S,
     )
-    errors = process.stderr.read() if process.stderr else b""
-    _, status, used = os.wait4(process.pid, 0)
-    wall = time.perf_counter() - began
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise RuntimeError(f"{prelude}\nfailed: {errors.decode()[-2000:]}")
-    return {
-        "wall_s": wall,
-        "cpu_s": used.ru_utime + used.ru_stime,
-        "peak_bytes": used.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
-    }
+    used, peak_kb = report.read_text().split()
+    if used != "1":
+        raise RuntimeError(f"the run never came to what these lines replace:\n{prelude}")
+    return figures | {"peak_bytes": 1024 * int(peak_kb)}
 
 
 def ablate(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
@@ -173,14 +206,14 @@ def ablate(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     scan = make_scan(options.scan, scratch)
     environment = {**os.environ, "TOTALSEG_HOME_DIR": str(options.home.absolute())}
     environment["TOTALFAST_BACKEND"] = "torch"
-    name = "seg.nii.gz" if "-ml" in options.flags else "seg"
+    name = target_name(options.flags)
     runs: dict[str, list[dict[str, Any]]] = {row: [] for row in ABLATIONS}
     differing = {}
     for repeat in range(options.repeats + 1):  # the first fills numba's cache and the disk's
         for number, (row, prelude) in enumerate(ABLATIONS.items()):
             target = scratch / str(number) / name
             words = ["-i", scan, "-o", target, "-d", "cpu", "-q", *options.flags]
-            figures = run_once(prelude, words, environment)
+            figures = run_once(prelude, words, environment, scratch / "report")
             if repeat:
                 runs[row].append(figures)
                 continue
@@ -236,6 +269,7 @@ def main() -> int:
     options.flags = arguments[split + 1 :]
     with tempfile.TemporaryDirectory(prefix="totalfast-ablation-") as scratch:
         result = ablate(options, Path(scratch))
+    options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(result, indent=1) + "\n")
     print(table(result))
     if options.readme:

@@ -5,14 +5,13 @@
 The model is the stand-in for TotalSegmentator's 3 mm model in HOME (118 classes, made by
 scripts/make_standin_weights.py; with --tiny the network is small, so that the rest is seen), which
 is a plain nnU-Net model folder. The cases are one made CT with noise of its own each; shapes are
-(z, y, x). Both commands run on the same folder, as whole processes; as nnU-Net takes a quarter of
-an hour a case, it gets the first --nnunet-cases cases only, totalfast is timed on these and on all.
-Its memory is measured in runs of its own, as sampling slows it down.
+(z, y, x). Both commands run on the same folder, as whole processes, all of which are watched alike;
+as nnU-Net takes long, it gets the first case only, totalfast that one and all.
 
-The label maps of both are compared. nnU-Net keeps all classes at the scan's resolution: with 118
-classes it needs about 80 bytes a voxel for each, and dies where the machine has not as much. So a
-copy of the model whose plans name nnU-Net's torch resampling, which takes more, gets a case of
---torch-shape, as the default plans do once more.
+The label maps of both are compared. nnU-Net keeps all classes at the scan's resolution in float16,
+and dies where the machine has not as much: 18.6 GB for 118 classes of 300x512x512 voxels. So a copy
+of the model whose plans name nnU-Net's torch resampling, which takes more, gets a case of
+--torch-shape, as the default plans do once more. FILE is written after each run.
 """
 
 from __future__ import annotations
@@ -29,6 +28,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 from benchmark_command import machine, make_scan, run
+from compare_resampling import TORCH_OPTIONS, TORCH_RESAMPLING
 from make_standin_weights import label_map_facts
 from readme import write_table
 
@@ -86,75 +86,66 @@ def with_torch_resampling(model: Path, folder: Path) -> Path:
     copy = folder / model.parent.name / model.name
     shutil.copytree(model, copy)
     plans = json.loads((copy / "plans.json").read_text())
-    options = {
-        "is_seg": False,
-        "force_separate_z": False,
-        "memefficient_seg_resampling": False,
-    }
     for configuration in plans["configurations"].values():
         for kind in ("data", "seg", "probabilities"):
-            configuration[f"resampling_fn_{kind}"] = "resample_torch_fornnunet"
-            configuration[f"resampling_fn_{kind}_kwargs"] = options | {"is_seg": kind == "seg"}
+            configuration[f"resampling_fn_{kind}"] = TORCH_RESAMPLING
+            configuration[f"resampling_fn_{kind}_kwargs"] = TORCH_OPTIONS | {
+                "is_seg": kind == "seg"
+            }
     (copy / "plans.json").write_text(json.dumps(plans, indent=4))
     return copy
 
 
-class Bench:
-    """Runs the commands on folders of images, and keeps what they took."""
-
-    def __init__(self, scratch: Path) -> None:
-        self.scratch = scratch
-        self.runs: dict[str, dict[str, Any]] = {}
-
-    def measure(
-        self, name: str, model: Path, images: Path, *, timed: bool = True, watched: bool = True
-    ) -> None:
-        """Run nnU-Net or totalfast, whichever the name begins with."""
-        count = len(list(images.iterdir()))
-        figures = run(
-            command(name.partition(",")[0], model, images, self.scratch / name),
+def measure(name: str, model: Path, images: Path, scratch: Path) -> dict[str, Any]:
+    """Run nnU-Net or totalfast, whichever the name begins with."""
+    figures: dict[str, Any] = {"cases": len(list(images.iterdir()))}
+    try:
+        figures |= run(
+            command(name.partition(",")[0], model, images, scratch / name),
             {**os.environ, "TOTALFAST_BACKEND": "torch"},
-            timed=timed,
-            watched=watched,
+            timed=True,
+            watched=True,
         )
-        if timed:
-            figures["seconds_a_case"] = figures["wall_s"] / count
-        self.runs.setdefault(name, {"cases": count}).update(figures)
-        print(name, {key: round(value, 2) for key, value in figures.items()}, flush=True)
+    except RuntimeError as error:
+        return figures | {"failed": str(error)[-500:]}
+    return figures | {"seconds_a_case": figures["wall_s"] / figures["cases"]}
 
 
-def benchmark(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    """Run both commands."""
+def benchmark(options: argparse.Namespace, scratch: Path) -> None:
+    """Run both commands; what they took is in the file as soon as it is known."""
     (model,) = options.home.glob("nnunet/results/Dataset297_*/*__nnUNetPlans__3d_fullres")
-    images, first, small = (scratch / name for name in ("images", "first", "small"))
-    paths = write_cases(images, tuple(options.shape), options.cases)
-    first.mkdir()
-    for path in paths[: options.nnunet_cases]:
-        shutil.copy(path, first)
-    bench = Bench(scratch)
-    bench.measure("totalfast", model, first, watched=False)
-    bench.measure("totalfast, all cases", model, images, watched=False)
-    bench.measure("totalfast, all cases", model, images, timed=False)
-    bench.measure("nnU-Net", model, first)
-    write_cases(small, tuple(options.torch_shape), 1)
     torch_model = with_torch_resampling(model, scratch / "torch")
-    bench.measure("nnU-Net, torch plans", torch_model, small)
-    bench.measure("totalfast, torch plans", torch_model, small, watched=False)
-    bench.measure("totalfast, torch plans", torch_model, small, timed=False)
-    bench.measure("nnU-Net, default plans", model, small)
-    bench.measure("totalfast, default plans", model, small, watched=False)
-    bench.measure("totalfast, default plans", model, small, timed=False)
-    return {
+    images, first, small = (scratch / name for name in ("images", "first", "small"))
+    shutil.copytree(write_cases(images, tuple(options.shape), options.cases)[0].parent, first)
+    for path in sorted(first.iterdir())[1:]:
+        path.unlink()
+    write_cases(small, tuple(options.torch_shape), 1)
+    result: dict[str, Any] = {
         "shape_zyx": options.shape,
         "torch_shape_zyx": options.torch_shape,
         "classes": len(json.loads((model / "dataset.json").read_text())["labels"]),
         "weights": "stand-in weights (scripts/make_standin_weights.py), tiny network",
         "machine": machine(),
-        "runs": bench.runs,
-        "compared": {
-            ours: compare(scratch / theirs, scratch / ours) for ours, theirs in COMPARED.items()
-        },
+        "runs": {},
+        "compared": {},
     }
+    for name, where in {
+        "totalfast": (model, first),
+        "totalfast, all cases": (model, images),
+        "nnU-Net, default plans": (model, small),
+        "totalfast, default plans": (model, small),
+        "nnU-Net, torch plans": (torch_model, small),
+        "totalfast, torch plans": (torch_model, small),
+        "nnU-Net": (model, first),
+    }.items():
+        figures = result["runs"][name] = measure(name, *where, scratch)
+        print(name, figures, flush=True)
+        for ours, theirs in COMPARED.items():
+            left = [result["runs"].get(one, {"failed": "not run"}) for one in (ours, theirs)]
+            if not any("failed" in one for one in left):
+                result["compared"][ours] = compare(scratch / theirs, scratch / ours)
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 COMPARED = {
@@ -172,23 +163,25 @@ def table(result: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     runs = result["runs"]
-    for name in sorted(runs, key=list(ORDER).index):
-        figures, base = runs[name], runs[ORDER[name]]
-        small = "plans" in name
-        shape = "x".join(str(n) for n in result["torch_shape_zyx" if small else "shape_zyx"])
-        faster = base["seconds_a_case"] / figures["seconds_a_case"]
-        memory = f"{figures['peak_bytes'] / 1e9:.1f} GB" if "peak_bytes" in figures else ""
-        differing = result["compared"].get(name, {}).get("differing_voxels", "")
-        lines.append(
-            f"| {name} | {shape} | {figures['cases']} | {figures['seconds_a_case']:.0f} s "
-            f"| {faster:.1f} | {memory} | {differing} |"
-        )
-    where, first = result["machine"], result["compared"]["totalfast"]
+    for name, theirs in ORDER.items():
+        figures, base = runs[name], runs[theirs]
+        shape = result["torch_shape_zyx" if "plans" in name else "shape_zyx"]
+        cells = [name, "x".join(map(str, shape)), str(figures["cases"])]
+        if "failed" in figures:
+            cells += ["failed", "", "", ""]
+        else:
+            faster = "" if "failed" in base else base["seconds_a_case"] / figures["seconds_a_case"]
+            cells += [f"{figures['seconds_a_case']:.0f} s", f"{faster:.0f}" if faster else ""]
+            cells += [f"{figures['peak_bytes'] / 1e9:.1f} GB"]
+            cells += [str(result["compared"].get(name, {}).get("differing_voxels", ""))]
+        lines.append(f"| {' | '.join(cells)} |")
+    where = result["machine"]
+    facts = next(iter(result["compared"].values()))
     text = (
         f"{result['classes']} classes, tiny stand-in network (3 mm, tiles that overlap by half); "
-        f"the label maps have {first['classes_present']} classes and {first['boundary_cells']:.0%} "
+        f"the label maps have {facts['classes_present']} classes and {facts['boundary_cells']:.0%} "
         f"of their cells at boundaries. {where['cores']} cores of {where['processor']}, "
-        f"{where['memory_gb']} GB. One run each."
+        f"{where['memory_gb']} GB. One run each, watched."
     )
     return "\n".join(lines) + f"\n\n{text}\n"
 
@@ -212,14 +205,12 @@ def main() -> int:
     parser.add_argument("--json", type=Path, required=True, help="write the figures here")
     parser.add_argument("--shape", type=int, nargs=3, default=(300, 512, 512), metavar="N")
     parser.add_argument("--cases", type=int, default=10)
-    parser.add_argument("--nnunet-cases", type=int, default=1)
     parser.add_argument("--torch-shape", type=int, nargs=3, default=(80, 512, 512), metavar="N")
     parser.add_argument("--readme", action="store_true", help="also write README's table")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="totalfast-benchmark-") as scratch:
-        result = benchmark(options, Path(scratch))
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(result, indent=1) + "\n")
+        benchmark(options, Path(scratch))
+    result = json.loads(options.json.read_text())
     if options.readme:
         write_table(Path(__file__).name, table(result))
     return int(any(found["differing_voxels"] for found in result["compared"].values()))

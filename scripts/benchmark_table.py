@@ -12,6 +12,9 @@ from typing import Any
 
 from readme import write_table
 
+SAME = ("processor", "cores", "memory_gb", "versions")
+"""What of the machine must not differ between rows of one table."""
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -46,7 +49,9 @@ def table() -> str:
         json.loads(path.read_text())
         for path in sorted((ROOT / "scripts/results").glob("command_*.json"))
     ]
-    machines = {json.dumps(result["machine"], sort_keys=True) for result in results}
+    for result in results:
+        if any(result["machine"][key] != results[0]["machine"][key] for key in SAME):
+            raise ValueError(f"{result['case']} was measured elsewhere than {results[0]['case']}.")
     machine = results[0]["machine"]
     versions = machine["versions"]
     runs = {len(result["runs"]["upstream"]) for result in results}
@@ -57,10 +62,10 @@ def table() -> str:
         *(line for result in results for line in rows(result)),
         "",
         f"{machine['cores']} cores of {machine['processor']}, {machine['memory_gb']} GB"
-        f"{' (and others like it)' if len(machines) > 1 else ''}, CPU only; "
+        ", CPU only; "
         f"TotalSegmentator {versions['TotalSegmentator']}, nnU-Net {versions['nnunetv2']}, "
-        f"torch {versions['torch']}; median of {' or '.join(map(str, sorted(runs)))} run(s), the "
-        "first of which finds empty caches.",
+        f"torch {versions['torch']}; median of {' or '.join(map(str, sorted(runs)))} run(s). "
+        "totalfast's first run finds empty caches of compiled code and of converted networks.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from benchmark_command import lowest_dice, pairs_of_labels
 
 from totalfast.backends import choose_backend
 from totalfast.demo.phantom import make_phantom
@@ -29,8 +30,6 @@ from totalfast.weights import Model, load_model
 
 CPU = torch.device("cpu")
 SEED = 3
-LARGE = 100
-"""Voxels of a structure that one voxel does not change by a percent."""
 
 
 def main() -> None:
@@ -104,20 +103,12 @@ def cpu_s() -> float:
 
 
 def difference(labels: np.ndarray, reference: np.ndarray) -> dict[str, Any]:
-    """Differing voxels, and the lowest Dice of a class that the reference has."""
-    dice = {}
-    for label in np.unique(reference)[1:]:
-        ours, theirs = labels == label, reference == label
-        dice[int(label)] = 2 * int((ours & theirs).sum()) / int(ours.sum() + theirs.sum())
-    sizes = {label: int((reference == label).sum()) for label in dice}
-    worst = min(dice, key=lambda label: dice[label])
+    """Differing voxels, and the lowest Dice of a class."""
     return {
         "differing_voxels": int((labels != reference).sum()),
         "differing_share": float((labels != reference).mean()),
-        "classes": len(dice),
-        "lowest_dice": round(dice[worst], 6),
-        "lowest_dice_voxels": sizes[worst],
-        "lowest_dice_of_large": round(min(dice[n] for n in dice if sizes[n] >= LARGE), 6),
+        "classes": int(np.count_nonzero(np.unique(reference))),
+        **lowest_dice(pairs_of_labels(reference, labels)),
     }
 
 

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 SEEDS = (1, 2, 3)
+TORCH_RESAMPLING = "resample_torch_fornnunet"
+TORCH_OPTIONS = {"is_seg": False, "force_separate_z": False, "memefficient_seg_resampling": False}
 NNUNET = "nnU-Net"
 WAYS = {
     (NNUNET, "default"): "nnU-Net, default plans",
@@ -92,8 +94,7 @@ def measure_seed(seed: int) -> list[dict[str, Any]]:
 def with_resampling(configuration: Any, resampling: str) -> Any:
     """Return a configuration whose plans name one of nnU-Net's resamplers for probabilities."""
     if resampling == "torch":  # what nnUNetPlannerResEncL_torchres writes
-        function = "resample_torch_fornnunet"
-        options = {"is_seg": False, "force_separate_z": False, "memefficient_seg_resampling": False}
+        function, options = TORCH_RESAMPLING, TORCH_OPTIONS
     else:
         function = "resample_data_or_seg_to_shape"
         options = {"is_seg": False, "order": 1, "order_z": 0, "force_separate_z": None}

@@ -956,6 +956,8 @@ def write_config(home: Path) -> None:
 
 def main() -> None:
     """Command line."""
+    from totalsegmentator.map_to_binary import class_map
+
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("home", type=Path, help="becomes TOTALSEG_HOME_DIR")
     parser.add_argument("--tiny", action="store_true", help="few features, small patches")
@@ -980,6 +982,10 @@ def main() -> None:
         help="draw class A where the phantom has B and the other way round",
     )
     options = parser.parse_args()
+    known = {name for names in class_map.values() for name in names.values()}
+    for name in (name for pair in options.exchange for name in pair):
+        if name not in known:
+            parser.error(f"--exchange: no task has a class {name}.")
     ids = options.ids or (all_ids() if options.tiny else sorted(MODELS))
     shown_as = {a: b for pair in options.exchange for a, b in (pair, pair[::-1])}
     write_config(options.home)

@@ -3,8 +3,8 @@
     python scripts/parity_matrix.py HOME [--only TEXT] [--json FILE]
 
 HOME holds tiny stand-in weights (scripts/make_standin_weights.py HOME --tiny); weights for tasks
-that look at a head are added below HOME/head. The public scans
-are found through TOTALFAST_TEST_DATA. Exit code 1 if anything differs.
+that look at a head are added below HOME/head. The public scans are found through
+TOTALFAST_TEST_DATA. Exit code 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ def failures(case: Case, result: Comparison) -> list[str]:
     found = list(result.problems)
     if result.differing_voxels:
         found.append(f"{result.differing_voxels} voxels differ")
+    if not result.classes and not case.finds_nothing and "-ss" not in case.flags:
+        found.append("nothing was found")
     if case.structured and (result.classes < MINIMUM_CLASSES or result.boundary > MAXIMUM_BOUNDARY):
         found.append("the label map is not structured")
     return found

@@ -15,6 +15,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -172,6 +173,10 @@ def _is_dicom(scan: Path) -> bool:
     return is_dicom(scan)
 
 
+def _stop(signal_number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
 @contextlib.contextmanager
 def _termination_as_interruption() -> Iterator[None]:
     """Turn SIGTERM into KeyboardInterrupt meanwhile, so that half-written files are removed.
@@ -179,11 +184,7 @@ def _termination_as_interruption() -> Iterator[None]:
     Not in processes that a library forks from this one, whose pools end them by it: a handler in
     Python can miss the signal just after the fork or before a lock, and is then waited for forever.
     """
-
-    def stop(signal_number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
+    before = signal.signal(signal.SIGTERM, _stop)
     if hasattr(os, "register_at_fork"):
         _end_forked_processes_by_termination()
     try:
@@ -195,19 +196,20 @@ def _termination_as_interruption() -> Iterator[None]:
 @functools.cache
 def _end_forked_processes_by_termination() -> None:
     """Let SIGTERM wait during each fork, until the new process has no handler of ours."""
+    before = threading.local()
 
-    def unblock() -> None:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    def block() -> None:
+        before.mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def restore() -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before.mask)
 
     def forget() -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        unblock()
+        if signal.getsignal(signal.SIGTERM) is _stop:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        restore()
 
-    os.register_at_fork(
-        before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM}),
-        after_in_parent=unblock,
-        after_in_child=forget,
-    )
+    os.register_at_fork(before=block, after_in_parent=restore, after_in_child=forget)
 
 
 class _LineHandler(logging.Handler):

@@ -43,8 +43,8 @@ FORWARD_FEATURES = 6.5
 """Peak of an eager forward pass as a multiple of the features at full resolution, in float32.
 
 Measured on torch 2.14 with oneDNN at the last joined layer (official features, patches of 64 to
-128, plain and residual): twice two joined, once in oneDNN's order; one more, and two answers; the
-half is all coarser stages.
+128, plain and residual): what two joined are, and once more in oneDNN's order; an answer in either
+order; the half is all coarser stages.
 """
 
 MARGIN = 1.05

@@ -196,7 +196,7 @@ def test_termination_while_files_are_open_leaves_none(standin_home, scan, tmp_pa
 
 
 FORKING_SUBCOMMAND = """
-import multiprocessing, signal, sys, time
+import multiprocessing, os, signal, sys, time
 from totalfast import cli
 
 def run(arguments):
@@ -212,6 +212,12 @@ def main():
     before = signal.getsignal(signal.SIGTERM)
     code = cli.main(["preview", "a", "b", "c"])
     assert signal.getsignal(signal.SIGTERM) is before
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))  # the program's own
+    child = os.fork()
+    if not child:
+        os.kill(os.getpid(), signal.SIGTERM)
+        sys.exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
     sys.exit(code)
 
 main()

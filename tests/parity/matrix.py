@@ -23,6 +23,7 @@ from isal import igzip
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from scipy import ndimage
 from totalsegmentator.map_tasks_config import TASK_CONFIGS
+from totalsegmentator.map_to_binary import class_map as CLASS_MAPS
 from totalsegmentator.registry import TASKS
 
 from tests.dicom_series import write_series
@@ -143,6 +144,9 @@ class Case:
     """Whether the label map must show structure. Not asked of tasks with few classes, of one slice,
     of small public scans, nor of five tiny models merged at 1.5 mm, whose borders cross."""
 
+    finds_nothing: bool = False
+    """Whether the weights find no region or no structure there, so that both programs say so."""
+
     @property
     def name(self) -> str:
         return " ".join((self.scan, *self.flags))
@@ -154,9 +158,9 @@ class Case:
 
     @property
     def looks_at_head(self) -> bool:
-        """Whether the region is one that the phantom lacks."""
-        rough = TASK_CONFIGS[self.task].get("crop") or ()
-        return not HEAD.keys().isdisjoint(rough) or "crop_model" in TASK_CONFIGS[self.task]
+        """Whether a region is looked at, and that or what is looked for is not in the phantom."""
+        rough = TASK_CONFIGS[self.task].get("crop")
+        return bool(rough) and not HEAD.keys().isdisjoint([*rough, *CLASS_MAPS[self.task].values()])
 
     @property
     def target(self) -> str:
@@ -174,11 +178,12 @@ HEAD = {
     "teeth_lower": "rib_left_8",
     "intracerebral_hemorrhage": "lung_middle_lobe_right",
     "hip_implant": "lung_upper_lobe_right",
+    "coronary_arteries": "pulmonary_vein",
 }
 """What tasks look at or for and the phantom lacks, and the structures that stand in for it in the
 weights below ``head`` of the stand-ins' folder."""
 
-HEAD_IDS = (297, 298, 115, 150, 260)
+HEAD_IDS = (297, 298, 115, 150, 260, 507, 509)
 """Models that these weights are other ones of."""
 
 MADE = (
@@ -277,7 +282,9 @@ def all_cases() -> list[Case]:
         (("-ta", "vertebrae_pp_refined", "-ml"), False),
     ]
     for flags, in_ci in subsets + extras:
-        cases.append(Case("oblique", flags, in_ci=in_ci, structured=False))
+        lacks = "brain" in flags  # and has no skull either
+        case = Case("oblique", flags, in_ci=in_ci, structured=False, finds_nothing=lacks)
+        cases.append(case)
     # Statistics of a scan that is not resampled.
     cases.append(Case("iso3", ("-s", "-sii", "--fast", "-ml"), structured=False))
     tasks: list[tuple[str, ...]] = [
@@ -407,9 +414,11 @@ runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 
 def make_head(home: Path) -> None:
     """Below ``home``, weights whose rough models find a head and hips in the phantom's thorax."""
-    head, results = home / "head", home / "nnunet" / "results"
-    if head.exists():
+    done, results = home / "head", home / "nnunet" / "results"
+    if done.exists():
         return
+    head = home / "head.part"
+    shutil.rmtree(head, ignore_errors=True)
     flags = [word for pair in HEAD.items() for word in ("--exchange", *pair)]
     maker = [sys.executable, SCRIPTS / "make_standin_weights.py"]
     subprocess.run(
@@ -421,6 +430,7 @@ def make_head(home: Path) -> None:
     for folder in results.iterdir():
         if not (own / folder.name).exists():
             (own / folder.name).symlink_to(folder, target_is_directory=True)
+    head.rename(done)
 
 
 def make_small_v3(home: Path) -> None:

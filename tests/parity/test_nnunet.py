@@ -185,13 +185,16 @@ def test_cases_of_a_folder_are_nnunets(tmp_path):
     expected = create_lists_from_splitted_dataset_folder(str(tmp_path), ".nii.gz", num_processes=1)
     assert list_cases(str(tmp_path), ".nii.gz") == expected
     assert len(expected) == 4
+    (tmp_path / "patient.nii.gz").touch()  # nnU-Net fails with an IndexError
+    with pytest.raises(InputError, match=r"patient\.nii\.gz has no number of a channel"):
+        list_cases(str(tmp_path), ".nii.gz")
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_no_process_is_started(simple, tmp_path, monkeypatch):
     _, folder, images = simple
-    monkeypatch.setattr("os.fork", lambda: pytest.fail("forked"))
-    monkeypatch.setattr("subprocess.Popen", lambda *_, **__: pytest.fail("started a process"))
+    for start in ("multiprocessing.process.BaseProcess.start", "subprocess.Popen"):
+        monkeypatch.setattr(start, lambda *_, **__: pytest.fail("started a process"))
     predicted(ArgmaxPredictor, folder, images, tmp_path / "ours", probabilities=True)
 
 

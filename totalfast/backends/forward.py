@@ -52,15 +52,15 @@ def run_by_torch(network: nn.Module, shape: tuple[int, ...]) -> Forward:
     """Run a network as nnU-Net does: the same operations, hence the same bits."""
     body, head = split_head(network)
     if is_nnunets(body):
-        body = _with_module(body, "encoder", _with_forgotten_answers(body.encoder))  # type: ignore[arg-type]
+        body = _with_module(body, "encoder", _with_skips_read_once(body.encoder))  # type: ignore[arg-type]
     return Forward(body=body, head=head)
 
 
-def _with_forgotten_answers(encoder: nn.Module) -> nn.Module:
-    """Return an encoder whose answers, a decoder's skip connections, can be read once each.
+def _with_skips_read_once(encoder: nn.Module) -> nn.Module:
+    """Return an encoder whose feature maps, the decoder's skip connections, can be read once each.
 
-    The decoder copies them into its next input and needs them no more; what it works on then is
-    largest, and the finest of them a sixth of it.
+    The decoder copies them into its next input and needs them no more. The finest is a sixth of
+    what a forward pass takes at its peak, which comes after.
     """
     other = copy.copy(encoder)
     other._forward_hooks = encoder._forward_hooks.copy()
@@ -73,7 +73,8 @@ class _ReadOnce(list[Any]):
 
     def __getitem__(self, index: Any) -> Any:  # noqa: ANN401 - as the list's
         value = super().__getitem__(index)
-        self[index] = None
+        if isinstance(index, int):
+            self[index] = None
         return value
 
 

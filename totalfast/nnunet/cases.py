@@ -40,13 +40,23 @@ def ahead(items: Iterable[Item]) -> Iterator[Item]:
 def list_cases(folder: str, file_ending: str) -> list[list[str]]:
     """The files of each case of a folder, ``CASE_0000`` and on, one a channel, sorted.
 
-    nnU-Net's ``create_lists_from_splitted_dataset_folder``, which forks a pool of processes for it:
-    with torch's threads running, and a process a case to look at all names again.
+    As nnU-Net's ``create_lists_from_splitted_dataset_folder``, which forks a pool of processes for
+    it, with torch's threads running.
+
+    Raises
+    ------
+    InputError
+        If a file has the ending, but no number of a channel.
     """
     channel = re.compile(r"(.+)_\d{4}" + re.escape(file_ending))
     cases: dict[str, list[str]] = {}
     for path in sorted(Path(folder).iterdir()):
-        if path.is_file() and (match := channel.fullmatch(path.name)):
+        if path.name.endswith(file_ending) and path.is_file():
+            match = channel.fullmatch(path.name)
+            if match is None:
+                raise InputError(
+                    f"{path} has no number of a channel: an image is called CASE_0000{file_ending}."
+                )
             cases.setdefault(match[1], []).append(str(path))
     return [cases[name] for name in sorted(cases)]
 
