@@ -143,6 +143,13 @@ def test_licensed_tasks_ask_upstreams_own_check(stored, tmp_path, monkeypatch):
         totalfast.segment(image, task="heartchambers_highres", device="cpu", quiet=True)
 
 
+def test_upstream_loses_the_cpu_on_the_way_to_teeth():
+    """Its call of the model that finds the region is given no device, and fails."""
+    from totalsegmentator.python_api import convert_device_to_string, select_device
+
+    assert convert_device_to_string(select_device("cpu")) is None
+
+
 def test_lowres_results_of_cropping_tasks_are_refused():
     image = nib.Nifti1Image(np.zeros((10, 10, 10), np.int16), np.eye(4))
     with pytest.raises(OptionError, match="which crops"):
