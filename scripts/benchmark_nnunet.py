@@ -1,17 +1,18 @@
 """Time nnU-Net's predict command against ``totalfast nnunet`` on a folder of cases.
 
-    python scripts/benchmark_nnunet.py HOME --json FILE [--shape 300 512 512] [--cases 10]
+    python scripts/benchmark_nnunet.py HOME --json FILE --shape 160 512 512 [--cases 10]
+        [--programs nnU-Net totalfast] [--torch-plans] [--readme]
 
 The model is the stand-in for TotalSegmentator's 3 mm model in HOME (118 classes, made by
 scripts/make_standin_weights.py; with --tiny the network is small, so that the rest is seen), which
-is a plain nnU-Net model folder. The cases are one made CT with noise of its own each; shapes are
-(z, y, x). Both commands run on the same folder, as whole processes, all of which are watched alike;
-as nnU-Net takes long, it gets the first case only, totalfast that one and all.
+is a plain nnU-Net model folder; with --torch-plans a copy whose plans name nnU-Net's torch
+resampling. The cases are one made CT with noise of its own each; shapes are (z, y, x). Both
+commands run on the same folder, as whole processes, all of which are watched alike; as nnU-Net
+takes long, it gets the first case only, totalfast that one and all. The label maps are compared.
 
-The label maps of both are compared. nnU-Net keeps all classes at the scan's resolution in float16,
-and dies where the machine has not as much: 18.6 GB for 118 classes of 300x512x512 voxels. So a copy
-of the model whose plans name nnU-Net's torch resampling, which takes more, gets a case of
---torch-shape, as the default plans do once more. FILE is written after each run.
+nnU-Net keeps all classes at the scan's resolution, twice in float16, and dies where the machine has
+not as much: 37 GB for 118 classes of 300x512x512 voxels. So figures of several shapes are merged
+into FILE, and --programs tells which are to be run.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,9 @@ from readme import write_table
 
 SPACING_MM = (0.78, 0.78, 1.0)
 NNUNET = "from nnunetv2.inference.predict_from_raw_data import predict_entry_point_modelfolder as f"
+PROGRAMS = {"nnU-Net": ["-c", f"{NNUNET}; f()"], "totalfast": ["-m", "totalfast", "nnunet"]}
 FOLDS = ["-f", "0"]
+WEIGHTS = "stand-in weights, not TotalSegmentator's (scripts/make_standin_weights.py)"
 
 
 def write_cases(folder: Path, shape_zyx: tuple[int, int, int], count: int) -> list[Path]:
@@ -55,9 +59,8 @@ def write_cases(folder: Path, shape_zyx: tuple[int, int, int], count: int) -> li
 
 def command(program: str, model: Path, images: Path, target: Path) -> list[str | Path]:
     """Command line of either program on a folder."""
-    start = {"nnU-Net": ["-c", f"{NNUNET}; f()"], "totalfast": ["-m", "totalfast", "nnunet"]}
     flags = ["-i", images, "-o", target, "-m", model, *FOLDS, "-device", "cpu"]
-    return [sys.executable, *start[program], *flags]
+    return [sys.executable, *PROGRAMS[program], *flags]
 
 
 def compare(theirs: Path, ours: Path) -> dict[str, Any]:
@@ -96,124 +99,106 @@ def with_torch_resampling(model: Path, folder: Path) -> Path:
     return copy
 
 
-def measure(name: str, model: Path, images: Path, scratch: Path) -> dict[str, Any]:
-    """Run nnU-Net or totalfast, whichever the name begins with."""
-    figures: dict[str, Any] = {"cases": len(list(images.iterdir()))}
+def measure(program: str, model: Path, images: Path, target: Path) -> dict[str, Any]:
+    """Run a program on a folder."""
+    count = len(list(images.iterdir()))
     try:
-        figures |= run(
-            command(name.partition(",")[0], model, images, scratch / name),
+        figures: dict[str, Any] = run(
+            command(program, model, images, target),
             {**os.environ, "TOTALFAST_BACKEND": "torch"},
             timed=True,
             watched=True,
         )
     except RuntimeError as error:
-        return figures | {"failed": str(error)[-500:]}
-    return figures | {"seconds_a_case": figures["wall_s"] / figures["cases"]}
+        return {"cases": count, "failed": str(error)[-500:]}
+    return {"cases": count, "seconds_a_case": figures["wall_s"] / count, **figures}
 
 
-def benchmark(options: argparse.Namespace, scratch: Path) -> None:
-    """Run both commands; what they took is in the file as soon as it is known."""
+def benchmark(options: argparse.Namespace, scratch: Path) -> Iterator[dict[str, Any]]:
+    """Run what is asked for; yields figures as soon as they are known."""
     (model,) = options.home.glob("nnunet/results/Dataset297_*/*__nnUNetPlans__3d_fullres")
-    torch_model = with_torch_resampling(model, scratch / "torch")
-    images, first, small = (scratch / name for name in ("images", "first", "small"))
-    shutil.copytree(write_cases(images, tuple(options.shape), options.cases)[0].parent, first)
-    for path in sorted(first.iterdir())[1:]:
-        path.unlink()
-    write_cases(small, tuple(options.torch_shape), 1)
-    result: dict[str, Any] = {
+    if options.torch_plans:
+        model = with_torch_resampling(model, scratch / "torch")
+    images, first = scratch / "images", scratch / "first"
+    paths = write_cases(images, tuple(options.shape), options.cases)
+    first.mkdir()
+    shutil.copy(paths[0], first)
+    common = {
+        "plans": "torch" if options.torch_plans else "default",
         "shape_zyx": options.shape,
-        "torch_shape_zyx": options.torch_shape,
         "classes": len(json.loads((model / "dataset.json").read_text())["labels"]),
-        "weights": "stand-in weights (scripts/make_standin_weights.py), tiny network",
-        "machine": machine(),
-        "runs": {},
-        "compared": {},
     }
-    for name, where in {
-        "totalfast": (model, first),
-        "totalfast, all cases": (model, images),
-        "nnU-Net, default plans": (model, small),
-        "totalfast, default plans": (model, small),
-        "nnU-Net, torch plans": (torch_model, small),
-        "totalfast, torch plans": (torch_model, small),
-        "nnU-Net": (model, first),
-    }.items():
-        figures = result["runs"][name] = measure(name, *where, scratch)
-        print(name, figures, flush=True)
-        for ours, theirs in COMPARED.items():
-            left = [result["runs"].get(one, {"failed": "not run"}) for one in (ours, theirs)]
-            if not any("failed" in one for one in left):
-                result["compared"][ours] = compare(scratch / theirs, scratch / ours)
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    for program in options.programs:
+        folders = [first, images] if program == "totalfast" and options.cases > 1 else [first]
+        for folder in folders:
+            target = scratch / program / folder.name
+            target.parent.mkdir(exist_ok=True)
+            yield common | {"program": program} | measure(program, model, folder, target)
+    both = [scratch / program / "first" for program in ("nnU-Net", "totalfast")]
+    if all(folder.exists() and any(folder.glob("*.nii.gz")) for folder in both):
+        yield common | {"program": "compared", "cases": 1} | compare(*both)
 
 
-COMPARED = {
-    "totalfast": "nnU-Net",
-    "totalfast, torch plans": "nnU-Net, torch plans",
-    "totalfast, default plans": "nnU-Net, default plans",
-}
+KEYS = ("program", "plans", "shape_zyx", "cases")
+"""What tells one run from another."""
 
 
 def table(result: dict[str, Any]) -> str:
-    """Markdown of one run."""
+    """Markdown of all runs."""
+    runs = [run for run in result["runs"] if run["program"] != "compared"]
     lines = [
-        "| command | shape | cases | seconds a case | times faster | peak memory "
+        "| plans | shape | command | cases | seconds a case | times faster | peak memory "
         "| differing voxels |",
-        "|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    runs = result["runs"]
-    for name, theirs in ORDER.items():
-        figures, base = runs[name], runs[theirs]
-        shape = result["torch_shape_zyx" if "plans" in name else "shape_zyx"]
-        cells = [name, "x".join(map(str, shape)), str(figures["cases"])]
-        if "failed" in figures:
-            cells += ["failed", "", "", ""]
-        else:
-            faster = "" if "failed" in base else base["seconds_a_case"] / figures["seconds_a_case"]
-            cells += [f"{figures['seconds_a_case']:.0f} s", f"{faster:.0f}" if faster else ""]
-            cells += [f"{figures['peak_bytes'] / 1e9:.1f} GB"]
-            cells += [str(result["compared"].get(name, {}).get("differing_voxels", ""))]
+    facts: dict[str, Any] = {}
+    for one in sorted(runs, key=lambda run: (run["plans"], -run["shape_zyx"][0], run["program"])):
+        like = [r for r in result["runs"] if all(r[key] == one[key] for key in KEYS[1:3])]
+        theirs = next((r for r in like if r["program"] == "nnU-Net"), one)
+        compared = next((r for r in like if r["program"] == "compared"), {})
+        facts = compared or facts
+        faster = theirs["seconds_a_case"] / one["seconds_a_case"]
+        cells = [one["plans"], "x".join(map(str, one["shape_zyx"])), one["program"]]
+        cells += [str(one["cases"]), f"{one['seconds_a_case']:.0f} s"]
+        cells += ["" if theirs is one else f"{faster:.0f}", f"{one['peak_bytes'] / 1e9:.1f} GB"]
+        cells += ["" if theirs is one else str(compared.get("differing_voxels", ""))]
         lines.append(f"| {' | '.join(cells)} |")
     where = result["machine"]
-    facts = next(iter(result["compared"].values()))
     text = (
-        f"{result['classes']} classes, tiny stand-in network (3 mm, tiles that overlap by half); "
-        f"the label maps have {facts['classes_present']} classes and {facts['boundary_cells']:.0%} "
-        f"of their cells at boundaries. {where['cores']} cores of {where['processor']}, "
+        f"{facts['classes']} classes, tiny stand-in network (3 mm, tiles that overlap by half); "
+        f"{facts['classes_present']} classes in the label maps, {facts['boundary_cells']:.0%} of "
+        f"their cells at boundaries. {where['cores']} cores of {where['processor']}, "
         f"{where['memory_gb']} GB. One run each, watched."
     )
     return "\n".join(lines) + f"\n\n{text}\n"
-
-
-ORDER = {
-    "nnU-Net": "nnU-Net",
-    "totalfast": "nnU-Net",
-    "totalfast, all cases": "nnU-Net",
-    "nnU-Net, default plans": "nnU-Net, default plans",
-    "totalfast, default plans": "nnU-Net, default plans",
-    "nnU-Net, torch plans": "nnU-Net, torch plans",
-    "totalfast, torch plans": "nnU-Net, torch plans",
-}
-"""Rows of the table, each with the run that it is compared with."""
 
 
 def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("home", type=Path, help="TOTALSEG_HOME_DIR with stand-in 297")
-    parser.add_argument("--json", type=Path, required=True, help="write the figures here")
-    parser.add_argument("--shape", type=int, nargs=3, default=(300, 512, 512), metavar="N")
+    parser.add_argument("--json", type=Path, required=True, help="figures, added to what it has")
+    parser.add_argument("--shape", type=int, nargs=3, required=True, metavar="N")
     parser.add_argument("--cases", type=int, default=10)
-    parser.add_argument("--torch-shape", type=int, nargs=3, default=(80, 512, 512), metavar="N")
+    parser.add_argument("--programs", nargs="+", choices=PROGRAMS, default=list(PROGRAMS))
+    parser.add_argument("--torch-plans", action="store_true", help="nnU-Net's torch resampling")
     parser.add_argument("--readme", action="store_true", help="also write README's table")
     options = parser.parse_args()
+    result = {"weights": WEIGHTS, "machine": machine(), "runs": []}
+    if options.json.exists():
+        result["runs"] = json.loads(options.json.read_text())["runs"]
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    differing = 0
     with tempfile.TemporaryDirectory(prefix="totalfast-benchmark-") as scratch:
-        benchmark(options, Path(scratch))
-    result = json.loads(options.json.read_text())
+        for new in benchmark(options, Path(scratch)):
+            others = [run for run in result["runs"] if any(run[key] != new[key] for key in KEYS)]
+            result["runs"] = [*others, new]
+            differing += new.get("differing_voxels", 0)
+            options.json.write_text(json.dumps(result, indent=1) + "\n")
+            print(new, flush=True)
     if options.readme:
         write_table(Path(__file__).name, table(result))
-    return int(any(found["differing_voxels"] for found in result["compared"].values()))
+    return int(differing > 0)
 
 
 if __name__ == "__main__":
