@@ -180,7 +180,7 @@ sys.argv = ["totalfast", *sys.argv[2:]]
 runpy.run_module("totalfast", run_name="__main__", alter_sys=True)
 """
 
-SETTLE_S = 5.0
+SETTLE_S = 2.0
 """Pause before each run: all are small, and alike."""
 
 

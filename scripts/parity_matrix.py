@@ -1,6 +1,6 @@
 """Run every parity case: the real TotalSegmentator command against totalfast, file by file.
 
-    python scripts/parity_matrix.py HOME [--only TEXT] [--json FILE]
+    python scripts/parity_matrix.py HOME [--only TEXT ...] [--json FILE]
 
 HOME holds tiny stand-in weights (scripts/make_standin_weights.py HOME --tiny); weights for tasks
 that look at a head are added below HOME/head. The public scans are found through
@@ -49,7 +49,9 @@ def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("home", type=Path, help="TOTALSEG_HOME_DIR with tiny stand-ins")
-    parser.add_argument("--only", default="", help="run the cases whose name contains this")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], help="run cases whose name has one of these"
+    )
     parser.add_argument("--rest", action="store_true", help="only what the tests do not run")
     parser.add_argument("--jobs", type=int, default=1, help="pairs at a time")
     parser.add_argument("--json", type=Path, help="write the results here")
@@ -67,7 +69,7 @@ def main() -> int:
         wanted = [
             (case, input_file(case.scan, scans))
             for case in all_cases()
-            if options.only in case.name and not (options.rest and case.in_ci)
+            if any(text in case.name for text in options.only) and not (options.rest and case.in_ci)
         ]
         skipped = [case.name for case, scan in wanted if scan is None]
         pairs = [(case, scan) for case, scan in wanted if scan is not None]
