@@ -28,11 +28,18 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 from benchmark_command import FORWARD_HOOK, compare_folders, machine, make_scan
+from readme import write_table
 
 MASKS_SHAPE, STATISTICS_SHAPE = (512, 512, 300), (488, 404, 336)
 SPACING_MM = (0.75, 0.75, 1.0)
+WHO = ("upstream", "totalfast")
 UPSTREAM_THREADS = 6
 """Upstream's default of --nr_thr_saving."""
+
+
+def size_text(shape: tuple[int, ...]) -> str:
+    """As tables have it."""
+    return "x".join(map(str, shape))
 
 
 def label_map(shape: tuple[int, int, int]) -> np.ndarray:
@@ -91,7 +98,7 @@ def masks(repeats: int, scratch: Path) -> dict[str, Any]:
             seconds["upstream"].append(upstream_masks(labels, theirs, scratch))
     compared = compare_folders("masks", scratch / "theirs0", scratch / "ours0")
     return {
-        "what": f"117 masks of {MASKS_SHAPE}",
+        "what": f"117 masks of {size_text(MASKS_SHAPE)}",
         "seconds": seconds,
         "differing_voxels": compared.differing_voxels,
         "other_differences": compared.problems,
@@ -107,7 +114,7 @@ def measured(repeats: int, scratch: Path) -> dict[str, Any]:
     from totalfast.upstream import CLASS_MAPS
 
     labels = label_map(STATISTICS_SHAPE)
-    size = "x".join(map(str, STATISTICS_SHAPE))
+    size = size_text(STATISTICS_SHAPE)
     scan = nib.load(make_scan(f"phantom:{size}:{'x'.join(map(str, SPACING_MM))}", scratch))
     image = read_image(scan)
     scan.get_fdata()  # read and cached by then in upstream's command, too
@@ -121,8 +128,9 @@ def measured(repeats: int, scratch: Path) -> dict[str, Any]:
     began = time.perf_counter()
     expected = get_basic_statistics(labels, scan, quiet=True)
     seconds["upstream"].append(time.perf_counter() - began)
+    count = len(np.unique(labels)) - 1
     return {
-        "what": f"statistics of {len(np.unique(labels)) - 1} structures in {STATISTICS_SHAPE}",
+        "what": f"statistics of {count} structures in {size_text(STATISTICS_SHAPE)}",
         "seconds": seconds,
         "equal": json.dumps(found) == json.dumps(expected),
     }
@@ -134,7 +142,7 @@ def second_call(repeats: int, scratch: Path) -> dict[str, Any]:
 
     hook: dict[str, Any] = {}
     exec(FORWARD_HOOK, hook)  # noqa: S102 - as sitecustomize does in benchmark_command
-    size = "x".join(map(str, STATISTICS_SHAPE))
+    size = size_text(STATISTICS_SHAPE)
     scan = make_scan(f"phantom:{size}:{'x'.join(map(str, SPACING_MM))}", scratch)
     session = totalfast.Session(device="cpu")
     rows = []
@@ -144,7 +152,29 @@ def second_call(repeats: int, scratch: Path) -> dict[str, Any]:
         session.segment(scan, scratch / f"call{repeat}", fast=True, quiet=True)
         wall, network = time.perf_counter() - began, sum(hook["spent"])
         rows.append({"wall_s": wall, "network_s": network, "outside_s": wall - network})
-    return {"what": f"calls of a session, fast, per class, {STATISTICS_SHAPE}", "calls": rows}
+    return {
+        "what": f"calls of a session, fast, per class, {size_text(STATISTICS_SHAPE)}",
+        "calls": rows,
+    }
+
+
+def table(steps: dict[str, Any]) -> str:
+    """Markdown of all steps, medians."""
+    lines = ["| step | upstream | totalfast | times faster |", "|---|---|---|---|"]
+    for name in ("masks", "statistics"):
+        step = steps[name]
+        theirs, ours = (statistics.median(step["seconds"][who]) for who in WHO)
+        lines.append(f"| {step['what']} | {theirs:.1f} s | {ours:.2f} s | {theirs / ours:.0f} |")
+    calls = steps["second call"]["calls"]
+    for title, some in (("the first", calls[:1]), ("another", calls[1:])):
+        wall, outside = (
+            statistics.median(call[key] for call in some) for key in ("wall_s", "outside_s")
+        )
+        lines.append(
+            f"| {title} of the {steps['second call']['what']} | "
+            f"| {wall:.1f} s, {outside:.1f} s of it outside the network | |"
+        )
+    return "\n".join(lines) + "\n"
 
 
 def main() -> int:
@@ -153,6 +183,7 @@ def main() -> int:
     parser.add_argument("home", type=Path, help="TOTALSEG_HOME_DIR with stand-in 297")
     parser.add_argument("--json", type=Path, required=True, help="write the figures here")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--readme", action="store_true", help="also write README's table")
     options = parser.parse_args()
     os.environ["TOTALSEG_HOME_DIR"] = str(options.home.absolute())
     os.environ["TOTALFAST_BACKEND"] = "torch"
@@ -168,6 +199,8 @@ def main() -> int:
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(result, indent=1) + "\n")
     steps = result["steps"]
+    if options.readme:
+        write_table(Path(__file__).name, table(steps))
     return int(steps["masks"]["differing_voxels"] > 0 or not steps["statistics"]["equal"])
 
 
