@@ -6,7 +6,7 @@ Runs ``totalfast`` as a whole process, once as it is and once for each row of ``
 that row's lines executed first, which put the plain way in place of the fast one. All take turns;
 the medians are kept, with the voxels that differ from the run as it is (none, or the row compares
 two different things). HOME: stand-ins made by scripts/make_standin_weights.py, tiny ones if what
-lies around the network is to be seen. SCAN: as for benchmark_command.py. Prints README's table.
+lies around the network is to be seen. SCAN: as for benchmark_command.py. Prints a table.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmark_command import compare_folders, machine, make_scan, run, target_name
-from readme import write_table
 
 ABLATIONS = {
     "as it is": "",
@@ -262,7 +261,6 @@ def main() -> int:
     parser.add_argument("scan", help="a NIfTI file, or phantom:NXxNYxNZ:SXxSYxSZ")
     parser.add_argument("--json", type=Path, required=True, help="write the figures here")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--readme", action="store_true", help="put the table into README.md")
     arguments = sys.argv[1:]
     split = arguments.index("--") if "--" in arguments else len(arguments)
     options = parser.parse_args(arguments[:split])
@@ -272,8 +270,6 @@ def main() -> int:
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(result, indent=1) + "\n")
     print(table(result))
-    if options.readme:
-        write_table(Path(__file__).name, table(result))
     return int(any(figures["differing"] for figures in result["median"].values()))
 
 
