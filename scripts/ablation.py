@@ -20,7 +20,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmark_command import compare_folders, machine, make_scan, run, target_name
+from benchmark_command import (
+    WEIGHTS,
+    compare_folders,
+    machine,
+    make_scan,
+    parse_with_flags,
+    run,
+    target_name,
+)
 
 ABLATIONS = {
     "as it is": "",
@@ -227,7 +235,7 @@ def ablate(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     return {
         "scan": options.scan,
         "flags": options.flags,
-        "weights": "stand-in weights, not TotalSegmentator's (scripts/make_standin_weights.py)",
+        "weights": WEIGHTS,
         "machine": machine(),
         "runs": runs,
         "median": medians,
@@ -261,10 +269,7 @@ def main() -> int:
     parser.add_argument("scan", help="a NIfTI file, or phantom:NXxNYxNZ:SXxSYxSZ")
     parser.add_argument("--json", type=Path, required=True, help="write the figures here")
     parser.add_argument("--repeats", type=int, default=3)
-    arguments = sys.argv[1:]
-    split = arguments.index("--") if "--" in arguments else len(arguments)
-    options = parser.parse_args(arguments[:split])
-    options.flags = arguments[split + 1 :]
+    options = parse_with_flags(parser)
     with tempfile.TemporaryDirectory(prefix="totalfast-ablation-") as scratch:
         result = ablate(options, Path(scratch))
     options.json.parent.mkdir(parents=True, exist_ok=True)

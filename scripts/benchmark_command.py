@@ -51,6 +51,8 @@ PROGRAMS = {"upstream": "totalsegmentator.bin.TotalSegmentator", "totalfast": "t
 BACKENDS = ("torch", "openvino")
 """Those whose forward passes the hook can time; torch's compiler would compile the hook, too."""
 
+WEIGHTS = "stand-in weights, not TotalSegmentator's (scripts/make_standin_weights.py)"
+
 LARGE = 100
 """Voxels of a structure that one voxel does not change by a percent."""
 
@@ -189,6 +191,15 @@ def command(program: str, scan: Path, target: Path, flags: list[str]) -> list[st
     """Command line of one of ``PROGRAMS``."""
     module = PROGRAMS[program]
     return [sys.executable, "-m", module, "-i", scan, "-o", target, "-d", "cpu", *flags]
+
+
+def parse_with_flags(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parse our own arguments; ``flags`` are the commands', which follow ``--``."""
+    arguments = sys.argv[1:]
+    split = arguments.index("--") if "--" in arguments else len(arguments)
+    options = parser.parse_args(arguments[:split])
+    options.flags = arguments[split + 1 :]
+    return options
 
 
 def target_name(flags: list[str]) -> str:
@@ -339,7 +350,7 @@ def benchmark(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
             "shape": list(image.shape),
             "spacing_mm": [round(float(mm), 4) for mm in image.header.get_zooms()[:3]],
         },
-        "weights": "stand-in weights, not TotalSegmentator's (scripts/make_standin_weights.py)",
+        "weights": WEIGHTS,
         "machine": machine(),
         "runs": {label: [] for label in runs},
         "watched_while_timed": options.watch_timed,
@@ -361,10 +372,10 @@ def benchmark(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
             result["runs"][label].append(figures)
             print(label, {key: round(value, 2) for key, value in figures.items()}, flush=True)
     for label, environment in runs.items():
-        target = scratch / label / "watched" / name
-        target.parent.mkdir(parents=True)
-        words = command(label.split()[0], scan, target, options.flags)
         if not options.watch_timed:
+            target = scratch / label / "watched" / name
+            target.parent.mkdir(parents=True)
+            words = command(label.split()[0], scan, target, options.flags)
             watched = run(words, environment, timed=False, watched=True)
             result["peak_bytes"][label] = watched["peak_bytes"]
         if label != "upstream":
@@ -404,10 +415,7 @@ def main() -> int:
         help="measure memory in the timed runs, if they are long",
     )
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=["torch"])
-    arguments = sys.argv[1:]
-    split = arguments.index("--") if "--" in arguments else len(arguments)
-    options = parser.parse_args(arguments[:split])
-    options.flags = arguments[split + 1 :]  # flags of both commands
+    options = parse_with_flags(parser)
     with tempfile.TemporaryDirectory(prefix="totalfast-benchmark-") as scratch:
         result = benchmark(options, Path(scratch))
     options.json.parent.mkdir(parents=True, exist_ok=True)

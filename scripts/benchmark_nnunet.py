@@ -10,9 +10,9 @@ resampling. The cases are one made CT with noise of its own each; shapes are (z,
 commands run on the same folder, as whole processes, all of which are watched alike; as nnU-Net
 takes long, it gets the first case only, totalfast that one and all. The label maps are compared.
 
-nnU-Net keeps all classes at the scan's resolution, twice in float16, and dies where the machine has
-not as much: 37 GB for 118 classes of 300x512x512 voxels. So figures of several shapes are merged
-into FILE, and --programs tells which are to be run.
+nnU-Net keeps all classes at the scan's resolution, about twice in float16: 37 GB for 118 classes of
+300x512x512 voxels, by its peaks at 80 and 160 slices. So figures of several shapes are merged into
+FILE, and --programs tells which are to be run.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
-from benchmark_command import machine, make_scan, run
+from benchmark_command import WEIGHTS, machine, make_scan, run
 from compare_resampling import TORCH_OPTIONS, TORCH_RESAMPLING
 from make_standin_weights import label_map_facts
 from readme import write_table
@@ -38,7 +38,6 @@ SPACING_MM = (0.78, 0.78, 1.0)
 NNUNET = "from nnunetv2.inference.predict_from_raw_data import predict_entry_point_modelfolder as f"
 PROGRAMS = {"nnU-Net": ["-c", f"{NNUNET}; f()"], "totalfast": ["-m", "totalfast", "nnunet"]}
 FOLDS = ["-f", "0"]
-WEIGHTS = "stand-in weights, not TotalSegmentator's (scripts/make_standin_weights.py)"
 
 
 def write_cases(folder: Path, shape_zyx: tuple[int, int, int], count: int) -> list[Path]:

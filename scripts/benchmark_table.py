@@ -61,8 +61,7 @@ def table() -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
         *(line for result in results for line in rows(result)),
         "",
-        f"{machine['cores']} cores of {machine['processor']}, {machine['memory_gb']} GB"
-        ", CPU only; "
+        f"{machine['cores']} cores of {machine['processor']}, {machine['memory_gb']} GB, CPU only; "
         f"TotalSegmentator {versions['TotalSegmentator']}, nnU-Net {versions['nnunetv2']}, "
         f"torch {versions['torch']}; median of {' or '.join(map(str, sorted(runs)))} run(s). "
         "totalfast's first run finds empty caches of compiled code and of converted networks.",

@@ -18,7 +18,6 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -147,9 +146,6 @@ TINY_COARSENING = 2.5
 """Tiny models whose images nnU-Net resamples are this much coarser: small tiles, few of them."""
 
 
-NONE: Mapping[str, str] = MappingProxyType({})
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
     """A model with everything upstream's tables say about it."""
@@ -204,7 +200,7 @@ def label_map_facts(labels: NDArray[Any]) -> tuple[int, float]:
     return classes, float(np.mean(low != high))
 
 
-def recipe_for(task_id: int, *, tiny: bool, shown_as: Mapping[str, str] = NONE) -> Recipe:
+def recipe_for(task_id: int, *, tiny: bool, shown_as: Mapping[str, str]) -> Recipe:
     """Join a row of ``MODELS`` with upstream's folder, trainer, spacing and class names."""
     from totalsegmentator import map_to_binary
     from totalsegmentator.map_tasks_config import TASK_ID_WEIGHTS_CONFIGS
@@ -236,29 +232,29 @@ def recipe_for(task_id: int, *, tiny: bool, shown_as: Mapping[str, str] = NONE) 
     )
 
 
-def all_ids() -> list[int]:
-    """Models of all tasks that upstream's own list shows."""
-    from totalsegmentator.map_tasks_config import TASK_CONFIGS, TASK_ID_WEIGHTS_CONFIGS
-    from totalsegmentator.registry import TASKS
-
-    ids: set[int] = set()
-    for name in TASKS:
-        task = TASK_CONFIGS[name]
-        for config in task.get("sub_modes", {"default": task}).values():
-            one_or_more = config["task_id"]
-            ids.update(one_or_more if isinstance(one_or_more, list) else [one_or_more])
-    return sorted(ids & TASK_ID_WEIGHTS_CONFIGS.keys())
-
-
-def _task_config(task_id: int) -> tuple[str, dict[str, Any]]:
-    """The first task of upstream's table that has the model, and its configuration."""
+def _configurations() -> Iterator[tuple[str, dict[str, Any], list[int]]]:
+    """Each task of upstream's table in each resolution: its name, configuration and models."""
     from totalsegmentator.map_tasks_config import DEFAULT_CONFIG, TASK_CONFIGS
 
     for name, task in TASK_CONFIGS.items():
         for config in task.get("sub_modes", {"default": task}).values():
             ids = config["task_id"]
-            if task_id in (ids if isinstance(ids, list) else [ids]):
-                return name, DEFAULT_CONFIG | config
+            yield name, DEFAULT_CONFIG | config, ids if isinstance(ids, list) else [ids]
+
+
+def all_ids() -> list[int]:
+    """Models of all tasks, but of those that have no folder of weights."""
+    from totalsegmentator.map_tasks_config import TASK_ID_WEIGHTS_CONFIGS
+
+    ids = {model_id for _, _, some in _configurations() for model_id in some}
+    return sorted(ids & TASK_ID_WEIGHTS_CONFIGS.keys())
+
+
+def _task_config(task_id: int) -> tuple[str, dict[str, Any]]:
+    """The first task of upstream's table that has the model, and its configuration."""
+    for name, config, ids in _configurations():
+        if task_id in ids:
+            return name, config
     message = f"TotalSegmentator's TASK_CONFIGS names no task for model {task_id}."
     raise ValueError(message)
 

@@ -22,11 +22,9 @@ import numpy as np
 from isal import igzip
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from scipy import ndimage
-from totalsegmentator.map_tasks_config import TASK_CONFIGS
-from totalsegmentator.map_to_binary import class_map as CLASS_MAPS
-from totalsegmentator.registry import TASKS
 
 from tests.dicom_series import write_series
+from totalfast.upstream import CLASS_MAPS, TASK_CONFIGS, TASKS
 
 from .dicom_files import dicom_problems, structures
 
