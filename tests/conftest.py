@@ -50,17 +50,18 @@ def _nothing_left_behind(tmp_path_factory, monkeypatch):
     temporary = tmp_path_factory.mktemp("temporary")
     monkeypatch.setenv("TMPDIR", str(temporary))
     monkeypatch.setattr(tempfile, "tempdir", None)
-    torch = sys.modules.get("torch")
-    settings = _torch_settings(torch) if torch else None
+    settings = _torch_settings() if "torch" in sys.modules else None
     yield
     leaked = [path.name for path in temporary.iterdir() if not path.match("torchinductor_*")]
     assert not leaked, f"left in the temporary folder: {leaked}"
     assert not multiprocessing.active_children()
     if settings:
-        assert _torch_settings(torch) == settings
+        assert _torch_settings() == settings
 
 
-def _torch_settings(torch):
+def _torch_settings():
+    import torch  # waits, where a thread that a refused run left behind is still importing it
+
     return (
         torch.get_num_threads(),
         torch.backends.cudnn.benchmark,
