@@ -12,6 +12,7 @@ lies around the network is to be seen. SCAN: as for benchmark_command.py. Prints
 from __future__ import annotations
 
 import argparse
+import filecmp
 import json
 import os
 import statistics
@@ -208,6 +209,19 @@ def run_once(
     return figures | {"peak_bytes": 1024 * int(peak_kb)}
 
 
+def differences(row: str, expected: Path, actual: Path) -> int:
+    """Voxels that differ, and other differences; files of equal bytes are not looked into."""
+    files, others = (
+        {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
+        for folder in (expected, actual)
+    )
+    equal, *_ = filecmp.cmpfiles(expected, actual, files, shallow=False)
+    if len(equal) == len(files | others):
+        return 0
+    compared = compare_folders(row, expected, actual)
+    return compared.differing_voxels + len(compared.problems)
+
+
 def ablate(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """Run all rows in turn."""
     scan = make_scan(options.scan, scratch)
@@ -224,8 +238,7 @@ def ablate(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
             if repeat:
                 runs[row].append(figures)
                 continue
-            compared = compare_folders(row, scratch / "0", scratch / str(number))
-            differing[row] = compared.differing_voxels + len(compared.problems)
+            differing[row] = differences(row, scratch / "0", scratch / str(number))
         print(f"round {repeat} of {options.repeats}", flush=True)
     medians = {
         row: {key: statistics.median(run[key] for run in some) for key in some[0]}

@@ -26,8 +26,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PROGRAM_BYTES = int(0.8 * GB)
-"""Python with nnU-Net and a CUDA build of torch 2.14 imported, their files' pages included."""
+PROGRAM_BYTES = int(0.45 * GB)
+"""Python with nnU-Net and torch 2.14 imported."""
+
+LIBRARY_BYTES = int(0.4 * GB)
+"""Pages of a CUDA build of torch that are mapped from its files: up to 0.7 GB, as the system likes,
+which takes them back where memory is short."""
 
 COMPILER_BYTES = int(0.1 * GB)
 """Numba, where logits or cubic splines are interpolated."""
@@ -298,5 +302,6 @@ def plan_memory(
         "restoring": kept + labels + 3 * native,
     }
     compiles = smooth or options.resampling_order == 3
-    host = PROGRAM_BYTES + compiles * COMPILER_BYTES + weights + max(stages.values())
+    program = PROGRAM_BYTES + LIBRARY_BYTES + compiles * COMPILER_BYTES
+    host = program + weights + max(stages.values())
     return MemoryPlan(host=MARGIN * host, device=device + on_device * window, on_device=on_device)

@@ -156,13 +156,15 @@ def _converted(network: nn.Module, shape: tuple[int, ...]) -> Any:  # noqa: ANN4
 
     openvino = import_openvino()
     with warnings.catch_warnings(), _root_logger_kept(), torch.no_grad():
-        # OpenVINO traces networks with what torch calls deprecated.
+        # Torch calls its tracer deprecated. OpenVINO would have it trace a second time, to compare.
         warnings.simplefilter("ignore")
-        return openvino.convert_model(
+        traced = torch.jit.trace(
             summed_by_axis(network),
-            example_input=torch.zeros(_example_shape(network, shape)),
-            input=[openvino.PartialShape(list(shape))],
+            torch.zeros(_example_shape(network, shape)),
+            strict=False,
+            check_trace=False,
         )
+        return openvino.convert_model(traced, input=[(list(shape), openvino.Type.f32)])
 
 
 @contextlib.contextmanager
