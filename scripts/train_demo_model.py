@@ -655,7 +655,7 @@ def main() -> None:
     parser.add_argument("--phantoms", type=int, default=120)
     parser.add_argument("--steps-quarter", type=int, default=200)
     parser.add_argument("--steps-half", type=int, default=440)
-    parser.add_argument("--steps-full", type=int, default=800)
+    parser.add_argument("--steps-full", type=int, default=2400)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
