@@ -2,11 +2,13 @@
 
     python scripts/benchmark_scaling.py HOME --json FILE [--slices 100 300 ...]
         [--programs totalfast upstream] [--flags "--fast -ml"] [--limit-gb 20] [--plot FILE.png]
+        [--readme]
 
 Made CTs of 512x512 voxels a slice are segmented by each program as a whole process. Only what is
 named is run; the figures are merged into FILE, so that sessions can share the work. A program is
 not run on more slices once it has failed with the same flags, or has taken more than the limit, for
-which it is stopped; both are kept as results. HOME: stand-ins made by make_standin_weights.py.
+which it is stopped; both are kept as results. Beside totalfast's peak stands what it said that it
+would need. HOME: stand-ins made by make_standin_weights.py.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -22,10 +25,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmark_command import PROGRAMS, SAMPLE_S, Watch, command, machine, make_scan
+from readme import write_table
 
 SLICES = (100, 300, 531, 800, 1100, 1500)
 FLAGS = ("--fast -ml", "-ml")
 SPACING = "0.75x0.75x1"
+PLANNED = re.compile(rb"Memory: about ([0-9.]+) GB")
+"""What totalfast says before it takes any."""
+
 SETTLE_S = 5.0
 """Pause before each run, in which the machine takes back the last one's memory."""
 
@@ -37,26 +44,23 @@ def measure(words: list[str | Path], home: Path, limit_gb: float) -> dict[str, A
     environment["TOTALFAST_BACKEND"] = "torch"
     began = time.perf_counter()
     # A group of its own, so that upstream's worker processes can be stopped with it.
-    process = subprocess.Popen(
-        words,
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    watch, ended = Watch(process), "finished"
-    while process.poll() is None:
-        time.sleep(SAMPLE_S)
-        if watch.peak_bytes > limit_gb * 1e9 and ended == "finished":
-            ended = f"stopped above {limit_gb:g} GB"
-            os.killpg(process.pid, 9)
+    with tempfile.TemporaryFile() as said:
+        process = subprocess.Popen(
+            words, env=environment, stdout=said, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        watch, ended = Watch(process), "finished"
+        while process.poll() is None:
+            time.sleep(SAMPLE_S)
+            if watch.peak_bytes > limit_gb * 1e9 and ended == "finished":
+                ended = f"stopped above {limit_gb:g} GB"
+                os.killpg(process.pid, 9)
+        seconds = time.perf_counter() - began
+        said.seek(0)
+        planned = PLANNED.search(said.read())
     if process.returncode and ended == "finished":
         ended = f"failed with exit code {process.returncode}"
-    return {
-        "wall_s": time.perf_counter() - began,
-        "peak_bytes": watch.peak_bytes,
-        "ended": ended,
-    }
+    figures = {"wall_s": seconds, "peak_bytes": watch.peak_bytes, "ended": ended}
+    return figures | ({"planned_gb": float(planned[1])} if planned else {})
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -113,6 +117,36 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def table(result: dict[str, Any]) -> str:
+    """Seconds and gigabytes by slices, a column for each program and set of flags."""
+    runs = result["runs"]
+    columns = sorted({(run["flags"], run["program"]) for run in runs}, reverse=True)
+    titles = [f"`{flags}`, {program}" for flags, program in columns]
+    lines = [f"| slices | {' | '.join(titles)} |", "|---" * (1 + len(columns)) + "|"]
+    for slices in sorted({run["slices"] for run in runs}):
+        found = {(run["flags"], run["program"]): run for run in runs if run["slices"] == slices}
+        cells = [cell(found.get(column)) for column in columns]
+        lines.append(f"| {slices} | {' | '.join(cells)} |")
+    machine = result["machine"]
+    lines += [
+        "",
+        f"512x512 voxels a slice of {SPACING} mm, {result['weights']}; one run each. In brackets "
+        f"what totalfast said that it would need. {machine['cores']} cores of "
+        f"{machine['processor']}, {machine['memory_gb']} GB.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def cell(run: dict[str, Any] | None) -> str:
+    """One run in a table; empty if it was not made."""
+    if run is None:
+        return ""
+    if run["ended"] != "finished":
+        return str(run["ended"])
+    planned = f" ({run['planned_gb']:.1f})" if "planned_gb" in run else ""
+    return f"{run['wall_s']:.0f} s, {run['peak_bytes'] / 1e9:.1f} GB{planned}"
+
+
 def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -123,6 +157,7 @@ def main() -> int:
     parser.add_argument("--flags", nargs="*", default=list(FLAGS), help='sets, "--fast -ml"')
     parser.add_argument("--limit-gb", type=float, default=20.0)
     parser.add_argument("--plot", type=Path, metavar="PICTURE", help="draw all results so far")
+    parser.add_argument("--readme", action="store_true", help="also write README's table")
     options = parser.parse_args()
     result = load(options.json)
     result["machine"] = machine()
@@ -146,6 +181,8 @@ def main() -> int:
                     print(case, flush=True)
     if options.plot:
         plot(result["runs"], options.plot)
+    if options.readme:
+        write_table(Path(__file__).name, table(result))
     return 0
 
 

@@ -1,9 +1,9 @@
 """Measure what the backends cost and change: seconds for a tile, and labels against torch's.
 
 Takes a model folder of official size, such as scripts/make_standin_weights.py makes, and a phantom
-at that model's spacing; writes JSON.
+at that model's spacing.
 
-    python scripts/compare_backends.py HOME/nnunet/results/Dataset297*/* --shape 125x100x190
+    python scripts/compare_backends.py HOME/nnunet/results/Dataset297*/* --json FILE [--readme]
 """
 
 from __future__ import annotations
@@ -11,16 +11,18 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
-import platform
+import os
 import resource
 import statistics
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from benchmark_command import lowest_dice, pairs_of_labels
+from benchmark_command import WEIGHTS, lowest_dice, machine, pairs_of_labels
+from readme import write_table
 
 from totalfast.backends import choose_backend
 from totalfast.demo.phantom import make_phantom
@@ -39,28 +41,60 @@ def main() -> None:
     parser.add_argument("--shape", default="125x100x190", help="voxels along x, y and z")
     parser.add_argument("--backends", nargs="+", default=["torch", "compile", "openvino"])
     parser.add_argument("--repeats", type=int, default=3, help="single tiles to time")
-    parser.add_argument("--output", type=Path, help="JSON file")
+    parser.add_argument("--json", type=Path, required=True, help="write the figures here")
+    parser.add_argument("--readme", action="store_true", help="also write README's table")
     options = parser.parse_args()
     x, y, z = map(int, options.shape.split("x"))
-    found = {
+    found: dict[str, Any] = {
         "shape_xyz": [x, y, z],
         "model": options.model.parent.name,
-        "cpu": platform.processor() or platform.machine(),
+        "weights": WEIGHTS,
+        "machine": machine(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "openvino")},
+        "openvino": importlib.metadata.version("openvino"),
         "backends": {},
     }
     reference = None
-    for backend in options.backends:
-        row, labels = measure(options.model, (x, y, z), backend, options.repeats)
-        if reference is None:
-            reference = labels
+    with tempfile.TemporaryDirectory(prefix="totalfast-backends-") as caches:
+        os.environ["TOTALFAST_CACHE_DIR"] = os.environ["TORCHINDUCTOR_CACHE_DIR"] = caches
+        for backend in options.backends:
+            row, labels = measure(options.model, (x, y, z), backend, options.repeats)
+            if reference is None:
+                reference = labels
+            else:
+                row |= difference(labels, reference)
+            found["backends"][backend] = row
+            print(backend, json.dumps(row), flush=True)
+    options.json.write_text(json.dumps(found, indent=1) + "\n")
+    if options.readme:
+        write_table(Path(__file__).name, table(found))
+
+
+def table(found: dict[str, Any]) -> str:
+    """Markdown of all backends."""
+    lines = [
+        "| backend | model loaded | first tile | a tile | differing voxels | lowest Dice |",
+        "|---|---|---|---|---|---|",
+    ]
+    for backend, row in found["backends"].items():
+        cells = [f"`{backend}`"]
+        cells += [f"{row[key]:.1f} s" for key in ("load_s", "first_tile_s", "median_tile_s")]
+        if "differing_voxels" in row:
+            share = row["differing_share"]
+            cells += [f"{row['differing_voxels']} ({share:.1g})", f"{row['lowest_dice']:.4f}"]
         else:
-            row |= difference(labels, reference)
-        found["backends"][backend] = row
-        print(backend, json.dumps(row), flush=True)
-    if options.output:
-        options.output.write_text(json.dumps(found, indent=2) + "\n")
+            cells += ["0", "1"]
+        lines.append(f"| {' | '.join(cells)} |")
+    where = found["machine"]
+    lines += [
+        "",
+        f"Model of `--fast`, {found['weights']}; {'x'.join(map(str, found['shape_xyz']))} voxels "
+        "of a phantom; a model is loaded, and its first tile run, with empty caches. "
+        f"{where['cores']} cores of {where['processor']} "
+        f"({found['instructions']}), torch {where['versions']['torch']}, OpenVINO "
+        f"{found['openvino']}.",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def measure(
