@@ -1,7 +1,7 @@
 """What a run will need of memory, before it takes any.
 
 Knows headers, tasks and model folders' plans; knows nothing of arrays, and allocates none. The
-figures are upper estimates of what ``pipeline`` holds at a time; ``scripts/benchmark_scaling.py``
+figures are upper estimates of what a run holds at a time; ``scripts/benchmark_scaling.py``
 compares them with measured peaks.
 """
 

@@ -182,11 +182,11 @@ def test_the_tile_step_is_that_of_the_task_and_not_of_rough_models():
 
 
 def test_fewer_tiles_are_predicted_when_asked_for(monkeypatch):
-    from totalfast import pipeline
+    from totalfast import labelling
 
     counts = []
-    plan = pipeline.plan_tiles
-    monkeypatch.setattr(pipeline, "plan_tiles", lambda *a: counts.append(plan(*a)) or counts[-1])
+    plan = labelling.plan_tiles
+    monkeypatch.setattr(labelling, "plan_tiles", lambda *a: counts.append(plan(*a)) or counts[-1])
     scan = nib.Nifti1Image(np.zeros((20, 20, 130), np.int16), np.diag([6.0, 6.0, 6.0, 1.0]))
     for step in (None, 1.0):
         totalfast.segment(scan, tile_step_size=step, **QUICK)
