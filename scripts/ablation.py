@@ -48,9 +48,17 @@ def inflate(path, proxy):
     return numpy.asanyarray(proxy.get_unscaled())
 read._inflate = inflate
 """,
-    "models loaded after the scan is read": """
-import totalfast.pipeline
-totalfast.pipeline._begin_loading = lambda run, task: used.append(1)
+    "models loaded when they are needed": """
+import totalfast.labelling as labelling
+labelling.Run.begin_loading = lambda self, number: used.append(1)
+""",
+    "models kept to the end": """
+import totalfast.session as session
+begin = session.Session.__init__
+def keep(self, **keywords):
+    used.append(1)
+    begin(self, **{**keywords, "keep_models": True})
+session.Session.__init__ = keep
 """,
     "checkpoints read instead of mapped": """
 import totalfast.weights as weights

@@ -42,7 +42,6 @@ from totalfast.stages.write import PendingFiles, label_image, write_probabilitie
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from concurrent.futures import Future
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -76,20 +75,39 @@ class Run:
     scan: StoredScan
     budget: Budget
     losses: Losses
+    models: tuple[tuple[Task, Part], ...]
+    """All that will be needed, in that order."""
 
     @property
     def keeps_scan(self) -> bool:
         """Whether the scan's intensities are needed once more at the end."""
         return self.scan.kept
 
-    def load(self, task: Task, part: Part) -> Future[Model]:
-        """Begin to load a model of a task, or get what was begun before."""
-        options = self.options
-        return self.session.load(task, part, device=options.device, backend=options.backend)
+    def begin_loading(self, number: int) -> None:
+        """Begin to load one of ``models``, if there are that many."""
+        device, backend = self.options.device, self.options.backend
+        for task, part in self.models[number : number + 1]:
+            self.session.load(task, part, device=device, backend=backend)
+
+    def take(self, task: Task, part: Part) -> Model:
+        """Wait until a model of a task is loaded, and begin to load what is needed after it."""
+        device, backend = self.options.device, self.options.backend
+        model = self.session.take(task, part, device=device, backend=backend)
+        for number, (other_task, other_part) in enumerate(self.models, start=1):
+            if other_task is task and other_part is part:
+                self.begin_loading(number)
+        return model
 
     def plan_memory(self, region: Grid, task: Task) -> MemoryPlan:
         """Estimate what labelling a region of the scan takes."""
-        return plan_memory(self.scan, region, task=task, options=self.options, budget=self.budget)
+        return plan_memory(
+            self.scan,
+            region,
+            task=task,
+            options=self.options,
+            budget=self.budget,
+            keeps_models=self.session.keep_models,
+        )
 
     def rough(self) -> Run:
         """What a run has at hand that only looks for something: no option but the basic ones."""
@@ -252,7 +270,7 @@ def predict(run: Run, model_image: ModelImage, task: Task) -> NDArray[np.uint8]:
         if task.several_models:
             logger.info("Predicting part %d of %d ...", index + 1, len(task.parts))
         progress.stage("Loading model")
-        model = run.load(task, part).result()
+        model = run.take(task, part)
         progress.stage(f"Predicting {index + 1}/{len(task.parts)}")
         tiles = [
             plan_tiles(model_image.voxels[piece.predicted].shape, model.patch_size, task.tile_step)
@@ -282,6 +300,7 @@ def predict(run: Run, model_image: ModelImage, task: Task) -> NDArray[np.uint8]:
                 labels[piece.kept] = found[piece.inside]
             else:
                 merge_part(labels[piece.kept], found[piece.inside], part.labels)
+        del model, given  # before another is loaded
     return labels
 
 

@@ -22,8 +22,10 @@ from totalfast.progress import Progress, Work
 from totalfast.stages.read import open_scan, read_image
 from totalfast.stages.warn import warn_of_unusual
 from totalfast.upstream import check_license, store_license
+from totalfast.weights import find_part
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
     from typing import BinaryIO
 
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
     from totalfast.options import Options
     from totalfast.session import Session
     from totalfast.stages.dicom import Series
-    from totalfast.tasks import Task
+    from totalfast.tasks import Part, Task
 
 logger = logging.getLogger(__name__)
 
@@ -87,9 +89,12 @@ def run(
             ),
             budget=Budget.of(options),
             losses=Losses(task.classes, wanted=options.verbose or options.report is not None),
+            models=tuple(_models_of(task)),
         )
         _check_memory(this, Grid(shape=scan.shape[:3], affine=scan.affine), task)
-        _begin_loading(this, task)
+        for owner, part in this.models:
+            find_part(owner, part)  # what is missing is downloaded before anything is read
+        this.begin_loading(0)
         if options.export == "linear":
             Thread(target=prepare_linear, name="totalfast-compile", daemon=True).start()
         progress.expect(this.work.total)
@@ -118,7 +123,7 @@ def run(
     this.losses.tell()
     seconds = time.perf_counter() - began
     if options.report is not None:
-        device = this.load(task, task.parts[0]).result().device
+        device, _ = session.place(options.device, options.backend)
         save_report(found, this.losses, device=device, seconds=seconds)
     logger.info("Done in %.1f s: %s", seconds, ", ".join(delivered.saved) or "nothing was saved")
     return delivered
@@ -133,14 +138,14 @@ def _named(
     return source if isinstance(source, str | os.PathLike) else scan
 
 
-def _begin_loading(run: Run, task: Task) -> None:
-    """Begin to load all models that a task needs; what is needed first comes first."""
+def _models_of(task: Task) -> Iterator[tuple[Task, Part]]:
+    """All models that a task needs, in the order in which it does."""
     if task.crop is not None:
-        _begin_loading(run, task.crop.rough)
-    if task.refined_by is not None:
-        _begin_loading(run, task.refined_by)
+        yield from _models_of(task.crop.rough)
     for part in task.parts:
-        run.load(task, part)
+        yield task, part
+    if task.refined_by is not None:
+        yield from _models_of(task.refined_by)
 
 
 def _keeps_scan(task: Task, options: Options) -> bool:
