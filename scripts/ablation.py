@@ -1,6 +1,6 @@
 """Switch each optimisation off by itself, and see what the command then costs.
 
-    python scripts/ablation.py HOME SCAN --json FILE [--repeats N] [-- FLAGS ...]
+    python scripts/ablation.py HOME SCAN --json FILE [--repeats N] [--readme] [-- FLAGS ...]
 
 Runs ``totalfast`` as a whole process, once as it is and once for each row of ``ABLATIONS`` with
 that row's lines executed first, which put the plain way in place of the fast one. All take turns;
@@ -30,6 +30,7 @@ from benchmark_command import (
     run,
     target_name,
 )
+from readme import write_table
 
 ABLATIONS = {
     "as it is": "",
@@ -47,9 +48,17 @@ def inflate(path, proxy):
     return numpy.asanyarray(proxy.get_unscaled())
 read._inflate = inflate
 """,
-    "models loaded after the scan is read": """
-import totalfast.pipeline
-totalfast.pipeline._begin_loading = lambda run, task: used.append(1)
+    "models loaded when they are needed": """
+import totalfast.labelling as labelling
+labelling.Run.begin_loading = lambda self, number: used.append(1)
+""",
+    "models kept to the end": """
+import totalfast.session as session
+begin = session.Session.__init__
+def keep(self, **keywords):
+    used.append(1)
+    begin(self, **{**keywords, "keep_models": True})
+session.Session.__init__ = keep
 """,
     "checkpoints read instead of mapped": """
 import totalfast.weights as weights
@@ -282,12 +291,15 @@ def main() -> int:
     parser.add_argument("scan", help="a NIfTI file, or phantom:NXxNYxNZ:SXxSYxSZ")
     parser.add_argument("--json", type=Path, required=True, help="write the figures here")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--readme", action="store_true", help="also write README's table")
     options = parse_with_flags(parser)
     with tempfile.TemporaryDirectory(prefix="totalfast-ablation-") as scratch:
         result = ablate(options, Path(scratch))
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(result, indent=1) + "\n")
     print(table(result))
+    if options.readme:
+        write_table(Path(__file__).name, table(result))
     return int(any(figures["differing"] for figures in result["median"].values()))
 
 

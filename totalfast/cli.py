@@ -146,7 +146,7 @@ def _segment(args: argparse.Namespace) -> int:
     keywords["output_type"] = keywords["output_type"] or "nifti"
     scan, output = keywords.pop("input"), keywords.pop("output")
     keywords["task"] = _task_of_modality(keywords["task"], scan)
-    totalfast.segment(scan, output, **keywords)
+    totalfast.Session(keep_models=False).segment(scan, output, **keywords)
     return 0
 
 

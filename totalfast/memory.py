@@ -1,7 +1,7 @@
 """What a run will need of memory, before it takes any.
 
 Knows headers, tasks and model folders' plans; knows nothing of arrays, and allocates none. The
-figures are upper estimates of what ``pipeline`` holds at a time; ``scripts/benchmark_scaling.py``
+figures are upper estimates of what a run holds at a time; ``scripts/benchmark_scaling.py``
 compares them with measured peaks.
 """
 
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from totalfast.budget import GB
 from totalfast.cores import usable_cores
 from totalfast.errors import MemoryLimitError, WeightsError
-from totalfast.weights import CHECKPOINT_NAME, find_model
+from totalfast.weights import CHECKPOINT_NAME, find_part
 
 if TYPE_CHECKING:
     from totalfast.budget import Budget
@@ -90,13 +90,8 @@ class Network:
 
     @classmethod
     def of(cls, task: Task, part: Part) -> Network:
-        """Read a model's plans; for parameters and errors see ``find_model``."""
-        folder = find_model(
-            part.model_id,
-            trainer=task.trainer,
-            plans=task.plans,
-            configuration=task.configuration,
-        )
+        """Read a model's plans; for parameters and errors see ``find_part``."""
+        folder = find_part(task, part)
         folds = "*" if task.folds is None else f"[{''.join(map(str, task.folds))}]"
         files = list(folder.glob(f"fold_{folds}/{CHECKPOINT_NAME}"))
         try:
@@ -255,7 +250,13 @@ class MemoryPlan:
 
 
 def plan_memory(
-    scan: StoredScan, region: Grid, *, task: Task, options: Options, budget: Budget
+    scan: StoredScan,
+    region: Grid,
+    *,
+    task: Task,
+    options: Options,
+    budget: Budget,
+    keeps_models: bool = True,
 ) -> MemoryPlan:
     """Estimate what labelling a region of a scan takes, and decide where logits are summed up.
 
@@ -271,12 +272,15 @@ def plan_memory(
         What else is asked for.
     budget
         What there is.
+    keeps_models
+        Whether all of the task's models are in memory in the end, or two at a time.
     """
     native, threads = math.prod(scan.shape), usable_cores()
     canonical = region.canonical()
     grid = canonical.resampled(task.spacing_mm) if task.spacing_mm else canonical
     networks = [Network.of(task, part) for part in task.parts]
-    weights = sum(network.weights for network in networks)
+    files = [network.weights for network in networks]
+    weights = sum(files) if keeps_models else sum(sorted(files)[-2:])
     device = weights + max(net.forward + net.answer + net.image(grid) for net in networks)
     window = max(net.window(grid) for net in networks)
     on_device = budget.device is not None and device + window <= DEVICE_SHARE * budget.device

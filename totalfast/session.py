@@ -16,10 +16,11 @@ from totalfast.backends import choose_backend, resolve_backend
 from totalfast.errors import OptionError
 from totalfast.options import Options, check_radiomics, validate_device
 from totalfast.outputs import check_output
-from totalfast.weights import find_model, load_model
+from totalfast.weights import find_part, load_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import TypeAlias
 
     import nibabel as nib
     import torch
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from totalfast.stages.statistics import Statistics
     from totalfast.tasks import Part, Task
     from totalfast.weights import Model
+
+    ModelKey: TypeAlias = tuple[Path, tuple[int, ...] | None, str, str]
+    """Folder, folds, and the names of device and backend."""
 
 logger = logging.getLogger(__name__)
 
@@ -41,16 +45,20 @@ class Session:
     device
         "gpu", "cpu", "mps" or "gpu:X"; "gpu" falls back to the CPU. What ``segment`` uses unless
         its own ``device`` says otherwise.
+    keep_models
+        False lets each model go when it has been used, for a program that makes one call: two are
+        in memory at a time, one that predicts and the next, instead of all that a task has.
 
     Notes
     -----
     May be used from several threads; predictions then take turns.
     """
 
-    def __init__(self, *, device: str = "gpu") -> None:
+    def __init__(self, *, device: str = "gpu", keep_models: bool = True) -> None:
         self.device = validate_device(device)
+        self.keep_models = keep_models
         self.predicting = threading.Lock()
-        self._models: dict[tuple[Path, tuple[int, ...] | None, str, str], Future[Model]] = {}
+        self._models: dict[ModelKey, Future[Model]] = {}
         self._lock = threading.Lock()
         self._places: dict[tuple[str, str], tuple[torch.device, Backend]] = {}
         self._placing = threading.Lock()
@@ -88,32 +96,42 @@ class Session:
 
     def load(self, task: Task, part: Part, *, device: str, backend: str = "auto") -> Future[Model]:
         """Begin to load one of a task's models in a thread, if that has not been done before."""
-        folder = find_model(
-            part.model_id,
-            trainer=task.trainer,
-            plans=task.plans,
-            configuration=task.configuration,
-        )
-        backend = resolve_backend(backend)
-        key = (folder, task.folds, device, backend)
+        key = _model_key(task, part, device, backend)
         with self._lock:
             known = self._models.get(key)
             failed = known is not None and known.done() and known.exception() is not None
             if known is None or failed:
-                known = self._models[key] = _in_thread(
-                    lambda: self._load(folder, task.folds, device, backend)
-                )
+                known = self._models[key] = _in_thread(lambda: self._load(*key))
         return known
+
+    def take(self, task: Task, part: Part, *, device: str, backend: str = "auto") -> Model:
+        """Wait for one of a task's models; from then on only a session that keeps models has it."""
+        model = self.load(task, part, device=device, backend=backend).result()
+        if not self.keep_models:
+            with self._lock:
+                self._models.pop(_model_key(task, part, device, backend), None)
+        return model
+
+    def place(self, device: str, backend: str) -> tuple[torch.device, Backend]:
+        """Return the device and the backend that the names stand for; what they are is said once.
+
+        Parameters and errors are those of ``select_device`` and ``choose_backend``.
+        """
+        with self._placing:
+            if (device, backend) not in self._places:
+                place = select_device(device)
+                self._places[device, backend] = place, choose_backend(backend, place)
+            return self._places[device, backend]
 
     def _load(
         self, folder: Path, folds: tuple[int, ...] | None, device: str, backend: str
     ) -> Model:
-        with self._placing:  # what the names become is said once
-            if (device, backend) not in self._places:
-                place = select_device(device)
-                self._places[device, backend] = place, choose_backend(backend, place)
-            place, run = self._places[device, backend]
+        place, run = self.place(device, backend)
         return load_model(folder, folds=folds, device=place, backend=run)
+
+
+def _model_key(task: Task, part: Part, device: str, backend: str) -> ModelKey:
+    return find_part(task, part), task.folds, device, resolve_backend(backend)
 
 
 def _result(found: Delivered) -> nib.Nifti1Image | tuple[nib.Nifti1Image, Statistics]:

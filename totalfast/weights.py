@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from totalfast.backends import Backend
     from totalfast.backends.forward import Forward
+    from totalfast.tasks import Part, Task
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +109,13 @@ def find_model(model_id: int, *, trainer: str, plans: str, configuration: str) -
             "Delete the folder, so that it is downloaded again."
         )
     return folder
+
+
+def find_part(task: Task, part: Part) -> Path:
+    """Return the folder of one of a task's models; errors are ``find_model``'s."""
+    return find_model(
+        part.model_id, trainer=task.trainer, plans=task.plans, configuration=task.configuration
+    )
 
 
 def _download(model_id: int, dataset: Path) -> None:

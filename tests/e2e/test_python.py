@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import threading
+import weakref
 
 import nibabel as nib
 import numpy as np
@@ -86,6 +88,30 @@ def test_second_call_of_a_session_loads_nothing(scan, monkeypatch):
     second = session.segment(scan, fastest=True, quiet=True)
     assert len(loads) == 1
     np.testing.assert_array_equal(first.dataobj, second.dataobj)
+
+
+def test_a_session_that_keeps_no_models_has_two_at_a_time(scan, monkeypatch):
+    alive, most = weakref.WeakSet(), []
+    load = session_module.load_model
+
+    def counted(*arguments, **keywords):
+        model = load(*arguments, **keywords)
+        alive.add(model.networks[0])
+        most.append(len(alive))
+        return model
+
+    monkeypatch.setattr(session_module, "load_model", counted)
+    results = []
+    for keep in (False, True):
+        most.clear()
+        session = totalfast.Session(device="cpu", keep_models=keep)
+        results.append(session.segment(scan, quiet=True))
+        assert len(most) == 5
+        assert max(most) == (5 if keep else 2)
+        del session
+        gc.collect()
+        assert not alive
+    np.testing.assert_array_equal(*(result.dataobj for result in results))
 
 
 def test_each_backend_has_models_of_its_own(scan, monkeypatch):
@@ -182,11 +208,11 @@ def test_the_tile_step_is_that_of_the_task_and_not_of_rough_models():
 
 
 def test_fewer_tiles_are_predicted_when_asked_for(monkeypatch):
-    from totalfast import pipeline
+    from totalfast import labelling
 
     counts = []
-    plan = pipeline.plan_tiles
-    monkeypatch.setattr(pipeline, "plan_tiles", lambda *a: counts.append(plan(*a)) or counts[-1])
+    plan = labelling.plan_tiles
+    monkeypatch.setattr(labelling, "plan_tiles", lambda *a: counts.append(plan(*a)) or counts[-1])
     scan = nib.Nifti1Image(np.zeros((20, 20, 130), np.int16), np.diag([6.0, 6.0, 6.0, 1.0]))
     for step in (None, 1.0):
         totalfast.segment(scan, tile_step_size=step, **QUICK)

@@ -53,10 +53,15 @@ def task(standin_home, monkeypatch):
     return Options(fast=True).resolved_task()
 
 
-def plan(task, shape, *, budget=CPU, **options):
+def plan(task, shape, *, budget=CPU, keeps_models=True, **options):
     scan = StoredScan(shape=shape, itemsize=2, kept=False)
     return plan_memory(
-        scan, grid_of(shape, 1.0), task=task, options=Options(fast=True, **options), budget=budget
+        scan,
+        grid_of(shape, 1.0),
+        task=task,
+        options=Options(fast=True, **options),
+        budget=budget,
+        keeps_models=keeps_models,
     )
 
 
@@ -75,7 +80,7 @@ def test_plans_are_read_in_both_formats(task, tmp_path, monkeypatch):
     (tmp_path / "plans.json").write_text(json.dumps(plans))
     regions = {"labels": {"background": 0, "a": [1, 2], "b": 2}, "regions_class_order": [1, 2]}
     (tmp_path / "dataset.json").write_text(json.dumps(regions))
-    monkeypatch.setattr("totalfast.memory.find_model", lambda *a, **k: tmp_path)
+    monkeypatch.setattr("totalfast.memory.find_part", lambda *a, **k: tmp_path)
     network = Network.of(task, part)
     assert (network.patch, network.features, network.heads) == ((32, 32), 24, 2)
     assert network.image(grid_of((50, 40, 30), 1.0)) == 4 * 50 * 40 * 32
@@ -89,6 +94,15 @@ def test_memory_does_not_grow_with_what_the_window_is_for(task):
     stored = 2 * 400 * 400 * 800
     assert 0 < two - one < 2.5 * stored
     assert plan(task, (400, 400, 400), export="linear").host > one
+
+
+def test_all_models_are_counted_or_the_two_that_are_in_memory_at_a_time(task):
+    five = Options().resolved_task()
+    weights = [Network.of(five, part).weights for part in five.parts]
+    kept, dropped = (
+        plan(five, (100, 100, 100), keeps_models=keeps).host for keeps in (True, False)
+    )
+    assert kept - dropped == pytest.approx(MARGIN * (sum(weights) - sum(sorted(weights)[-2:])))
 
 
 def test_logits_go_to_the_device_if_they_fit(task):
