@@ -158,7 +158,7 @@ def _converted(network: nn.Module, shape: tuple[int, ...]) -> Any:  # noqa: ANN4
     with warnings.catch_warnings(), _root_logger_kept(), torch.no_grad():
         # Torch calls its tracer deprecated. OpenVINO would have it trace a second time, to compare.
         warnings.simplefilter("ignore")
-        traced = torch.jit.trace(
+        traced = torch.jit.trace(  # type: ignore[no-untyped-call]
             summed_by_axis(network),
             torch.zeros(_example_shape(network, shape)),
             strict=False,
