@@ -177,11 +177,13 @@ totalfast.deliver.write_masks = save
 import os, sys
 def leave(code):
     used.append(1)
+    report()  # once more: what runs at exit has run
     raise SystemExit(code)
 os._exit = leave
 """,
 }
-"""What is switched off, and the lines that do it; these add to ``used`` when they are come to."""
+"""What is switched off, and the lines that do it; these add to ``used`` when they are come to, which
+``report`` tells."""
 
 START = """
 import atexit, os, runpy, sys
@@ -192,7 +194,7 @@ def report():
     status = dict(line.split(":", 1) for line in open("/proc/self/status"))
     with open(os.environ["TOTALFAST_ABLATION"], "w") as file:
         file.write(f"{int(bool(used) or not prelude)} {status['VmHWM'].split()[0]}")
-exec(prelude, {"used": used})
+exec(prelude, {"used": used, "report": report})
 sys.argv = ["totalfast", *sys.argv[2:]]
 runpy.run_module("totalfast", run_name="__main__", alter_sys=True)
 """
