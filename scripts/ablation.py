@@ -182,8 +182,7 @@ def leave(code):
 os._exit = leave
 """,
 }
-"""What is switched off, and the lines that do it; these add to ``used`` when they are come to, which
-``report`` tells."""
+"""What is switched off, and the lines that do it; these add to ``used`` when they are come to."""
 
 START = """
 import atexit, os, runpy, sys
