@@ -43,8 +43,8 @@ def measure(words: list[str | Path], home: Path, limit_gb: float) -> dict[str, A
     environment = {**os.environ, "TOTALSEG_HOME_DIR": str(home.absolute())}
     environment["TOTALFAST_BACKEND"] = "torch"
     began = time.perf_counter()
-    # A group of its own, so that upstream's worker processes can be stopped with it.
     with tempfile.TemporaryFile() as said:
+        # A group of its own, so that upstream's worker processes can be stopped with it.
         process = subprocess.Popen(
             words, env=environment, stdout=said, stderr=subprocess.DEVNULL, start_new_session=True
         )

@@ -85,9 +85,9 @@ class Run:
 
     def begin_loading(self, number: int) -> None:
         """Begin to load one of ``models``, if there are that many."""
-        device, backend = self.options.device, self.options.backend
-        for task, part in self.models[number : number + 1]:
-            self.session.load(task, part, device=device, backend=backend)
+        if number < len(self.models):
+            device, backend = self.options.device, self.options.backend
+            self.session.load(*self.models[number], device=device, backend=backend)
 
     def take(self, task: Task, part: Part) -> Model:
         """Wait until a model of a task is loaded, and begin to load what is needed after it."""

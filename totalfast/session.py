@@ -96,21 +96,24 @@ class Session:
 
     def load(self, task: Task, part: Part, *, device: str, backend: str = "auto") -> Future[Model]:
         """Begin to load one of a task's models in a thread, if that has not been done before."""
+        return self._begin(_model_key(task, part, device, backend))
+
+    def take(self, task: Task, part: Part, *, device: str, backend: str = "auto") -> Model:
+        """Wait for one of a task's models; from then on only a session that keeps models has it."""
         key = _model_key(task, part, device, backend)
+        model = self._begin(key).result()
+        if not self.keep_models:
+            with self._lock:
+                self._models.pop(key, None)
+        return model
+
+    def _begin(self, key: ModelKey) -> Future[Model]:
         with self._lock:
             known = self._models.get(key)
             failed = known is not None and known.done() and known.exception() is not None
             if known is None or failed:
                 known = self._models[key] = _in_thread(lambda: self._load(*key))
         return known
-
-    def take(self, task: Task, part: Part, *, device: str, backend: str = "auto") -> Model:
-        """Wait for one of a task's models; from then on only a session that keeps models has it."""
-        model = self.load(task, part, device=device, backend=backend).result()
-        if not self.keep_models:
-            with self._lock:
-                self._models.pop(_model_key(task, part, device, backend), None)
-        return model
 
     def place(self, device: str, backend: str) -> tuple[torch.device, Backend]:
         """Return the device and the backend that the names stand for; what they are is said once.

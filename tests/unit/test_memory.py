@@ -158,7 +158,7 @@ def test_a_run_takes_no_more_than_planned(task):
     done = subprocess.run([sys.executable, "-c", RUN], capture_output=True, text=True, check=True)
     peak, of_files = map(int, done.stdout.split()[-2:])
     share = (peak - of_files) / planned
-    assert 0.6 < share < 1.3, f"{peak} bytes, {of_files} of them files; {planned:.0f} were planned"
+    assert 0.6 < share < 1.15, f"{peak} bytes, {of_files} of them files; {planned:.0f} were planned"
 
 
 @pytest.mark.parametrize(
