@@ -36,9 +36,9 @@ LEAST_ML = 1.0
 class Clock:
     """Counts and times the forward passes of a network; its last layer is run by itself."""
 
-    def __init__(self, network: Any) -> None:
+    def __init__(self, forward: Any) -> None:
         self.tiles, self.seconds, self._began = 0, 0.0, 0.0
-        for module in (network, network.decoder.seg_layers[-1]):
+        for module in (forward.body, forward.head):
             module.register_forward_pre_hook(self._start)
             module.register_forward_hook(self._stop)
 
@@ -64,7 +64,7 @@ def clock() -> Clock:
 
     task = Options(fast=True).resolved_task()
     loaded = default_session().load(task, task.parts[0], device="cpu", backend="torch")
-    return Clock(loaded.result().networks[0])
+    return Clock(loaded.result().forwards[0])
 
 
 def dice(one: NDArray[np.uint8], other: NDArray[np.uint8]) -> NDArray[np.float64]:

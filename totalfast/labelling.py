@@ -29,9 +29,9 @@ from totalfast.losses import (
     TOO_SMALL,
     Losses,
 )
-from totalfast.memory import plan_memory
+from totalfast.memory import Network, plan_memory
 from totalfast.progress import timed
-from totalfast.sliding_window import Tiling, plan_tiles
+from totalfast.sliding_window import Tiling, plan_tiles, prepare_tiles
 from totalfast.stages.clean import clean_labels, remove_small_blobs
 from totalfast.stages.crop import box_around, remove_outside
 from totalfast.stages.merge import keep_labels, merge_part, thirds, wants_split, whole
@@ -265,11 +265,13 @@ def predict(run: Run, model_image: ModelImage, task: Task) -> NDArray[np.uint8]:
         pieces = thirds(slices)
     spacing_zyx = [float(mm) for mm in model_image.grid.spacing_mm[::-1]]
     on_device = run.plan_memory(model_image.canonical, task).on_device
+    tiling = Tiling(step=task.tile_step, on_device=on_device)
     labels = np.zeros(shape, dtype=np.uint8)
     for index, part in enumerate(task.parts):
         if task.several_models:
             logger.info("Predicting part %d of %d ...", index + 1, len(task.parts))
         progress.stage("Loading model")
+        prepare_tiles(Network.of(task, part).patch)  # while it loads
         model = run.take(task, part)
         progress.stage(f"Predicting {index + 1}/{len(task.parts)}")
         tiles = [
@@ -283,7 +285,7 @@ def predict(run: Run, model_image: ModelImage, task: Task) -> NDArray[np.uint8]:
                 "voxels": model_image.voxels[piece.predicted],
                 "spacing_mm": spacing_zyx,
                 "model": model,
-                "tiling": Tiling(step=task.tile_step, on_device=on_device),
+                "tiling": tiling,
                 "on_tile": partial(progress.advance, run.work.part * tile_share),
             }
             with run.session.predicting:

@@ -129,13 +129,11 @@ class Network:
     def summing(self, grid: Grid) -> int:
         """Bytes of forward passes on the CPU and of the window that their answers go to.
 
-        A window takes memory as it is written to: with one tile only after the network is done.
+        One network's answer to one tile needs no sums.
         """
-        window = self.window(grid)
-        if math.prod(self._shape(grid)) == math.prod(self.patch):
-            features = 4 * self.features * math.prod(self.patch)
-            return max(self.forward, window + features)
-        return self.forward + window
+        if self.folds == 1 and math.prod(self._shape(grid)) == math.prod(self.patch):
+            return self.forward
+        return self.forward + self.window(grid)
 
     def logits(self, grid: Grid) -> int:
         """Bytes of all logits, float16, and of what nnU-Net makes of them: float32, twice."""

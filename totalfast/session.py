@@ -9,6 +9,7 @@ import functools
 import logging
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -130,7 +131,9 @@ class Session:
         self, folder: Path, folds: tuple[int, ...] | None, device: str, backend: str
     ) -> Model:
         place, run = self.place(device, backend)
-        return load_model(folder, folds=folds, device=place, backend=run)
+        model = load_model(folder, folds=folds, device=place, backend=run)
+        # What the backend does not need of them is free to go.
+        return replace(model, networks=())
 
 
 def _model_key(task: Task, part: Part, device: str, backend: str) -> ModelKey:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,9 +21,10 @@ from totalfast.errors import PredictionError
 from totalfast.export.nearest import first_maximum, label_dtype
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     import torch
+    from numpy.typing import NDArray
     from torch import nn
 
     from totalfast.weights import Model
@@ -37,6 +39,26 @@ do not depend on how many voxels are asked for at a time. nnU-Net's last layer t
 
 SLICES_PER_ARGMAX = 2
 """Slices that are divided and reduced at a time: some megabytes for 118 classes."""
+
+
+class WindowMemory:
+    """Memory on the CPU for sums, which the windows of one model after another use again.
+
+    Systems hand out fresh memory slowly: sums of 300 MB took half a second to be touched.
+    """
+
+    def __init__(self) -> None:
+        self._kept: NDArray[np.float16] = np.empty(0, dtype=np.float16)
+
+    def zeros(self, shape: tuple[int, ...]) -> NDArray[np.float16]:
+        """Zeros that are valid until the next call."""
+        size = math.prod(shape)
+        if size <= self._kept.size:
+            self._kept[:size] = 0
+        else:
+            self._kept = np.empty(0, dtype=np.float16)  # before more is asked for
+            self._kept = np.zeros(size, dtype=np.float16)
+        return self._kept[:size].reshape(shape)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,12 +76,15 @@ class Tiling:
         averaged; TotalSegmentator's tiles are not.
     on_device
         Whether logits are summed up on a CUDA device that the network runs on, or on the CPU.
+    memory
+        Where they are summed up on the CPU.
     """
 
     step: float
     gaussian: bool = True
     mirror_axes: tuple[int, ...] = ()
     on_device: bool = True
+    memory: WindowMemory = field(default_factory=WindowMemory, compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +119,12 @@ class Tiles:
     def padded_shape(self) -> tuple[int, ...]:
         """Shape (z, y, x) of the padded image."""
         return tuple(n + b + a for n, b, a in zip(self.shape, self.below, self.above, strict=True))
+
+    @property
+    def inside(self) -> tuple[slice, tuple[slice, slice]]:
+        """Where the image lies in the padded one: its slices, and its rows and columns."""
+        z, y, x = (slice(b, b + n) for b, n in zip(self.below, self.shape, strict=True))
+        return z, (y, x)
 
 
 def plan_tiles(shape: tuple[int, ...], patch: tuple[int, ...], step: float) -> Tiles:
@@ -207,9 +238,14 @@ def final_logits(
     if any(padding):
         image = torch.nn.functional.pad(image, padding)
     image = image.to(device)
-    window = _RollingWindow(model, tiles, tiling, device)
-    starts_z, starts_y, starts_x = tiles.starts
+    networks = _Networks(model, tiling, device)
     with inference_settings(model.device):
+        if tiles.count == 1 and networks.count == 1 and model.device.type == "cpu":
+            yield from networks.logits_of_one_tile(image, tiles)
+            on_tile()
+            return
+        window = _RollingWindow(networks, tiles, tiling.memory, device)
+        starts_z, starts_y, starts_x = tiles.starts
         for z in starts_z:
             yield from window.advance(z)
             for y in starts_y:
@@ -218,9 +254,25 @@ def final_logits(
                     box = (slice(None), *(slice(start, start + size) for start, size in corner))
                     window.add(image[box], box)
                     on_tile()
-        for forward in model.forwards:
-            forward.release()
+        networks.release()
         yield from window.advance(tiles.padded_shape[0])
+
+
+def prepare_tiles(patch: tuple[int, ...]) -> None:
+    """Make what ``predict_labels`` needs for tiles of a size, on the CPU, ahead of it."""
+    import torch
+
+    _gaussian(patch, torch.device("cpu"))
+
+
+def _gaussian(patch: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Weights of a tile's voxels, float16; nnU-Net keeps those that it made last."""
+    from nnunetv2.inference.sliding_window_prediction import compute_gaussian
+
+    weights: torch.Tensor = compute_gaussian(
+        patch, sigma_scale=1.0 / 8, value_scaling_factor=10, device=device
+    )
+    return weights
 
 
 def mirrorings(axes: Sequence[int]) -> list[tuple[int, ...]]:
@@ -250,60 +302,75 @@ def _logits(head: nn.Module | None, features: torch.Tensor) -> Iterator[tuple[sl
         yield slice(int(start), int(stop)), head(line).view(-1, stop - start, height, width)
 
 
-def _zeros(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """Float16 zeros; on the CPU they take memory only where they are written to.
+class _Networks:
+    """The networks of a model, all folds, and what their answers to a tile count."""
 
-    So the first tile's features, which are largest before its logits are known, come and go first.
-    """
-    import torch
-
-    if device.type == "cpu":
-        return torch.from_numpy(np.zeros(shape, dtype=np.float16))
-    return torch.zeros(shape, dtype=torch.half, device=device)
-
-
-class _RollingWindow:
-    """Accumulators as deep as one tile, moved along z; slices that leave it are final."""
-
-    def __init__(self, model: Model, tiles: Tiles, tiling: Tiling, device: torch.device) -> None:
+    def __init__(self, model: Model, tiling: Tiling, device: torch.device) -> None:
         import torch
-        from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 
         self.model = model
+        self.count = len(model.forwards)
         plain = model.device.type == "cpu" and not tiling.mirror_axes and len(model.patch_size) == 3
-        self.networks = [
+        self._networks = [
             (forward.body, forward.head) if plain else (forward, None) for forward in model.forwards
         ]
-        self.mirrorings = mirrorings(tiling.mirror_axes)
-        self.tiles = tiles
-        self.first = 0
-        area = (tiles.patch[0], *tiles.padded_shape[1:])
-        self.sums = [_zeros((model.heads, *area), device) for _ in model.networks]
-        self.weight = torch.zeros(area, dtype=torch.half, device=device)
-        self._slice = torch.empty(model.heads, *tiles.patch[1:], device=device)
-        self.gaussian = torch.ones(tiles.patch, dtype=torch.half, device=device)
+        self._mirrorings = mirrorings(tiling.mirror_axes)
+        shape = model.patch_size if len(model.patch_size) == 3 else (1, *model.patch_size)
+        self.weights = torch.ones(shape, dtype=torch.half, device=device)
         if tiling.gaussian:
-            self.gaussian = compute_gaussian(
-                model.patch_size, sigma_scale=1.0 / 8, value_scaling_factor=10, device=device
-            ).reshape(tiles.patch)
+            self.weights = _gaussian(model.patch_size, device).reshape(shape)
 
-    def add(self, tile: torch.Tensor, box: tuple[slice, ...]) -> None:
-        """Run every fold's network on a tile (channels, z, y, x) and add its weighted logits."""
+    def answers(self, tile: torch.Tensor) -> Iterator[Iterator[tuple[slice, torch.Tensor]]]:
+        """Run one network after another on a tile (channels, z, y, x).
+
+        Yields of each its logits, float32, as ``_logits`` does.
+        """
         import torch
 
-        # The tile fills the whole depth of the window, which begins where the tile does.
-        place = (slice(None), slice(None), *box[2:])
         batch = torch.clone(tile[None], memory_format=torch.contiguous_format).to(self.model.device)
-        for (network, head), total in zip(self.networks, self.sums, strict=True):
-            answer = self._answer(network, batch)
-            if self.model.device.type != "cpu":
-                logits = answer[0].to(total.device)
-                logits *= self.gaussian
-                total[place] += logits
-                continue
-            for slices, logits in _logits(head, answer):
-                self._add_up(total[place][:, slices], logits, self.gaussian[slices])
-        self.weight[place[1:]] += self.gaussian
+        for network, head in self._networks:
+            yield _logits(head, self._answer(network, batch))
+
+    def logits_of_one_tile(
+        self, image: torch.Tensor, tiles: Tiles
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield what a window of one network and one tile would leave behind, without its sums."""
+        rows, inside = tiles.inside
+        answer = next(self.answers(image))
+        self.release()
+        for slices, logits in answer:
+            for row in range(max(rows.start, slices.start), min(rows.stop, slices.stop)):
+                own, other = row - slices.start, (slice(row, row + 1), *inside)
+                place = (slice(None), slice(own, own + 1), *inside)
+                total = (logits[place] * self.weights[other]).half()
+                yield row - rows.start, self.mean([total], self.weights[other])
+
+    def release(self) -> None:
+        """Give back what is only kept from one tile to the next."""
+        for forward in self.model.forwards:
+            forward.release()
+
+    def mean(self, sums: Iterable[torch.Tensor], weight: torch.Tensor) -> torch.Tensor:
+        """Divide each fold's sums by the weights, and average the folds: all in float16."""
+        import torch
+
+        folds = []
+        for total in sums:
+            logits = torch.div(total, weight)
+            # A finite sum tells that all are finite, at a tenth of the price.
+            finite = torch.isfinite(logits.sum(dtype=torch.float32))
+            if not finite and torch.any(torch.isinf(logits)):
+                raise PredictionError(
+                    f"a logit of {self.model.folder.parent.name} overflowed float16. "
+                    "The image's intensities may be far outside of what the model was trained on."
+                )
+            folds.append(logits)
+        mean = folds[0]
+        for logits in folds[1:]:
+            mean += logits
+        if len(folds) > 1:
+            mean /= len(folds)
+        return mean
 
     def _answer(self, network: Callable[..., torch.Tensor], batch: torch.Tensor) -> torch.Tensor:
         """The network's answer to (1, channels, z, y, x), averaged over its mirror images.
@@ -315,11 +382,47 @@ class _RollingWindow:
         slices = len(self.model.patch_size) == 2
         tile = batch[:, :, 0] if slices else batch
         answer: torch.Tensor = network(tile)
-        for axes in self.mirrorings:
+        for axes in self._mirrorings:
             answer += torch.flip(network(torch.flip(tile, axes)), axes)
-        if self.mirrorings:
-            answer /= len(self.mirrorings) + 1
+        if self._mirrorings:
+            answer /= len(self._mirrorings) + 1
         return answer[:, :, None] if slices else answer
+
+
+class _RollingWindow:
+    """Accumulators as deep as one tile, moved along z; slices that leave it are final."""
+
+    def __init__(
+        self, networks: _Networks, tiles: Tiles, memory: WindowMemory, device: torch.device
+    ) -> None:
+        import torch
+
+        self.networks = networks
+        self.tiles = tiles
+        self.first = 0
+        area = (tiles.patch[0], *tiles.padded_shape[1:])
+        shape = (networks.count, networks.model.heads, *area)
+        if device.type == "cpu":
+            self.sums = torch.from_numpy(memory.zeros(shape))
+        else:
+            self.sums = torch.zeros(shape, dtype=torch.half, device=device)
+        self.weight = torch.zeros(area, dtype=torch.half, device=device)
+        self._slice = torch.empty(networks.model.heads, *tiles.patch[1:], device=device)
+
+    def add(self, tile: torch.Tensor, box: tuple[slice, ...]) -> None:
+        """Add the weighted logits of a tile (channels, z, y, x), of every fold's network."""
+        # The tile fills the whole depth of the window, which begins where the tile does.
+        place = (slice(None), slice(None), *box[2:])
+        weights = self.networks.weights
+        for answer, total in zip(self.networks.answers(tile), self.sums, strict=True):
+            for slices, logits in answer:
+                if logits.device.type == "cpu":
+                    self._add_up(total[place][:, slices], logits, weights[slices])
+                    continue
+                logits = logits.to(total.device)
+                logits *= weights[slices]
+                total[place][:, slices] += logits
+        self.weight[place[1:]] += weights
 
     def _add_up(self, total: torch.Tensor, logits: torch.Tensor, weight: torch.Tensor) -> None:
         """``total += logits * weight``, slice by slice, in memory that is used again.
@@ -335,13 +438,13 @@ class _RollingWindow:
         done = min(start - self.first, self.tiles.patch[0])
         if done <= 0:
             return
-        below, shape = self.tiles.below, self.tiles.shape
-        rows = slice(max(below[0] - self.first, 0), min(below[0] + shape[0] - self.first, done))
-        inside = tuple(slice(b, b + n) for b, n in zip(below[1:], shape[1:], strict=True))
-        for row in range(rows.start, rows.stop, SLICES_PER_ARGMAX):
-            some = slice(row, min(row + SLICES_PER_ARGMAX, rows.stop))
-            part = (slice(None), some, *inside)
-            yield self.first + row - below[0], self._normalised(part)
+        rows, inside = self.tiles.inside
+        start_row, stop_row = max(rows.start - self.first, 0), min(rows.stop - self.first, done)
+        for row in range(start_row, stop_row, SLICES_PER_ARGMAX):
+            some = slice(row, min(row + SLICES_PER_ARGMAX, stop_row))
+            part, place = (some, *inside), (slice(None), slice(None), some, *inside)
+            mean = self.networks.mean(self.sums[place], self.weight[part])
+            yield self.first + row - rows.start, mean
         self.first = start
         if start >= self.tiles.padded_shape[0]:
             return
@@ -352,28 +455,6 @@ class _RollingWindow:
                 moved = array[..., row : row + done, :, :]
                 array[..., row - done : row - done + moved.shape[-3], :, :] = moved
             array[..., depth - done :, :, :] = 0
-
-    def _normalised(self, part: tuple[slice, ...]) -> torch.Tensor:
-        """Divide the sums by the weights, fold by fold, and average the folds: all in float16."""
-        import torch
-
-        folds = []
-        for total in self.sums:
-            logits = torch.div(total[part], self.weight[part[1:]])
-            # A finite sum tells that all are finite, at a tenth of the price.
-            finite = torch.isfinite(logits.sum(dtype=torch.float32))
-            if not finite and torch.any(torch.isinf(logits)):
-                raise PredictionError(
-                    f"a logit of {self.model.folder.parent.name} overflowed float16. "
-                    "The image's intensities may be far outside of what the model was trained on."
-                )
-            folds.append(logits)
-        mean = folds[0]
-        for logits in folds[1:]:
-            mean += logits
-        if len(folds) > 1:
-            mean /= len(folds)
-        return mean
 
 
 @contextlib.contextmanager

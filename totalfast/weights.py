@@ -54,9 +54,9 @@ class Model:
     dataset
         Content of dataset.json.
     networks
-        One network a fold, in eval mode.
+        One network a fold, in eval mode; or none, as ``forwards`` are what runs.
     forwards
-        The same, as a backend runs them.
+        The networks as a backend runs them.
     trainer_name
         The trainer that the checkpoint names.
     mirroring_axes

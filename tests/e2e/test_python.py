@@ -97,7 +97,7 @@ def test_a_session_that_keeps_no_models_has_two_at_a_time(scan, monkeypatch):
 
     def counted(*arguments, **keywords):
         model = load(*arguments, **keywords)
-        alive.add(model.networks[0])
+        alive.add(model.forwards[0].body)
         most.append(len(alive))
         return model
 

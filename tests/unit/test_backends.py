@@ -18,6 +18,7 @@ import totalfast
 from totalfast import OptionError, backends
 from totalfast.backends import choose_backend, resolve_backend, store
 from totalfast.backends.forward import run_by_torch
+from totalfast.backends.norms import normalised_in_place
 from totalfast.sliding_window import Tiling, inference_settings, predict_labels
 from totalfast.weights import load_model
 
@@ -92,6 +93,27 @@ def test_torch_drops_skip_connections_once_they_are_read_and_changes_no_bit(dime
     plain, forgetful = left
     assert [answer is None for answer in plain] == [False, False]
     assert forgetful == [None, None]
+
+
+@pytest.mark.parametrize("kind", [torch.nn.InstanceNorm2d, torch.nn.InstanceNorm3d])
+@pytest.mark.parametrize("affine", [True, False])
+def test_normalised_in_place_with_the_same_bits(kind, affine):
+    generator = torch.Generator().manual_seed(0)
+    network = torch.nn.Sequential(kind(8, affine=affine)).eval()
+    with torch.inference_mode():
+        for parameter in network.parameters():
+            parameter.normal_(generator=generator)
+        sizes = [20] * (2 if kind is torch.nn.InstanceNorm2d else 3)
+        image = 5 * torch.randn(1, 8, *sizes, generator=generator) + 3
+        expected = network(image)
+        before = image.clone()
+        other = normalised_in_place(network)
+        assert other(image) is image
+        assert torch.equal(image, expected)
+        assert torch.equal(network(before), expected)
+        # Two images are not one: torch's own normalisation sees to them.
+        pair = torch.cat([before, 2 * before])
+        assert torch.equal(other(pair), network(pair))
 
 
 def test_auto_is_openvino_where_it_is_installed_and_of_use_and_says_so(

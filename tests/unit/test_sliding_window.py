@@ -8,6 +8,7 @@ from totalfast import ArgmaxPredictor, PredictionError
 from totalfast.backends.forward import split_head
 from totalfast.sliding_window import (
     Tiling,
+    WindowMemory,
     _logits,
     first_maximum,
     plan_tiles,
@@ -16,7 +17,8 @@ from totalfast.sliding_window import (
 )
 from totalfast.weights import load_model
 
-SHAPES = [(32, 24, 40), (70, 30, 55), (21, 33, 47)]
+SHAPES = [(32, 24, 40), (21, 33, 80), (100, 30, 70)]
+"""Of images of one tile, of two, and of two along the axis that the window rolls along and more."""
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +51,25 @@ def test_labels_and_logits_are_nnunets(predictors, shape, step):
     assert labels.dtype == torch.uint8
 
 
+def test_images_of_one_after_another_leave_nothing_in_the_windows_memory(predictors):
+    model, tiling = predictors[1].model, Tiling(step=0.8)
+    for shape in reversed(SHAPES):
+        image = torch.randn((1, *shape), generator=torch.Generator().manual_seed(0))
+        alone = predict_labels(model, image, Tiling(step=0.8))
+        assert torch.equal(predict_labels(model, image, tiling), alone)
+
+
+def test_window_memory_is_used_again_and_grows():
+    memory = WindowMemory()
+    first = memory.zeros((2, 6))
+    first[:] = 1
+    again = memory.zeros((3, 3))
+    assert again.shape == (3, 3)
+    assert not again.any()
+    assert again.base is first.base
+    assert not memory.zeros((5, 5)).any()
+
+
 def test_two_folds_are_averaged_in_half_precision_as_nnunet_does(folder, tmp_path):
     import shutil
 
@@ -75,7 +96,8 @@ def test_two_folds_are_averaged_in_half_precision_as_nnunet_does(folder, tmp_pat
     )
 
 
-def test_overflow_is_an_error_and_settings_are_restored(predictors):
+@pytest.mark.parametrize("shape", SHAPES)
+def test_overflow_is_an_error_and_settings_are_restored(predictors, shape):
     threads = torch.get_num_threads()
     with pytest.raises(PredictionError, match="overflowed float16"):
         broken = predictors[1].model
@@ -84,7 +106,7 @@ def test_overflow_is_an_error_and_settings_are_restored(predictors):
         try:
             with torch.no_grad():
                 layer.bias.add_(1e6)
-            predict_labels(broken, torch.zeros((1, 40, 32, 48)), Tiling(step=0.5))
+            predict_labels(broken, torch.zeros((1, *shape)), Tiling(step=0.5))
         finally:
             with torch.no_grad():
                 layer.bias.copy_(bias)

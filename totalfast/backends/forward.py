@@ -50,8 +50,11 @@ class Forward:
 
 def run_by_torch(network: nn.Module, shape: tuple[int, ...]) -> Forward:
     """Run a network as nnU-Net does: the same operations, hence the same bits."""
+    from totalfast.backends.norms import normalised_in_place
+
     body, head = split_head(network)
     if is_nnunets(body):
+        body = normalised_in_place(body)
         body = _with_module(body, "encoder", _with_skips_read_once(body.encoder))  # type: ignore[arg-type]
     return Forward(body=body, head=head)
 

@@ -8,6 +8,8 @@ where the CPU has faster and coarser formats, and to report to nobody. Conversio
 from __future__ import annotations
 
 import contextlib
+import copy
+import ctypes
 import functools
 import importlib.metadata
 import logging
@@ -77,8 +79,11 @@ def run_by_openvino(network: nn.Module, shape: tuple[int, ...]) -> Forward:
             " ".join(str(error).split()),
         )
         return run_by_torch(network, shape)
+    # A copy, so that the checkpoint is not kept in memory for the sake of its last layer.
     return Forward(
-        body=functools.partial(_infer, compiled), head=head, release=compiled.release_memory
+        body=functools.partial(_infer, compiled),
+        head=copy.deepcopy(head),
+        release=compiled.release_memory,
     )
 
 
@@ -137,6 +142,7 @@ def _stored(network: nn.Module, shape: tuple[int, ...]) -> Any:  # noqa: ANN401
         f"openvino-{content_key(network, made_with)}",
         lambda folder: _save(_converted(network, shape), folder),
     )
+    _give_back_freed_memory()
     # OpenVINO maps the weights from the file.
     return _converted(network, shape) if place is None else _core().read_model(place / "model.xml")
 
@@ -148,11 +154,19 @@ def _save(model: Any, folder: Path) -> None:  # noqa: ANN401
         raise OSError(f"OpenVINO can't write there: {error}") from error
 
 
+def _give_back_freed_memory() -> None:
+    """Give the system what glibc keeps of the hundreds of megabytes that a conversion takes."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+
+
 def _converted(network: nn.Module, shape: tuple[int, ...]) -> Any:  # noqa: ANN401
     """Convert a network to an OpenVINO model of one input shape."""
     import torch
 
-    from totalfast.backends.summation import summed_by_axis
+    from totalfast.backends.norms import summed_by_axis
 
     openvino = import_openvino()
     with warnings.catch_warnings(), _root_logger_kept(), torch.no_grad():
