@@ -3,10 +3,12 @@
     python scripts/ablation.py HOME SCAN --json FILE [--repeats N] [--readme] [-- FLAGS ...]
 
 Runs ``totalfast`` as a whole process, once as it is and once for each row of ``ABLATIONS`` with
-that row's lines executed first, which put the plain way in place of the fast one. All take turns;
-the medians are kept, with the voxels that differ from the run as it is (none, or the row compares
-two different things). HOME: stand-ins made by scripts/make_standin_weights.py, tiny ones if what
-lies around the network is to be seen. SCAN: as for benchmark_command.py. Prints a table.
+that row's lines executed first, which put the plain way in place of the fast one. All take turns,
+in an order of each round's own and the run as it is between them; the medians are kept, with the
+voxels that differ from the run as it is (none, or the row compares two different things). A row
+that the case never comes to is left out. HOME: stand-ins made by scripts/make_standin_weights.py,
+tiny ones if what lies around the network is to be seen. SCAN: as for benchmark_command.py. Prints
+a table.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import argparse
 import filecmp
 import json
 import os
+import random
 import statistics
 import sys
 import tempfile
@@ -32,8 +35,10 @@ from benchmark_command import (
 )
 from readme import write_table
 
+AS_IT_IS = "as it is"
+
 ABLATIONS = {
-    "as it is": "",
+    AS_IT_IS: "",
     "one thread outside of the network": """
 import totalfast.cores
 def one():
@@ -103,13 +108,30 @@ def whole(network):
     return network, None
 forward.split_head = whole
 """,
-    "accumulators allocated at once": """
+    "sums in fresh memory for each model": """
 import totalfast.sliding_window as window
-def zeros(shape, device):
-    import torch
+def zeros(self, shape):
     used.append(1)
-    return torch.zeros(shape, dtype=torch.half, device=device)
-window._zeros = zeros
+    return window.np.zeros(shape, dtype=window.np.float16)
+window.WindowMemory.zeros = zeros
+""",
+    "sums also where one tile covers the image": """
+import totalfast.sliding_window as window
+def through_window(self, image, tiles):
+    used.append(1)
+    device = self.weights.device
+    rolling = window._RollingWindow(self, tiles, window.WindowMemory(), device)
+    box = (slice(None), *(slice(0, size) for size in tiles.patch))
+    rolling.add(image[box], box)
+    yield from rolling.advance(tiles.padded_shape[0])
+window._Networks.logits_of_one_tile = through_window
+""",
+    "normalisation into new memory": """
+import totalfast.backends.norms as norms
+def keep(network):
+    used.append(1)
+    return network
+norms.normalised_in_place = keep
 """,
     "logits weighted and added without a slice's memory": """
 import totalfast.sliding_window as window
@@ -198,14 +220,20 @@ sys.argv = ["totalfast", *sys.argv[2:]]
 runpy.run_module("totalfast", run_name="__main__", alter_sys=True)
 """
 
+ROWS_BETWEEN = 5
+"""Rows after which the run as it is comes once more."""
+
 SETTLE_S = 2.0
 """Pause before each run: all are small, and alike."""
 
 
 def run_once(
     prelude: str, words: list[str | Path], environment: dict[str, str], report: Path
-) -> dict[str, float]:
-    """Run the command; wall and CPU seconds, and the peak of its one process."""
+) -> dict[str, float] | None:
+    """Run the command; wall and CPU seconds, and the peak of its one process.
+
+    None if it never came to what the lines replace.
+    """
     figures = run(
         [sys.executable, "-c", START, prelude, *words],
         {**environment, "TOTALFAST_ABLATION": str(report)},
@@ -215,7 +243,7 @@ def run_once(
     )
     used, peak_kb = report.read_text().split()
     if used != "1":
-        raise RuntimeError(f"the run never came to what these lines replace:\n{prelude}")
+        return None
     return figures | {"peak_bytes": 1024 * int(peak_kb)}
 
 
@@ -232,23 +260,34 @@ def differences(row: str, expected: Path, actual: Path) -> int:
     return compared.differing_voxels + len(compared.problems)
 
 
+def order(repeat: int, rows: list[str]) -> list[str]:
+    """All rows in a round's own order, and the run as it is before, between and after them."""
+    others = [row for row in rows if row != AS_IT_IS]
+    random.Random(repeat).shuffle(others)  # noqa: S311 - so that no row always runs first
+    some = [others[k : k + ROWS_BETWEEN] for k in range(0, len(others), ROWS_BETWEEN)]
+    return [row for part in some for row in (AS_IT_IS, *part)] + [AS_IT_IS]
+
+
 def ablate(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """Run all rows in turn."""
     scan = make_scan(options.scan, scratch)
     environment = {**os.environ, "TOTALSEG_HOME_DIR": str(options.home.absolute())}
     environment["TOTALFAST_BACKEND"] = "torch"
     name = target_name(options.flags)
-    runs: dict[str, list[dict[str, Any]]] = {row: [] for row in ABLATIONS}
+    runs: dict[str, list[dict[str, Any]]] = {}
     differing = {}
     for repeat in range(options.repeats + 1):  # the first fills numba's cache and the disk's
-        for number, (row, prelude) in enumerate(ABLATIONS.items()):
-            target = scratch / str(number) / name
+        for row in order(repeat, list(runs) if repeat else list(ABLATIONS)):
+            target = scratch / str(list(ABLATIONS).index(row)) / name
             words = ["-i", scan, "-o", target, "-d", "cpu", "-q", *options.flags]
-            figures = run_once(prelude, words, environment, scratch / "report")
+            figures = run_once(ABLATIONS[row], words, environment, scratch / "report")
+            if figures is None:
+                continue
             if repeat:
                 runs[row].append(figures)
-                continue
-            differing[row] = differences(row, scratch / "0", scratch / str(number))
+            elif row not in runs:
+                runs[row] = []
+                differing[row] = differences(row, scratch / "0", target.parent)
         print(f"round {repeat} of {options.repeats}", flush=True)
     medians = {
         row: {key: statistics.median(run[key] for run in some) for key in some[0]}
@@ -268,7 +307,7 @@ def ablate(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
 def table(result: dict[str, Any]) -> str:
     """Seconds and memory of each row, above those of the run as it is."""
     medians = result["median"]
-    base = medians["as it is"]
+    base = medians[AS_IT_IS]
     lines = ["| switched off | wall | CPU | peak memory |", "|---|---|---|---|"]
     for row, figures in medians.items():
         cells = [row]
@@ -276,12 +315,14 @@ def table(result: dict[str, Any]) -> str:
             value = figures[key] / scale
             more = value - base[key] / scale
             digits = 2 if unit == "GB" else 1
-            cells.append(f"{value:.{digits}f} {unit}" if row == "as it is" else
+            cells.append(f"{value:.{digits}f} {unit}" if row == AS_IT_IS else
                          f"{more:+.{digits}f} {unit}")  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
-    repeats = len(result["runs"]["as it is"])
+    walls = sorted(figures["wall_s"] for figures in result["runs"][AS_IT_IS])
+    repeats = max(len(some) for row, some in result["runs"].items() if row != AS_IT_IS)
     lines += ["", f"{result['scan']}, `{' '.join(result['flags'])}`, {result['weights']}; "
-              f"medians of {repeats}."]  # fmt: skip
+              f"medians of {repeats}. As it is, {len(walls)} runs took {walls[0]:.1f} to "
+              f"{walls[-1]:.1f} s, so that smaller differences tell nothing."]  # fmt: skip
     return "\n".join(lines) + "\n"
 
 
