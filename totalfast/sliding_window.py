@@ -420,8 +420,7 @@ class _RollingWindow:
                     self._add_up(total[place][:, slices], logits, weights[slices])
                     continue
                 logits = logits.to(total.device)
-                logits *= weights[slices]
-                total[place][:, slices] += logits
+                total[place][:, slices].add_(logits.mul_(weights[slices]))
         self.weight[place[1:]] += weights
 
     def _add_up(self, total: torch.Tensor, logits: torch.Tensor, weight: torch.Tensor) -> None:

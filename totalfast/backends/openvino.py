@@ -45,8 +45,8 @@ SETTINGS = {
 """How OpenVINO is to run any network."""
 
 TRACED_CELLS = 2
-"""Cells along each axis, at a U-Net's coarsest stage, of the tile that it is traced with: its
-operations are the same for all sizes, and instance normalisation needs more than one."""
+"""Cells, at a U-Net's coarsest stage, of the tile that it is traced with: its operations are the
+same for all sizes, and instance normalisation needs more than one."""
 
 KNOWN_CODE = ("torch.", "dynamic_network_architectures.")
 """Packages whose modules do what they do by their version: networks of theirs alone are stored."""
@@ -197,9 +197,11 @@ def _example_shape(network: nn.Module, shape: tuple[int, ...]) -> tuple[int, ...
     """A tile to trace a network with: for nnU-Net's own a small one, which takes no time."""
     if not is_nnunets(network):
         return shape
-    sizes = [TRACED_CELLS] * (len(shape) - 2)
     encoder: Any = network.encoder
+    cell = [1] * (len(shape) - 2)
     for stride in encoder.strides:
-        steps = [stride] * len(sizes) if isinstance(stride, int) else stride
-        sizes = [size * step for size, step in zip(sizes, steps, strict=True)]
-    return (*shape[:2], *(min(pair) for pair in zip(sizes, shape[2:], strict=True)))
+        steps = [stride] * len(cell) if isinstance(stride, int) else stride
+        cell = [size * step for size, step in zip(cell, steps, strict=True)]
+    longest = max(range(len(cell)), key=lambda axis: shape[2 + axis] // cell[axis])
+    cell[longest] *= TRACED_CELLS
+    return (*shape[:2], *cell)
