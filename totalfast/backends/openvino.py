@@ -11,6 +11,7 @@ import contextlib
 import copy
 import ctypes
 import functools
+import gc
 import importlib.metadata
 import logging
 import sys
@@ -138,11 +139,12 @@ def _stored(network: nn.Module, shape: tuple[int, ...]) -> Any:  # noqa: ANN401
             for package in ("openvino", "torch", "dynamic_network_architectures")
         },
     }
-    place = entry(
-        f"openvino-{content_key(network, made_with)}",
-        lambda folder: _save(_converted(network, shape), folder),
-    )
-    _give_back_freed_memory()
+
+    def make(folder: Path) -> None:
+        _save(_converted(network, shape), folder)
+        _give_back_memory()
+
+    place = entry(f"openvino-{content_key(network, made_with)}", make)
     # OpenVINO maps the weights from the file.
     return _converted(network, shape) if place is None else _core().read_model(place / "model.xml")
 
@@ -154,8 +156,12 @@ def _save(model: Any, folder: Path) -> None:  # noqa: ANN401
         raise OSError(f"OpenVINO can't write there: {error}") from error
 
 
-def _give_back_freed_memory() -> None:
-    """Give the system what glibc keeps of the hundreds of megabytes that a conversion takes."""
+def _give_back_memory() -> None:
+    """Free what a conversion leaves behind: hundreds of megabytes.
+
+    Torch's trace refers to itself and to the weights, and glibc keeps what is freed.
+    """
+    gc.collect()
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
