@@ -278,7 +278,7 @@ def ablate(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     differing = {}
     for repeat in range(options.repeats + 1):  # the first fills numba's cache and the disk's
         for row in order(repeat, list(runs) if repeat else list(ABLATIONS)):
-            target = scratch / str(list(ABLATIONS).index(row)) / name
+            target = scratch / row / name
             words = ["-i", scan, "-o", target, "-d", "cpu", "-q", *options.flags]
             figures = run_once(ABLATIONS[row], words, environment, scratch / "report")
             if figures is None:
@@ -287,7 +287,7 @@ def ablate(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
                 runs[row].append(figures)
             elif row not in runs:
                 runs[row] = []
-                differing[row] = differences(row, scratch / "0", target.parent)
+                differing[row] = differences(row, scratch / AS_IT_IS, target.parent)
         print(f"round {repeat} of {options.repeats}", flush=True)
     medians = {
         row: {key: statistics.median(run[key] for run in some) for key in some[0]}

@@ -271,7 +271,8 @@ def predict(run: Run, model_image: ModelImage, task: Task) -> NDArray[np.uint8]:
         if task.several_models:
             logger.info("Predicting part %d of %d ...", index + 1, len(task.parts))
         progress.stage("Loading model")
-        prepare_tiles(Network.of(task, part).patch)  # while it loads
+        if not on_device:
+            prepare_tiles(Network.of(task, part).patch)  # while it loads
         model = run.take(task, part)
         progress.stage(f"Predicting {index + 1}/{len(task.parts)}")
         tiles = [

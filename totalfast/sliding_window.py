@@ -238,7 +238,7 @@ def final_logits(
     if any(padding):
         image = torch.nn.functional.pad(image, padding)
     image = image.to(device)
-    networks = _Networks(model, tiling, device)
+    networks = _Networks(model, tiles, tiling, device)
     with inference_settings(model.device):
         if tiles.count == 1 and networks.count == 1 and model.device.type == "cpu":
             yield from networks.logits_of_one_tile(image, tiles)
@@ -259,7 +259,7 @@ def final_logits(
 
 
 def prepare_tiles(patch: tuple[int, ...]) -> None:
-    """Make what ``predict_labels`` needs for tiles of a size, on the CPU, ahead of it."""
+    """Make what is needed for tiles of a size, where logits are summed up on the CPU, ahead."""
     import torch
 
     _gaussian(patch, torch.device("cpu"))
@@ -305,7 +305,7 @@ def _logits(head: nn.Module | None, features: torch.Tensor) -> Iterator[tuple[sl
 class _Networks:
     """The networks of a model, all folds, and what their answers to a tile count."""
 
-    def __init__(self, model: Model, tiling: Tiling, device: torch.device) -> None:
+    def __init__(self, model: Model, tiles: Tiles, tiling: Tiling, device: torch.device) -> None:
         import torch
 
         self.model = model
@@ -315,10 +315,9 @@ class _Networks:
             (forward.body, forward.head) if plain else (forward, None) for forward in model.forwards
         ]
         self._mirrorings = mirrorings(tiling.mirror_axes)
-        shape = model.patch_size if len(model.patch_size) == 3 else (1, *model.patch_size)
-        self.weights = torch.ones(shape, dtype=torch.half, device=device)
+        self.weights = torch.ones(tiles.patch, dtype=torch.half, device=device)
         if tiling.gaussian:
-            self.weights = _gaussian(model.patch_size, device).reshape(shape)
+            self.weights = _gaussian(model.patch_size, device).reshape(tiles.patch)
 
     def answers(self, tile: torch.Tensor) -> Iterator[Iterator[tuple[slice, torch.Tensor]]]:
         """Run one network after another on a tile (channels, z, y, x).
