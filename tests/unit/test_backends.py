@@ -296,9 +296,37 @@ def test_openvino_normalises_scans_with_much_air_as_well_as_torch():
 @needs_openvino
 def test_openvino_is_told_to_compute_in_float32():
     forward = choose_backend("openvino", CPU)(made_network(), TILE)
-    (compiled,) = forward.body.args
-    assert compiled.get_property("INFERENCE_PRECISION_HINT").to_string() == "f32"
-    assert compiled.get_property("CPU_DENORMALS_OPTIMIZATION") is False
+    (run,) = forward.body.args
+    assert run.compiled.get_property("INFERENCE_PRECISION_HINT").to_string() == "f32"
+    assert run.compiled.get_property("CPU_DENORMALS_OPTIMIZATION") is False
+
+
+@needs_openvino
+def test_openvino_joins_no_features_and_copies_none_to_answer():
+    forward = choose_backend("openvino", CPU)(made_network(), TILE)
+    (run,) = forward.body.args
+    model = run.compiled.get_runtime_model()
+    kinds = [node.get_rt_info()["layerType"].astype(str) for node in model.get_ops()]
+    assert kinds.count("Convolution") == 4  # two of the encoder's, two halves of the decoder's
+    assert "Concatenation" not in kinds
+    assert "Transpose" not in kinds
+
+
+@needs_openvino
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_openvinos_answers_outlive_the_next_tile_and_a_release(dimensions):
+    network = made_network(dimensions)
+    tile = torch.randn(TILE[: dimensions + 2], generator=torch.Generator().manual_seed(0))
+    with inference_settings(CPU):
+        forward = choose_backend("openvino", CPU)(network, tuple(tile.shape))
+        first = forward(tile)
+        kept = first.clone()
+        other = forward(-tile)
+        forward.release()
+        again = forward(tile)
+    assert torch.equal(first, kept)
+    assert not torch.equal(other, kept)
+    assert torch.equal(again, kept)
 
 
 @needs_openvino
@@ -307,7 +335,7 @@ def test_labels_are_torchs_and_a_second_load_converts_nothing(folder, cache, mon
 
     torchs = load_model(folder, folds=(0,), device=CPU)
     first = load_model(folder, folds=(0,), device=CPU, backend=choose_backend("openvino", CPU))
-    monkeypatch.setattr(openvino, "_converted", lambda *_: pytest.fail("converted again"))
+    monkeypatch.setattr(openvino, "converted", lambda *_, **__: pytest.fail("converted again"))
     second = load_model(folder, folds=(0,), device=CPU, backend=choose_backend("openvino", CPU))
     assert len(list(cache.iterdir())) == 1
     image = torch.randn((1, 90, 60, 70), generator=torch.Generator().manual_seed(0))

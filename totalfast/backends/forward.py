@@ -27,11 +27,12 @@ class Forward:
     Parameters
     ----------
     body
-        All but the last layer. float32, (1, channels, z, y, x), to (1, features, z, y, x), a new
-        tensor; on the network's device. Without z for networks of 2-D images.
+        All but the last layer. float32, (1, channels, z, y, x), to (1, features, z, y, x), on the
+        network's device; without z for networks of 2-D images. Features are valid until the next
+        tile's.
     head
         The last layer, in torch: a 1x1x1 convolution of the features to logits; or None, if what
-        the body answers are the logits.
+        the body answers, each time in a new tensor, are the logits.
     release
         Gives back memory that is only kept from one tile to the next.
     """
@@ -88,7 +89,7 @@ def is_nnunets(network: nn.Module) -> bool:
     return type(network) in (PlainConvUNet, ResidualEncoderUNet)
 
 
-def split_head(network: nn.Module) -> tuple[nn.Module, nn.Module | None]:
+def split_head(network: nn.Module) -> tuple[nn.Module, nn.Conv3d | None]:
     """Split nnU-Net's U-Nets before their last layer, if that is a 1x1x1 convolution.
 
     Its answer, hundreds of channels, is by far the largest array of a run. Each voxel of it depends

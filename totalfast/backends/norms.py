@@ -82,8 +82,10 @@ class _ByAxis(nn.Module):
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """Normalise (1, channels, z, y, x) or (1, channels, y, x)."""
-        centred = image - _mean(image)
-        scale = torch.rsqrt(_mean(centred * centred) + self.eps)
+        centred = image - _mean(image.mean(-1, keepdim=True))
+        # Lengths of lines, as squares of all voxels would take memory and time.
+        lengths = torch.linalg.vector_norm(centred, dim=-1, keepdim=True)
+        scale = torch.rsqrt(_mean(lengths * lengths) / image.shape[-1] + self.eps)
         if self.weight is None:
             return centred * scale
         shape = (-1, *[1] * (image.dim() - 2))
@@ -91,10 +93,11 @@ class _ByAxis(nn.Module):
         return answer
 
 
-def _mean(image: torch.Tensor) -> torch.Tensor:
-    """Mean of each channel. Sums and means take turns, as OpenVINO joins two of a kind."""
-    last = image.dim() - 1
-    lines = image.mean(last, keepdim=True)
-    planes = lines.sum(last - 1, keepdim=True)
-    volumes = planes.mean(2, keepdim=True) if last == 4 else planes
-    return volumes / image.shape[last - 1]
+def _mean(lines: torch.Tensor) -> torch.Tensor:
+    """Mean of each channel of (1, channels, z, y, 1) or (1, channels, y, 1).
+
+    Sums and means take turns, as OpenVINO joins two of a kind.
+    """
+    planes = lines.sum(-2, keepdim=True)
+    volumes = planes.mean(2, keepdim=True) if lines.dim() == 5 else planes
+    return volumes / lines.shape[-2]

@@ -1,38 +1,32 @@
 """Networks run by OpenVINO, on CPUs.
 
-Knows how a network is converted, and what of OpenVINO must be told: to compute in float32, also
-where the CPU has faster and coarser formats, and to report to nobody. Conversions are kept in
-``store``.
+Knows what of OpenVINO must be told: to compute in float32, also where the CPU has faster and
+coarser formats. What it is made to run is ``conversion``'s, which is kept in ``store``.
 """
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import ctypes
 import functools
 import gc
 import importlib.metadata
 import logging
 import sys
-import warnings
 from typing import TYPE_CHECKING, Any
 
-from totalfast.backends.forward import Forward, is_nnunets, run_by_torch, split_head
+import torch
+from torch import nn
+
+from totalfast.backends.conversion import CONVERTER, converted, import_openvino
+from totalfast.backends.forward import Forward, run_by_torch, split_head
 from totalfast.backends.store import content_key, entry
 from totalfast.cores import network_threads
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable
     from pathlib import Path
 
-    import torch
-    from torch import nn
-
 logger = logging.getLogger(__name__)
-
-CONVERTER = 2
-"""Version of what this module makes of a network; to be raised when that changes."""
 
 SETTINGS = {
     # The default on CPUs with AMX or bfloat16 is bfloat16, which changes labels.
@@ -45,10 +39,6 @@ SETTINGS = {
 }
 """How OpenVINO is to run any network."""
 
-TRACED_CELLS = 2
-"""Cells, at a U-Net's coarsest stage, of the tile that it is traced with: its operations are the
-same for all sizes, and instance normalisation needs more than one."""
-
 KNOWN_CODE = ("torch.", "dynamic_network_architectures.")
 """Packages whose modules do what they do by their version: networks of theirs alone are stored."""
 
@@ -60,8 +50,9 @@ def run_by_openvino(network: nn.Module, shape: tuple[int, ...]) -> Forward:
     """
     openvino = import_openvino()
     body, head = split_head(network)
+    convert = functools.partial(converted, body, shape, channels_last=head is not None)
     try:
-        model = _stored(body, shape) if _is_storable(body) else _converted(body, shape)
+        model = _stored(body, shape, convert) if _is_storable(body) else convert()
         compiled = _core().compile_model(
             model, "CPU", SETTINGS | {"INFERENCE_NUM_THREADS": network_threads()}
         )
@@ -80,48 +71,68 @@ def run_by_openvino(network: nn.Module, shape: tuple[int, ...]) -> Forward:
             " ".join(str(error).split()),
         )
         return run_by_torch(network, shape)
-    # A copy, so that the checkpoint is not kept in memory for the sake of its last layer.
+    run = Compiled(compiled)
+    if head is None:
+        return Forward(body=functools.partial(_new_answer, run), release=run.release)
     return Forward(
-        body=functools.partial(_infer, compiled),
-        head=copy.deepcopy(head),
-        release=compiled.release_memory,
+        body=functools.partial(_channels_first, run), head=LastLayer(head), release=run.release
     )
 
 
 @functools.cache
-def import_openvino() -> Any:  # noqa: ANN401 - may be absent, so untyped
-    """Import OpenVINO without its telemetry package, which reports each import and conversion.
-
-    OpenVINO does without that package where it is not installed. If OpenVINO has been imported
-    before, by someone else, it is left as it is.
-    """
-    name = "openvino_telemetry"
-    before = sys.modules.get(name)
-    modules: dict[str, Any] = sys.modules
-    modules[name] = None  # an import of it then fails
-    try:
-        import openvino
-    finally:
-        del modules[name]
-        if before is not None:
-            modules[name] = before
-    return openvino
-
-
-@functools.cache
-def _core() -> Any:  # noqa: ANN401
+def _core() -> Any:  # noqa: ANN401 - may be absent, so untyped
     return import_openvino().Core()
 
 
-def _infer(compiled: Any, tile: torch.Tensor) -> torch.Tensor:  # noqa: ANN401
-    """Run a compiled model on a tile; the answer is a new tensor that nothing else refers to."""
-    import torch
+def _new_answer(run: Compiled, tile: torch.Tensor) -> torch.Tensor:
+    return run(tile).clone()
 
-    answer = torch.empty(tuple(compiled.output(0).shape))
-    request = compiled.create_infer_request()
-    request.set_output_tensor(import_openvino().Tensor(answer.numpy(), shared_memory=True))
-    request.infer([tile.numpy()], share_inputs=True, share_outputs=True)
-    return answer
+
+def _channels_first(run: Compiled, tile: torch.Tensor) -> torch.Tensor:
+    """Features (1, features, z, y, x), a view of what lies channels last in memory."""
+    return run(tile).permute(0, 4, 1, 2, 3)
+
+
+class Compiled:
+    """A compiled model, whose answers to one tile after another take the same memory."""
+
+    def __init__(self, compiled: Any) -> None:  # noqa: ANN401
+        self.compiled = compiled
+        self._request: Any = None
+        self._answer = torch.empty(0)
+
+    def __call__(self, tile: torch.Tensor) -> torch.Tensor:
+        """Run the model on a tile; the answer is valid until the next call."""
+        if self._request is None:
+            self._answer = torch.empty(tuple(self.compiled.output(0).shape))
+            memory = import_openvino().Tensor(self._answer.numpy(), shared_memory=True)
+            self._request = self.compiled.create_infer_request()
+            self._request.set_output_tensor(memory)
+        self._request.infer([tile.numpy()], share_inputs=True, share_outputs=True)
+        return self._answer
+
+    def release(self) -> None:
+        """Give back what is only kept from one tile to the next."""
+        self._request = None
+        self._answer = torch.empty(0)
+        self.compiled.release_memory()
+
+
+class LastLayer(nn.Module):
+    """A 1x1x1 convolution of features that lie channels last in memory."""
+
+    def __init__(self, layer: nn.Conv3d) -> None:
+        super().__init__()
+        # Copies, so that the checkpoint is not kept in memory for their sake.
+        self.weight = layer.weight.detach().flatten(1).clone()
+        self.bias = self.weight.new_zeros(len(self.weight), 1)
+        if layer.bias is not None:
+            self.bias[:, 0] = layer.bias.detach()
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Logits (1, classes, z, y, x), channels first in memory."""
+        voxels = features[0].flatten(1)
+        return torch.addmm(self.bias, self.weight, voxels).view(1, -1, *features.shape[2:])
 
 
 def _is_storable(network: nn.Module) -> bool:
@@ -129,7 +140,7 @@ def _is_storable(network: nn.Module) -> bool:
     return all(type(module).__module__.startswith(KNOWN_CODE) for module in network.modules())
 
 
-def _stored(network: nn.Module, shape: tuple[int, ...]) -> Any:  # noqa: ANN401
+def _stored(network: nn.Module, shape: tuple[int, ...], convert: Callable[[], Any]) -> Any:  # noqa: ANN401
     """Read a converted network from the store, where it is put if need be."""
     made_with = {
         "converter": CONVERTER,
@@ -141,12 +152,12 @@ def _stored(network: nn.Module, shape: tuple[int, ...]) -> Any:  # noqa: ANN401
     }
 
     def make(folder: Path) -> None:
-        _save(_converted(network, shape), folder)
+        _save(convert(), folder)
         _give_back_memory()
 
     place = entry(f"openvino-{content_key(network, made_with)}", make)
     # OpenVINO maps the weights from the file.
-    return _converted(network, shape) if place is None else _core().read_model(place / "model.xml")
+    return convert() if place is None else _core().read_model(place / "model.xml")
 
 
 def _save(model: Any, folder: Path) -> None:  # noqa: ANN401
@@ -166,48 +177,3 @@ def _give_back_memory() -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
             trim(0)
-
-
-def _converted(network: nn.Module, shape: tuple[int, ...]) -> Any:  # noqa: ANN401
-    """Convert a network to an OpenVINO model of one input shape."""
-    import torch
-
-    from totalfast.backends.norms import summed_by_axis
-
-    openvino = import_openvino()
-    with warnings.catch_warnings(), _root_logger_kept(), torch.no_grad():
-        # Torch calls its tracer deprecated. OpenVINO would have it trace a second time, to compare.
-        warnings.simplefilter("ignore")
-        traced = torch.jit.trace(  # type: ignore[no-untyped-call]
-            summed_by_axis(network),
-            torch.zeros(_example_shape(network, shape)),
-            strict=False,
-            check_trace=False,
-        )
-        return openvino.convert_model(traced, input=[(list(shape), openvino.Type.f32)])
-
-
-@contextlib.contextmanager
-def _root_logger_kept() -> Iterator[None]:
-    """Undo what a conversion does to everybody's logging, and leaves so if it fails."""
-    root = logging.getLogger()
-    level, filters, handlers = root.level, root.filters[:], root.handlers[:]
-    try:
-        yield
-    finally:
-        root.setLevel(level)
-        root.filters[:], root.handlers[:] = filters, handlers
-
-
-def _example_shape(network: nn.Module, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A tile to trace a network with: for nnU-Net's own a small one, which takes no time."""
-    if not is_nnunets(network):
-        return shape
-    encoder: Any = network.encoder
-    cell = [1] * (len(shape) - 2)
-    for stride in encoder.strides:
-        steps = [stride] * len(cell) if isinstance(stride, int) else stride
-        cell = [size * step for size, step in zip(cell, steps, strict=True)]
-    longest = max(range(len(cell)), key=lambda axis: shape[2 + axis] // cell[axis])
-    cell[longest] *= TRACED_CELLS
-    return (*shape[:2], *cell)
