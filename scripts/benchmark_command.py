@@ -40,7 +40,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tests.parity.matrix import compare_folders, voxels_of
 
 SAMPLE_S = 0.2
-"""Reading the PSS stops the process for a moment, so not more often than needed."""
+"""Pause between two readings of the PSS, at least."""
+
+WATCHED_SHARE = 0.05
+"""Of a timed run, at most, that goes to reading the PSS: meanwhile the process gets no memory."""
 
 SETTLE_S = 20.0
 """Pause before each run: a machine is busy for some seconds with taking back a program's gigabytes,
@@ -163,10 +166,14 @@ def make_scan(description: str, folder: Path) -> Path:
 
 
 class Watch:
-    """Sums the PSS of a process and its descendants while it runs; keeps the peak."""
+    """Sums the PSS of a process and its descendants while it runs; keeps the peak.
 
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+    Takes ``share`` of the time for it, at most.
+    """
+
+    def __init__(self, process: subprocess.Popen[bytes], *, share: float = 1.0) -> None:
         self.process = process
+        self.share = share
         self.peak_bytes = 0
         self._thread = threading.Thread(target=self._sample, daemon=True)
         self._thread.start()
@@ -174,7 +181,7 @@ class Watch:
     def _sample(self) -> None:
         root = psutil.Process(self.process.pid)
         while self.process.poll() is None:
-            total = 0
+            total, began = 0, time.perf_counter()
             try:
                 family = [root, *root.children(recursive=True)]
             except psutil.Error:
@@ -185,7 +192,7 @@ class Watch:
                 except psutil.Error:
                     continue
             self.peak_bytes = max(self.peak_bytes, total)
-            time.sleep(SAMPLE_S)
+            time.sleep(max(SAMPLE_S, (time.perf_counter() - began) / self.share))
 
 
 def command(program: str, scan: Path, target: Path, flags: list[str]) -> list[str | Path]:
@@ -228,7 +235,7 @@ def run(
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
-    watch = Watch(process) if watched else None
+    watch = Watch(process, share=WATCHED_SHARE if timed else 1.0) if watched else None
     _, errors = process.communicate()
     wall = time.perf_counter() - began
     after = os.times()
