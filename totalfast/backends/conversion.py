@@ -13,6 +13,8 @@ import sys
 import warnings
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from totalfast.backends.forward import is_nnunets
 
 if TYPE_CHECKING:
@@ -86,7 +88,7 @@ def _split_joins(model: Any) -> None:  # noqa: ANN401
 
     At full resolution the copy was a quarter of a forward pass's memory.
     """
-    from openvino import opset8 as operations
+    from openvino import op, opset8
     from openvino.utils import replace_node
 
     for join in [node for node in model.get_ordered_ops() if node.get_type_name() == "Concat"]:
@@ -101,20 +103,20 @@ def _split_joins(model: Any) -> None:  # noqa: ANN401
         first, answers = 0, []
         for features in join.input_values():
             count = features.get_shape()[1]
-            own = operations.constant(weights.data[:, first : first + count])
-            answers.append(operations.convolution(features, own, **attributes))
+            own = op.Constant(np.ascontiguousarray(weights.data[:, first : first + count]))
+            answers.append(opset8.convolution(features, own, **attributes))
             first += count
-        replace_node(convolution, functools.reduce(operations.add, answers))
+        replace_node(convolution, functools.reduce(opset8.add, answers))
 
 
 def _answer_channels_last(model: Any) -> None:  # noqa: ANN401
     """Have features answered in the order that OpenVINO computes them in, for nothing."""
-    from openvino import opset8 as operations
+    from openvino import opset8
 
     (result,) = model.get_results()
-    last = operations.transpose(result.input_value(0), operations.constant([0, 2, 3, 4, 1]))
+    last = opset8.transpose(result.input_value(0), opset8.constant([0, 2, 3, 4, 1]))
     model.remove_result(result)
-    model.add_results([operations.result(last)])
+    model.add_results([opset8.result(last)])
 
 
 @contextlib.contextmanager
