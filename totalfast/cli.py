@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import totalfast
 from totalfast import upstream
+from totalfast.allocator import prepare_process
 from totalfast.backends import BACKENDS
 from totalfast.errors import OptionError, TotalfastError
 from totalfast.options import (
@@ -126,9 +127,7 @@ def command(run: Callable[[], int] = main) -> None:
     Taking the interpreter down with torch in it costs half a second that nobody needs, so only
     what others registered to run at exit is run.
     """
-    # Torch then asks for huge pages: a run spends a third less time on page faults. It reads this
-    # when it allocates first, so that it must be set before torch is imported.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    prepare_process()
     code = run()
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):

@@ -6,17 +6,15 @@ coarser formats. What it is made to run is ``conversion``'s, which is kept in ``
 
 from __future__ import annotations
 
-import ctypes
 import functools
-import gc
 import importlib.metadata
 import logging
-import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from totalfast.allocator import give_back
 from totalfast.backends.conversion import CONVERTER, converted, import_openvino
 from totalfast.backends.forward import Forward, run_by_torch, split_head
 from totalfast.backends.store import content_key, entry
@@ -153,7 +151,8 @@ def _stored(network: nn.Module, shape: tuple[int, ...], convert: Callable[[], An
 
     def make(folder: Path) -> None:
         _save(convert(), folder)
-        _give_back_memory()
+        # Torch's trace refers to itself and to the weights: hundreds of megabytes.
+        give_back()
 
     place = entry(f"openvino-{content_key(network, made_with)}", make)
     # OpenVINO maps the weights from the file.
@@ -165,15 +164,3 @@ def _save(model: Any, folder: Path) -> None:  # noqa: ANN401
         import_openvino().save_model(model, folder / "model.xml", compress_to_fp16=False)
     except RuntimeError as error:
         raise OSError(f"OpenVINO can't write there: {error}") from error
-
-
-def _give_back_memory() -> None:
-    """Free what a conversion leaves behind: hundreds of megabytes.
-
-    Torch's trace refers to itself and to the weights, and glibc keeps what is freed.
-    """
-    gc.collect()
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
