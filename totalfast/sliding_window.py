@@ -239,7 +239,8 @@ def final_logits(
         image = torch.nn.functional.pad(image, padding)
     image = image.to(device)
     networks = _Networks(model, tiles, tiling, device)
-    with inference_settings(model.device):
+    with inference_settings(model.device), contextlib.ExitStack() as at_last:
+        at_last.callback(networks.release)  # also if a tile fails
         if tiles.count == 1 and networks.count == 1 and model.device.type == "cpu":
             yield from networks.logits_of_one_tile(image, tiles)
             on_tile()
