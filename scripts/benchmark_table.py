@@ -6,6 +6,7 @@ python scripts/benchmark_table.py
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,8 @@ def differing(compared: dict[str, Any]) -> str:
     count, voxels = compared["differing_voxels"], compared["voxels"]
     if not count:
         return "0"
-    return f"{count} ({count / voxels:.1g}), Dice at least {compared['lowest_dice_of_large']:.4f}"
+    least = math.floor(1e4 * compared["lowest_dice_of_large"]) / 1e4  # a bound is not rounded up
+    return f"{count} ({count / voxels:.1g}), Dice at least {least:.4f}"
 
 
 def table() -> str:
