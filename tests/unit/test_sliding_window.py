@@ -132,12 +132,31 @@ def test_each_tile_is_reported(predictors):
     assert len(seen) == plan_tiles((50, 24, 48), predictors[1].model.patch_size, 0.5).count
 
 
-def test_first_maximum_is_argmax_with_ties_signed_zeros_and_nan():
-    values = torch.tensor([0.0, -0.0, 1.0, 1.0, -2.0, float("nan"), float("nan"), 6e-8])
-    logits = values[torch.randint(0, len(values), (40, 50, 60))].half()
+@pytest.mark.parametrize(
+    "values",
+    [
+        [0.0, -0.0, 1.0, 1.0, -2.0, float("nan"), float("nan"), 6e-8],
+        [0.5, 0.25],
+        [0.0, -0.0, 6e-8, -6e-8],
+        [65504.0, -65504.0, 65472.0],
+        [float("inf"), float("-inf"), 1.0],
+        [float("-inf"), -65504.0],
+    ],
+)
+@pytest.mark.parametrize("classes", [1, 40, 3000])
+@pytest.mark.parametrize("dtype", [torch.half, torch.float32])
+def test_first_maximum_is_argmax_with_ties_signed_zeros_and_nan(values, classes, dtype):
+    torch.manual_seed(classes)
+    logits = torch.tensor(values)[torch.randint(0, len(values), (classes, 3, 50, 60))].to(dtype)
     assert torch.equal(first_maximum(logits), logits.argmax(0))
-    few = torch.tensor([0.5, 0.25]).half()[torch.randint(0, 2, (40, 50, 60))]
-    assert torch.equal(first_maximum(few), few.argmax(0))
+
+
+def test_first_maximum_tells_all_neighbouring_float16_numbers_apart():
+    numbers = torch.arange(0, 0x7C00, dtype=torch.int16).view(torch.half)
+    numbers = torch.cat((-numbers.flip(0), numbers))
+    pairs = torch.stack((numbers[:-1], numbers[1:]))
+    for logits in (pairs, pairs.flip(0)):
+        assert torch.equal(first_maximum(logits), logits.argmax(0))
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from totalfast.allocator import give_back
+from totalfast.allocator import give_back, page_out
 from totalfast.backends.conversion import CONVERTER, converted, import_openvino
 from totalfast.backends.forward import Forward, run_by_torch, split_head
 from totalfast.backends.store import content_key, entry
@@ -54,6 +54,8 @@ def run_by_openvino(network: nn.Module, shape: tuple[int, ...]) -> Forward:
         compiled = _core().compile_model(
             model, "CPU", SETTINGS | {"INFERENCE_NUM_THREADS": network_threads()}
         )
+        # Compiled, it has weights of its own, in another order.
+        page_out(op.data for op in model.get_ops() if op.get_type_name() == "Constant")
     except (
         openvino.frontend.GeneralFailure,
         openvino.frontend.NotImplementedFailure,
