@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from totalfast.allocator import give_back
 from totalfast.backends.forward import is_nnunets
 
 if TYPE_CHECKING:
@@ -80,6 +81,9 @@ def converted(network: nn.Module, shape: tuple[int, ...], *, channels_last: bool
     _split_joins(model)
     if channels_last:
         _answer_channels_last(model)
+    # Torch's trace refers to itself and to the weights: hundreds of megabytes.
+    del traced
+    give_back()
     return model
 
 

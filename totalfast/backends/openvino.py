@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from totalfast.allocator import give_back, page_out
+from totalfast.allocator import page_out
 from totalfast.backends.conversion import CONVERTER, converted, import_openvino
 from totalfast.backends.forward import Forward, run_by_torch, split_head
 from totalfast.backends.store import content_key, entry
@@ -152,17 +152,12 @@ def _stored(network: nn.Module, shape: tuple[int, ...], convert: Callable[[], An
     }
 
     def make(folder: Path) -> None:
-        _save(convert(), folder)
-        # Torch's trace refers to itself and to the weights: hundreds of megabytes.
-        give_back()
+        model = convert()
+        try:
+            import_openvino().save_model(model, folder / "model.xml", compress_to_fp16=False)
+        except RuntimeError as error:
+            raise OSError(f"OpenVINO can't write there: {error}") from error
 
     place = entry(f"openvino-{content_key(network, made_with)}", make)
     # OpenVINO maps the weights from the file.
     return convert() if place is None else _core().read_model(place / "model.xml")
-
-
-def _save(model: Any, folder: Path) -> None:  # noqa: ANN401
-    try:
-        import_openvino().save_model(model, folder / "model.xml", compress_to_fp16=False)
-    except RuntimeError as error:
-        raise OSError(f"OpenVINO can't write there: {error}") from error
