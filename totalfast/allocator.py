@@ -1,11 +1,13 @@
 """How this process asks the system for memory, which hands out fresh pages slowly.
 
-Knows the C library and torch's switch for it; knows nothing of what the memory is for. Does nothing
-but on Linux, and most of it only where the C library is glibc.
+Knows the C library, torch's switch for it and Python's collector of cycles; knows nothing of what
+the memory is for. Of the system it asks nothing but on Linux, and most only where the C library is
+glibc.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import mmap
@@ -14,7 +16,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from numpy.typing import NDArray
 
@@ -31,24 +33,35 @@ KEPT_BYTES = 2 * LARGE_BYTES
 """Free memory that is kept for the next who asks. Glibc comes to both by itself, as it sees what is
 freed; until then a run clears the same pages again and again."""
 
+OBJECTS = 100_000
+"""New Python objects after which cycles are looked for; by default 700 or 2000. Imports alone make
+hundreds of thousands, none of them garbage."""
+
 
 def prepare_process() -> None:
     """Set up a process of our own. To be called before torch is imported."""
     # Torch then asks for huge pages: a run spends a third less time on page faults. It reads this
     # when it allocates first.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    gc.set_threshold(OBJECTS, 10, 10)
     mallopt = _libc("mallopt")
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, LARGE_BYTES)
         mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
-def give_back() -> None:
-    """Return to the system what is free, cycles of Python's objects included."""
-    gc.collect()
-    trim = _libc("malloc_trim")
-    if trim is not None:
-        trim(0)
+@contextlib.contextmanager
+def given_back() -> Iterator[None]:
+    """Return to the system, at the end, what is free, cycles of objects made meanwhile included."""
+    gc.freeze()  # so that the many objects of before need not be looked at
+    try:
+        yield
+    finally:
+        gc.collect()
+        gc.unfreeze()
+        trim = _libc("malloc_trim")
+        if trim is not None:
+            trim(0)
 
 
 def page_out(arrays: Iterable[NDArray[Any]]) -> None:
