@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from totalfast import upstream
+from totalfast.allocator import given_back
 from totalfast.backends.forward import run_by_torch
 from totalfast.errors import WeightsError
 
@@ -189,9 +190,11 @@ def _load(
         shape = tile_shape(plans, configuration, dataset)
         networks = []
         for checkpoint in checkpoints:
-            network = _empty_network(
-                trainer_name, plans, configuration, shape[1], labels.num_segmentation_heads
-            )
+            # An error that nnU-Net passes over refers to itself, and to whoever has the network.
+            with given_back():
+                network = _empty_network(
+                    trainer_name, plans, configuration, shape[1], labels.num_segmentation_heads
+                )
             network.load_state_dict(_as_float32(checkpoint["network_weights"]), assign=True)
             networks.append(network.to(device).eval())
     except (KeyError, RuntimeError) as error:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import gc
 import pickle
+import weakref
 
 import numpy as np
 import pytest
@@ -94,6 +96,19 @@ def test_network_is_the_one_that_nnunet_builds_and_loads(standin_home):
     assert state.keys() == expected.network.state_dict().keys()
     for name, value in expected.network.state_dict().items():
         assert torch.equal(state[name], value)
+
+
+def test_a_model_that_is_dropped_is_gone_at_once(standin_home):
+    folder = next((standin_home / "nnunet/results").glob("Dataset297*/*"))
+    gc.collect()
+    gc.disable()  # chance might come to help
+    try:
+        model = load_model(folder, folds=(0,), device=torch.device("cpu"))
+        weights = [weakref.ref(tensor) for tensor in model.networks[0].parameters()]
+        del model
+        assert not any(tensor() is not None for tensor in weights)
+    finally:
+        gc.enable()
 
 
 def test_missing_files_are_named(standin_home, tmp_path, monkeypatch):
