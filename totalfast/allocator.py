@@ -1,8 +1,7 @@
 """How this process asks the system for memory, which hands out fresh pages slowly.
 
 Knows the C library, torch's switch for it and Python's collector of cycles; knows nothing of what
-the memory is for. Of the system it asks nothing but on Linux, and most only where the C library is
-glibc.
+the memory is for. Asks the system on Linux only, and for most of it where the C library is glibc.
 """
 
 from __future__ import annotations
@@ -10,21 +9,16 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
-import mmap
 import os
 import sys
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
-
-    from numpy.typing import NDArray
+from pathlib import Path
+from typing import Any
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Names of mallopt's options (malloc.h)."""
 
-MADV_PAGEOUT = 21
-"""Name of madvise's option (linux/mman.h, 5.4)."""
+MADV_DONTNEED = 4
+"""Name of madvise's option (linux/mman.h)."""
 
 LARGE_BYTES = 32 << 20
 """From this size on memory comes from the system and goes back to it: the most that glibc takes."""
@@ -33,9 +27,9 @@ KEPT_BYTES = 2 * LARGE_BYTES
 """Free memory that is kept for the next who asks. Glibc comes to both by itself, as it sees what is
 freed; until then a run clears the same pages again and again."""
 
-OBJECTS = 100_000
+OBJECTS_PER_COLLECTION = 10_000
 """New Python objects after which cycles are looked for; by default 700 or 2000. Imports alone make
-hundreds of thousands, none of them garbage."""
+hundreds of thousands, hardly any of them garbage."""
 
 
 def prepare_process() -> None:
@@ -43,39 +37,36 @@ def prepare_process() -> None:
     # Torch then asks for huge pages: a run spends a third less time on page faults. It reads this
     # when it allocates first.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    gc.set_threshold(OBJECTS, 10, 10)
+    gc.set_threshold(OBJECTS_PER_COLLECTION, 10, 10)
     mallopt = _libc("mallopt")
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, LARGE_BYTES)
         mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
-@contextlib.contextmanager
-def given_back() -> Iterator[None]:
-    """Return to the system, at the end, what is free, cycles of objects made meanwhile included."""
-    gc.freeze()  # so that the many objects of before need not be looked at
-    try:
-        yield
-    finally:
-        gc.collect()
-        gc.unfreeze()
-        trim = _libc("malloc_trim")
-        if trim is not None:
-            trim(0)
+def give_back() -> None:
+    """Return to the system what is free, cycles of Python's objects included."""
+    gc.collect()
+    trim = _libc("malloc_trim")
+    if trim is not None:
+        trim(0)
 
 
-def page_out(arrays: Iterable[NDArray[Any]]) -> None:
-    """Have the system take the memory of arrays that will hardly be read again.
+def drop_mapped(folder: Path) -> None:
+    """Take what was read of files below a folder, mapped for reading, out of this process's memory.
 
-    They stay valid: what lies in a mapped file is read from there again, all else is kept in swap
-    space, or where it is if there is none.
+    It stays valid, and in the system's cache: who reads it again has it mapped again.
     """
-    advise, page = _libc("madvise"), mmap.PAGESIZE
-    for array in arrays if advise is not None else ():
-        start = -(-array.ctypes.data // page) * page
-        size = (array.ctypes.data + array.nbytes - start) // page * page
-        if size > 0:
-            advise(ctypes.c_void_p(start), ctypes.c_size_t(size), MADV_PAGEOUT)
+    advise = _libc("madvise")
+    if advise is None:
+        return
+    inside = f"{folder.resolve()}/"
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/maps").read_text().splitlines():
+            addresses, rights, _, _, _, *name = line.split(maxsplit=5)
+            if rights.startswith("r-") and name and name[0].startswith(inside):
+                start, stop = (int(address, 16) for address in addresses.split("-"))
+                advise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), MADV_DONTNEED)
 
 
 def _libc(name: str) -> Any:  # noqa: ANN401 - a C function

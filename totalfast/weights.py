@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import gc
 import io
 import json
 import logging
@@ -20,7 +21,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from totalfast import upstream
-from totalfast.allocator import given_back
 from totalfast.backends.forward import run_by_torch
 from totalfast.errors import WeightsError
 
@@ -190,11 +190,12 @@ def _load(
         shape = tile_shape(plans, configuration, dataset)
         networks = []
         for checkpoint in checkpoints:
-            # An error that nnU-Net passes over refers to itself, and to whoever has the network.
-            with given_back():
-                network = _empty_network(
-                    trainer_name, plans, configuration, shape[1], labels.num_segmentation_heads
-                )
+            network = _empty_network(
+                trainer_name, plans, configuration, shape[1], labels.num_segmentation_heads
+            )
+            # Up to Python 3.11 pydoc.locate, which nnU-Net calls, leaves an error that refers to
+            # itself, and through the callers' frames to the network and the checkpoints.
+            gc.collect(1)
             network.load_state_dict(_as_float32(checkpoint["network_weights"]), assign=True)
             networks.append(network.to(device).eval())
     except (KeyError, RuntimeError) as error:

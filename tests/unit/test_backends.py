@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import copy
+import gc
 import importlib.util
 import logging
 import os
 import shutil
 import subprocess
 import sys
+import weakref
 from functools import partial
 
 import numpy as np
@@ -15,6 +17,7 @@ import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet
 
 import totalfast
+from tests.mapped_files import resident_kb
 from totalfast import OptionError, backends
 from totalfast.backends import choose_backend, resolve_backend, store
 from totalfast.backends.forward import run_by_torch
@@ -344,6 +347,26 @@ def test_labels_are_torchs_and_a_second_load_converts_nothing(folder, cache, mon
     )
     assert torch.equal(found, again)
     assert (found != expected).float().mean() < 1e-3
+
+
+@needs_openvino
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
+def test_openvino_keeps_neither_a_trace_nor_the_file_of_weights_in_memory(cache):
+    from totalfast.backends.openvino import run_by_openvino
+
+    gc.collect()
+    gc.disable()  # chance might come to help
+    try:
+        network = made_network()
+        weights = [weakref.ref(tensor) for tensor in network.parameters()]
+        forward = run_by_openvino(network, TILE)
+        del network
+        assert not any(tensor() is not None for tensor in weights)
+    finally:
+        gc.enable()
+    assert list(cache.glob("*/model.bin"))
+    assert resident_kb(cache) == 0
+    assert forward(torch.zeros(TILE)).shape == (1, 5, *TILE[2:])
 
 
 @needs_openvino

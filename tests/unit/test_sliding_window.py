@@ -144,11 +144,18 @@ def test_each_tile_is_reported(predictors):
     ],
 )
 @pytest.mark.parametrize("classes", [1, 40, 3000])
-@pytest.mark.parametrize("dtype", [torch.half, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.half, torch.bfloat16, torch.float32, torch.float64])
 def test_first_maximum_is_argmax_with_ties_signed_zeros_and_nan(values, classes, dtype):
     torch.manual_seed(classes)
-    logits = torch.tensor(values)[torch.randint(0, len(values), (classes, 3, 50, 60))].to(dtype)
+    logits = torch.tensor(values)[torch.randint(0, len(values), (classes, 3, 50, 6))].to(dtype)
     assert torch.equal(first_maximum(logits), logits.argmax(0))
+
+
+def test_first_maximum_finds_the_last_of_many_classes_and_tells_float64_numbers_apart():
+    logits = torch.zeros(2**16, 2, dtype=torch.half)
+    logits[-1] = 6e-8
+    assert first_maximum(logits).tolist() == [2**16 - 1] * 2
+    assert first_maximum(torch.tensor([[1.0], [1.0 + 1e-12]], dtype=torch.float64)).item() == 1
 
 
 def test_first_maximum_tells_all_neighbouring_float16_numbers_apart():

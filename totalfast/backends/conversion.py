@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from totalfast.allocator import given_back
+from totalfast.allocator import give_back
 from totalfast.backends.forward import is_nnunets
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def converted(network: nn.Module, shape: tuple[int, ...], *, channels_last: bool
     from totalfast.backends.norms import summed_by_axis
 
     openvino = import_openvino()
-    with given_back(), warnings.catch_warnings(), _root_logger_kept(), torch.no_grad():
+    with warnings.catch_warnings(), _root_logger_kept(), torch.no_grad():
         # Torch calls its tracer deprecated. OpenVINO would have it trace a second time, to compare.
         warnings.simplefilter("ignore")
         traced = torch.jit.trace(  # type: ignore[no-untyped-call]
@@ -78,10 +78,12 @@ def converted(network: nn.Module, shape: tuple[int, ...], *, channels_last: bool
             check_trace=False,
         )
         model = openvino.convert_model(traced, input=[(list(shape), openvino.Type.f32)])
-        del traced  # which refers to itself and to the weights: hundreds of megabytes
     _split_joins(model)
     if channels_last:
         _answer_channels_last(model)
+    # Torch's trace refers to itself and to the weights: hundreds of megabytes.
+    del traced
+    give_back()
     return model
 
 

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from totalfast.allocator import page_out
+from totalfast.allocator import drop_mapped
 from totalfast.backends.conversion import CONVERTER, converted, import_openvino
 from totalfast.backends.forward import Forward, run_by_torch, split_head
-from totalfast.backends.store import content_key, entry
+from totalfast.backends.store import cache_folder, content_key, entry
 from totalfast.cores import network_threads
 
 if TYPE_CHECKING:
@@ -54,8 +54,6 @@ def run_by_openvino(network: nn.Module, shape: tuple[int, ...]) -> Forward:
         compiled = _core().compile_model(
             model, "CPU", SETTINGS | {"INFERENCE_NUM_THREADS": network_threads()}
         )
-        # Compiled, it has weights of its own, in another order.
-        page_out(op.data for op in model.get_ops() if op.get_type_name() == "Constant")
     except (
         openvino.frontend.GeneralFailure,
         openvino.frontend.NotImplementedFailure,
@@ -71,6 +69,7 @@ def run_by_openvino(network: nn.Module, shape: tuple[int, ...]) -> Forward:
             " ".join(str(error).split()),
         )
         return run_by_torch(network, shape)
+    drop_mapped(cache_folder())  # the compiled model has weights of its own, in another order
     run = Compiled(compiled)
     if head is None:
         return Forward(body=functools.partial(_new_answer, run), release=run.release)

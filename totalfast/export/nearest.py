@@ -32,17 +32,25 @@ def first_maximum(logits: torch.Tensor) -> torch.Tensor:
 
     if logits.device.type != "cpu":
         return logits.argmax(0)
-    values = logits.float()
     if logits.dtype == torch.half:
-        # Zero where the maximum is; elsewhere below all classes' numbers, as float16's numbers lie
-        # 2**-24 apart at least.
-        behind = values.sub_(values.amax(0)).mul_(2.0**40)
-        classes = torch.arange(len(logits), dtype=values.dtype)
-        first = behind.sub_(classes.view(-1, *[1] * (logits.dim() - 1))).amax(0).neg_()
-        if not torch.isnan(first.sum()):  # nor was any logit, or a maximum infinite
-            return first.long()
-        values = logits.float()
-    return values.max(0).indices
+        found = _first_maximum_of_halves(logits)
+        # A sum tells of NaN at once: a logit was NaN then, or a maximum infinite.
+        if not torch.isnan(found.sum()):
+            return found.long()
+        del found
+    exact = logits.float() if logits.dtype.itemsize < 4 else logits
+    return exact.max(0).indices
+
+
+def _first_maximum_of_halves(logits: torch.Tensor) -> torch.Tensor:
+    """First maximum of float16 logits of up to 2**16 classes, as float32; NaN if it can't tell."""
+    import torch
+
+    # Zero where the maximum is, and -2**16 or less elsewhere, as float16's numbers lie 2**-24 apart
+    # at least.
+    behind = logits.float().sub_(logits.amax(0).float()).mul_(2.0**40)
+    classes = torch.arange(len(logits), dtype=behind.dtype, device=behind.device)
+    return behind.sub_(classes.view(-1, *[1] * (logits.dim() - 1))).amax(0).neg_()
 
 
 def label_dtype(foreground_labels: int) -> type[np.unsignedinteger]:
