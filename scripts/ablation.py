@@ -1,6 +1,7 @@
 """Switch each optimisation off by itself, and see what the command then costs.
 
-    python scripts/ablation.py HOME SCAN --json FILE [--repeats N] [--readme] [-- FLAGS ...]
+    python scripts/ablation.py HOME SCAN --name NAME --json FILE [--repeats N]
+                               [--readme [OTHER_FILE ...]] [-- FLAGS ...]
 
 Runs ``totalfast`` as a whole process, once as it is and once for each row of ``ABLATIONS`` with
 that row's lines executed first, which put the plain way in place of the fast one. All take turns,
@@ -315,6 +316,7 @@ def ablate(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         for row, some in runs.items()
     }
     return {
+        "name": options.name,
         "scan": options.scan,
         "flags": options.flags,
         "weights": WEIGHTS,
@@ -324,27 +326,41 @@ def ablate(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     }
 
 
-def table(result: dict[str, Any]) -> str:
-    """Seconds and memory of each row, above those of the run as it is."""
-    base = result["median"][AS_IT_IS]
-    dearest = sorted(result["median"].items(), key=lambda item: -item[1]["wall_s"])
-    medians = {AS_IT_IS: base, **dict(dearest)}
-    lines = ["| switched off | wall | CPU | peak memory |", "|---|---|---|---|"]
-    for row, figures in medians.items():
-        cells = [row]
-        for key, scale, unit in (("wall_s", 1, "s"), ("cpu_s", 1, "s"), ("peak_bytes", 1e9, "GB")):
-            value = figures[key] / scale
-            more = value - base[key] / scale
-            digits = 2 if unit == "GB" else 1
-            cells.append(f"{value:.{digits}f} {unit}" if row == AS_IT_IS else
-                         f"{more:+.{digits}f} {unit}")  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
+def table(results: list[dict[str, Any]]) -> str:
+    """Seconds and memory of each row, above those of the run as it is; cases side by side."""
+    first = results[0]["median"]
+    rows = sorted(first, key=lambda row: -first[row]["wall_s"])
+    rows += [row for other in results[1:] for row in other["median"] if row not in rows]
+    rows.insert(0, rows.pop(rows.index(AS_IT_IS)))
+    names = [f"{result['name']}: wall | CPU | peak memory" for result in results]
+    lines = [f"| switched off | {' | '.join(names)} |", "|---" * (1 + 3 * len(names)) + "|"]
+    lines += [f"| {' | '.join([row, *(_cells(result, row) for result in results)])} |"
+              for row in rows]  # fmt: skip
+    return "\n".join([*lines, "", *map(_footnote, results)]) + "\n"
+
+
+def _cells(result: dict[str, Any], row: str) -> str:
+    if row not in result["median"]:
+        return "- | - | -"
+    figures, base = result["median"][row], result["median"][AS_IT_IS]
+    cells = []
+    for key, scale, unit, digits in (
+        ("wall_s", 1, "s", 1), ("cpu_s", 1, "s", 1), ("peak_bytes", 1e9, "GB", 2),
+    ):  # fmt: skip
+        value, more = figures[key] / scale, (figures[key] - base[key]) / scale
+        text = f"{value:.{digits}f}" if row == AS_IT_IS else f"{more:+.{digits}f}"
+        cells.append(f"{text} {unit}")
+    return " | ".join(cells)
+
+
+def _footnote(result: dict[str, Any]) -> str:
     walls = sorted(figures["wall_s"] for figures in result["runs"][AS_IT_IS])
     repeats = max(len(some) for row, some in result["runs"].items() if row != AS_IT_IS)
-    lines += ["", f"{result['scan']}, `{' '.join(result['flags'])}`, {result['weights']}; "
-              f"medians of {repeats}. As it is, {len(walls)} runs took {walls[0]:.1f} to "
-              f"{walls[-1]:.1f} s, so that smaller differences tell nothing."]  # fmt: skip
-    return "\n".join(lines) + "\n"
+    return (
+        f"{result['name']}: {result['scan']}, `{' '.join(result['flags'])}`, {result['weights']}; "
+        f"medians of {repeats}. As it is, {len(walls)} runs took {walls[0]:.1f} to "
+        f"{walls[-1]:.1f} s, so that smaller differences tell nothing."
+    )
 
 
 def main() -> int:
@@ -354,15 +370,23 @@ def main() -> int:
     parser.add_argument("scan", help="a NIfTI file, or phantom:NXxNYxNZ:SXxSYxSZ")
     parser.add_argument("--json", type=Path, required=True, help="write the figures here")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--readme", action="store_true", help="also write README's table")
+    parser.add_argument("--name", required=True, help="what the table calls the case")
+    parser.add_argument(
+        "--readme",
+        type=Path,
+        nargs="*",
+        metavar="FILE",
+        help="also write README's table; other cases' figures are put beside these",
+    )
     options = parse_with_flags(parser)
     with tempfile.TemporaryDirectory(prefix="totalfast-ablation-") as scratch:
         result = ablate(options, Path(scratch))
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(result, indent=1) + "\n")
-    print(table(result))
-    if options.readme:
-        write_table(Path(__file__).name, table(result))
+    print(table([result]))
+    if options.readme is not None:
+        others = [json.loads(path.read_text()) for path in options.readme]
+        write_table(Path(__file__).name, table([*others, result]))
     return int(any(figures["differing"] for figures in result["median"].values()))
 
 
