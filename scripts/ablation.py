@@ -329,9 +329,9 @@ def ablate(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
 def table(results: list[dict[str, Any]]) -> str:
     """Seconds and memory of each row, above those of the run as it is; cases side by side."""
     first = results[0]["median"]
-    rows = sorted(first, key=lambda row: -first[row]["wall_s"])
-    rows += [row for other in results[1:] for row in other["median"] if row not in rows]
-    rows.insert(0, rows.pop(rows.index(AS_IT_IS)))
+    dearest = sorted(first, key=lambda row: -first[row]["wall_s"])
+    others = [row for result in results for row in result["median"]]
+    rows = dict.fromkeys([AS_IT_IS, *dearest, *others])
     names = [f"{result['name']}: wall | CPU | peak memory" for result in results]
     lines = [f"| switched off | {' | '.join(names)} |", "|---" * (1 + 3 * len(names)) + "|"]
     lines += [f"| {' | '.join([row, *(_cells(result, row) for result in results)])} |"

@@ -43,7 +43,7 @@ def surface_distance(
 def touching(found: NDArray[np.bool_], truth: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """The connected parts of a mask that overlap with the truth; all, if none does."""
     parts, _ = ndimage.label(found)
-    kept: NDArray[np.bool_] = np.isin(parts, np.unique(parts[truth & found]))
+    kept: NDArray[np.bool_] = np.isin(parts, parts[truth & found])
     return kept if kept.any() else found
 
 
