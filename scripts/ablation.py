@@ -41,21 +41,21 @@ AS_IT_IS = "as it is"
 ABLATIONS = {
     AS_IT_IS: "",
     "one thread outside of the network": """
-import totalfast.cores
+import totalfast.system.cores
 def one():
     used.append(1)
     return 1
-totalfast.cores.usable_cores = one
+totalfast.system.cores.usable_cores = one
 """,
     "scan read by Python's gzip instead of ISA-L": """
-import numpy, totalfast.stages.read as read
+import numpy, totalfast.files.read as read
 def inflate(path, proxy):
     used.append(1)
     return numpy.asanyarray(proxy.get_unscaled())
 read._inflate = inflate
 """,
     "models loaded when they are needed": """
-import totalfast.labelling as labelling
+import totalfast.run.labelling as labelling
 labelling.Run.begin_loading = lambda self, number: used.append(1)
 """,
     "models kept to the end": """
@@ -67,7 +67,7 @@ def keep(self, **keywords):
 session.Session.__init__ = keep
 """,
     "checkpoints read instead of mapped": """
-import totalfast.weights as weights
+import totalfast.engine.models as weights
 mapped = weights.read_checkpoint
 def read(path):
     import torch
@@ -86,7 +86,7 @@ import nnunetv2.inference.predict_from_raw_data
 used.append(1)
 """,
     "scan resampled by scipy, whole": """
-import totalfast.stages.resample as resample
+import totalfast.resampling.model_grid as resample
 def whole(image, stored, shape, order):
     from scipy import ndimage
     used.append(1)
@@ -96,28 +96,28 @@ def whole(image, stored, shape, order):
 resample._RESAMPLERS[1] = whole
 """,
     "skip connections kept to the end": """
-import totalfast.backends.forward as forward
+import totalfast.engine.backends.forward as forward
 def keep(encoder):
     used.append(1)
     return encoder
 forward._with_skips_read_once = keep
 """,
     "last layer run on the whole tile": """
-import totalfast.backends.forward as forward
+import totalfast.engine.backends.forward as forward
 def whole(network):
     used.append(1)
     return network, None
 forward.split_head = whole
 """,
     "sums in fresh memory for each model": """
-import totalfast.sliding_window as window
+import totalfast.engine.sliding_window as window
 def zeros(self, shape):
     used.append(1)
     return window.np.zeros(shape, dtype=window.np.float16)
 window.WindowMemory.zeros = zeros
 """,
     "sums also where one tile covers the image": """
-import totalfast.sliding_window as window
+import totalfast.engine.sliding_window as window
 def through_window(self, image, tiles):
     used.append(1)
     device = self.weights.device
@@ -128,14 +128,14 @@ def through_window(self, image, tiles):
 window._Networks.logits_of_one_tile = through_window
 """,
     "normalisation into new memory": """
-import totalfast.backends.norms as norms
+import totalfast.engine.backends.norms as norms
 def keep(network):
     used.append(1)
     return network
 norms.normalised_in_place = keep
 """,
     "logits weighted and added without a slice's memory": """
-import totalfast.sliding_window as window
+import totalfast.engine.sliding_window as window
 def add_up(self, total, logits, weight):
     used.append(1)
     logits *= weight
@@ -143,7 +143,7 @@ def add_up(self, total, logits, weight):
 window._RollingWindow._add_up = add_up
 """,
     "first maximum by torch's max": """
-import totalfast.sliding_window as window
+import totalfast.engine.sliding_window as window
 def first_maximum(logits):
     used.append(1)
     return logits.float().max(0).indices
@@ -155,7 +155,7 @@ os.environ["THP_MEM_ALLOC_ENABLE"] = "0"
 used.append(1)
 """,
     "allocator left as it is": """
-import totalfast.allocator as allocator
+import totalfast.system.process_memory as allocator
 def none(name):
     used.append(1)
 allocator._libc = none
@@ -176,7 +176,7 @@ nearest.gather = gather
 """,
     "masks compressed by zlib instead of ISA-L": """
 import types, zlib
-import totalfast.gzip_member as gzip_member
+import totalfast.files.gzip_member as gzip_member
 isal = gzip_member.isal_zlib
 def encoder(*arguments):
     used.append(1)
@@ -187,21 +187,21 @@ gzip_member.isal_zlib = types.SimpleNamespace(
 )
 """,
     "empty slices of masks compressed like others": """
-import totalfast.stages.write as write
+import totalfast.files.write as write
 def zeros(length):
     used.append(1)
     return write.compress(bytes(length))
 write.zeros = zeros
 """,
     "each mask compressed whole": """
-import numpy, totalfast.stages.write as write
+import numpy, totalfast.files.write as write
 def everywhere(labels, threads):
     used.append(1)
     return numpy.ones((labels.shape[2], 256), bool)
 write._present_labels = everywhere
 """,
     "masks saved by nibabel": """
-import totalfast.stages.write as write
+import totalfast.files.write as write
 def save(image, names, *, folder, files, threads):
     import nibabel, numpy
     used.append(1)
@@ -212,8 +212,8 @@ def save(image, names, *, folder, files, threads):
         mask = nibabel.Nifti1Image((voxels == label).astype(numpy.uint8), image.affine, header)
         path = files.path(folder / f"{name}.nii.gz", ending=".nii.gz")
         nibabel.save(mask, path)
-import totalfast.deliver
-totalfast.deliver.write_masks = save
+import totalfast.run.results
+totalfast.run.results.write_masks = save
 """,
     "interpreter taken down at the end": """
 import os, sys
@@ -235,7 +235,7 @@ def report():
     with open(os.environ["TOTALFAST_ABLATION"], "w") as file:
         file.write(f"{int(bool(used) or not prelude)} {status['VmHWM'].split()[0]}")
 exec(prelude, {"used": used, "report": report})
-from totalfast.allocator import prepare_process
+from totalfast.system.process_memory import prepare_process
 prepare_process()  # as the command does, before it imports torch
 sys.argv = ["totalfast", *sys.argv[2:]]
 runpy.run_module("totalfast", run_name="__main__", alter_sys=True)

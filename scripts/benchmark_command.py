@@ -110,7 +110,7 @@ def report():
 
 HOOKS = {
     "dynamic_network_architectures.architectures.unet": time_forward,
-    "totalfast.backends.openvino": time_openvino,
+    "totalfast.engine.backends.openvino": time_openvino,
 }
 
 class Finder:

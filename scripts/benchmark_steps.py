@@ -73,8 +73,8 @@ def upstream_masks(labels: np.ndarray, folder: Path, scratch: Path) -> float:
 
 def our_masks(labels: np.ndarray, folder: Path) -> float:
     """Save as totalfast does; returns seconds."""
-    from totalfast.cores import usable_cores
-    from totalfast.stages.write import PendingFiles, label_image, write_masks
+    from totalfast.files.write import PendingFiles, label_image, write_masks
+    from totalfast.system.cores import usable_cores
     from totalfast.upstream import CLASS_MAPS
 
     affine, names = np.diag([*SPACING_MM, 1.0]), CLASS_MAPS["total"]
@@ -109,8 +109,8 @@ def measured(repeats: int, scratch: Path) -> dict[str, Any]:
     """Both ways to measure volumes and intensities."""
     from totalsegmentator.statistics import get_basic_statistics
 
-    from totalfast.stages.read import read_image
-    from totalfast.stages.statistics import Wanted, measure
+    from totalfast.files.read import read_image
+    from totalfast.labels.statistics import Wanted, measure
     from totalfast.upstream import CLASS_MAPS
 
     labels = label_map(STATISTICS_SHAPE)

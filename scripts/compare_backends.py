@@ -24,11 +24,11 @@ import torch
 from benchmark_command import WEIGHTS, lowest_dice, machine, pairs_of_labels
 from readme import write_table
 
-from totalfast.backends import choose_backend
 from totalfast.demo.phantom import make_phantom
-from totalfast.sliding_window import Tiling, inference_settings, predict_labels
-from totalfast.stages.normalise import to_network_image
-from totalfast.weights import Model, load_model
+from totalfast.engine.backends import choose_backend
+from totalfast.engine.models import Model, load_model
+from totalfast.engine.normalise import to_network_image
+from totalfast.engine.sliding_window import Tiling, inference_settings, predict_labels
 
 CPU = torch.device("cpu")
 SEED = 3

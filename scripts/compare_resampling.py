@@ -45,7 +45,7 @@ def measure_seed(seed: int) -> list[dict[str, Any]]:
         convert_predicted_logits_to_segmentation_with_correct_shape,
     )
 
-    from totalfast.demo.command import MODEL
+    from totalfast.cli.demo import MODEL
     from totalfast.demo.phantom import make_phantom
     from totalfast.demo.score import score
     from totalfast.nnunet import ArgmaxPredictor

@@ -58,7 +58,7 @@ def main(
     parser.add_argument("--seeds", type=int, nargs="+", default=list(seeds))
     parser.add_argument("--readme", action="store_true", help="also write README's table")
     options = parser.parse_args()
-    from totalfast.demo.command import MODEL
+    from totalfast.cli.demo import MODEL
 
     os.environ["TOTALSEG_WEIGHTS_PATH"] = str(MODEL)
     rows: list[dict[str, Any]] = []

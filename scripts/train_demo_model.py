@@ -74,8 +74,8 @@ def draw(seed: int, *, folder: Path) -> Path:
     import nibabel as nib
 
     from totalfast.demo.phantom import make_phantom
-    from totalfast.stages.read import read_image
-    from totalfast.stages.resample import to_model_grid
+    from totalfast.files.read import read_image
+    from totalfast.resampling.model_grid import to_model_grid
 
     path = folder / f"{seed}.npz"
     if path.exists():

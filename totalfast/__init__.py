@@ -25,8 +25,8 @@ from totalfast.errors import (
 
 if TYPE_CHECKING:
     from totalfast.api import segment
+    from totalfast.compat.patch import patch_totalsegmentator, unpatch_totalsegmentator
     from totalfast.nnunet.predictor import ArgmaxPredictor
-    from totalfast.patch import patch_totalsegmentator, unpatch_totalsegmentator
     from totalfast.session import Session
 
 __all__ = [
@@ -51,9 +51,9 @@ __version__ = importlib.metadata.version("totalfast")
 _LAZY = {
     "ArgmaxPredictor": "totalfast.nnunet.predictor",
     "Session": "totalfast.session",
-    "patch_totalsegmentator": "totalfast.patch",
+    "patch_totalsegmentator": "totalfast.compat.patch",
     "segment": "totalfast.api",
-    "unpatch_totalsegmentator": "totalfast.patch",
+    "unpatch_totalsegmentator": "totalfast.compat.patch",
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from totalfast.cli import command
+from totalfast.cli.main import command
 
 if __name__ == "__main__":
     command()

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     import nibabel as nib
 
-    from totalfast.stages.statistics import Statistics
+    from totalfast.labels.statistics import Statistics
 
 
 def segment(

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from totalfast.backends import resolve_backend
+from totalfast.engine.backends import resolve_backend
 from totalfast.errors import OptionError, UnsupportedError
 from totalfast.tasks import resolve_task
 
@@ -73,7 +73,7 @@ class Options:
     """Options of a run; names, meanings and defaults are those of ``totalsegmentator()``.
 
     Ours are ``export``, how labels come to the scanner grid, one of ``EXPORTS``; ``backend``, what
-    runs the networks, one of ``totalfast.backends.BACKENDS``; ``tile_step_size``, which is the
+    runs the networks, one of ``totalfast.engine.backends.BACKENDS``; ``tile_step_size``, the
     task's own if None; and ``max_memory_gb``, which is what is free if None.
     """
 

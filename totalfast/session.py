@@ -13,11 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from totalfast.backends import choose_backend, resolve_backend
+from totalfast.engine.backends import choose_backend, resolve_backend
+from totalfast.engine.models import find_part, load_model
 from totalfast.errors import OptionError
+from totalfast.files.targets import check_output
 from totalfast.options import Options, check_radiomics, validate_device
-from totalfast.outputs import check_output
-from totalfast.weights import find_part, load_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     import nibabel as nib
     import torch
 
-    from totalfast.backends import Backend
-    from totalfast.deliver import Delivered
-    from totalfast.stages.statistics import Statistics
+    from totalfast.engine.backends import Backend
+    from totalfast.engine.models import Model
+    from totalfast.labels.statistics import Statistics
+    from totalfast.run.results import Delivered
     from totalfast.tasks import Part, Task
-    from totalfast.weights import Model
 
     ModelKey: TypeAlias = tuple[Path, tuple[int, ...] | None, str, str]
     """Folder, folds, and the names of device and backend."""
@@ -71,10 +71,10 @@ class Session:
         **keywords: Any,  # noqa: ANN401 - typed by totalfast.segment
     ) -> nib.Nifti1Image | tuple[nib.Nifti1Image, Statistics]:
         """Segment one scan; arguments and result are those of ``totalfast.segment``."""
-        from totalfast.pipeline import run
-        from totalfast.stages.dicom import open_series
-        from totalfast.stages.dicom_output import check_packages, check_series
-        from totalfast.stages.read import is_dicom
+        from totalfast.files.dicom.read import open_series
+        from totalfast.files.dicom.write import check_packages, check_series
+        from totalfast.files.read import is_dicom
+        from totalfast.run.pipeline import run
 
         options = Options.from_keywords({"device": self.device, **keywords})
         target = None if output is None else Path(output)

@@ -38,7 +38,7 @@ def scan(tmp_path_factory):
 @pytest.mark.parametrize("flags", [["--help"], ["--version"], ["-lt"], ["-lc"], ["-lc", "body"]])
 def test_what_needs_no_scan_imports_nothing_heavy(flags):
     code = (
-        "import sys\nfrom totalfast.cli import main\n"
+        "import sys\nfrom totalfast.cli.main import main\n"
         "try:\n    code = main(sys.argv[1:])\nexcept SystemExit as stop:\n    code = stop.code\n"
         "heavy = {'torch', 'numpy', 'nibabel', 'scipy', 'nnunetv2'} & set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else code)"
@@ -147,7 +147,7 @@ def test_termination_removes_what_is_half_written(standin_home, scan, tmp_path):
 
 INTERRUPTED_COMMAND = """
 import importlib, itertools, os, signal, sys
-from totalfast.cli import main
+from totalfast.cli.main import main
 module, name = sys.argv[1].split(":")
 module = importlib.import_module(module)
 done, calls, numbers = getattr(module, name), [], itertools.count(1)
@@ -166,7 +166,7 @@ sys.exit(code if calls else "it was not called")
 """
 
 
-@pytest.mark.parametrize("call", [("totalfast.stages.write:compress", "3"), ("nibabel:save", "1")])
+@pytest.mark.parametrize("call", [("totalfast.files.write:compress", "3"), ("nibabel:save", "1")])
 def test_termination_while_files_are_open_leaves_none(standin_home, scan, tmp_path, call):
     """In the middle of the masks, and while nnU-Net reads a file from a temporary folder."""
     flags = ["-ff", "-d", "cpu", "-sp", tmp_path / "probabilities.npz"]
@@ -197,7 +197,7 @@ def test_termination_while_files_are_open_leaves_none(standin_home, scan, tmp_pa
 
 FORKING_SUBCOMMAND = """
 import multiprocessing, os, signal, sys, time
-from totalfast import cli
+from totalfast.cli import main as cli
 
 def run(arguments):
     child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
@@ -207,7 +207,7 @@ def run(arguments):
     return -child.exitcode
 
 def main():
-    import totalfast.preview.command as command
+    import totalfast.cli.preview as command
     command.run = run
     before = signal.getsignal(signal.SIGTERM)
     code = cli.main(["preview", "a", "b", "c"])

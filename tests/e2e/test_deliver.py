@@ -14,8 +14,8 @@ import pytest
 
 import totalfast
 from tests.dicom_series import write_series
-from totalfast.losses import NO_REGION, NOT_FOUND, TOO_SMALL
 from totalfast.options import Options, check_radiomics
+from totalfast.run.empty_classes import NO_REGION, NOT_FOUND, TOO_SMALL
 from totalfast.upstream import CLASS_MAPS
 
 QUICK = {"fastest": True, "device": "cpu", "quiet": True}
@@ -146,7 +146,7 @@ def test_nora_gets_files_that_are_there_and_no_shell_reads_the_tag(
     program, log = tmp_path / "nora", tmp_path / "log"
     program.write_text(NORA.format(log=log))
     program.chmod(0o755)
-    monkeypatch.setattr("totalfast.stages.nora.NORA", str(program))
+    monkeypatch.setattr("totalfast.files.nora.NORA", str(program))
     masks, tag = tmp_path / "masks", f"a; touch {tmp_path}/seen"
     totalfast.segment(output=masks, nora_tag=tag, **small_scan)
     totalfast.segment(output=tmp_path / "seg.nii.gz", ml=True, nora_tag="b", **small_scan)
@@ -163,7 +163,7 @@ def test_nora_gets_nothing_where_dicom_is_written(tmp_path, monkeypatch):
     program, log = tmp_path / "nora", tmp_path / "log"
     program.write_text(NORA.format(log=log))
     program.chmod(0o755)
-    monkeypatch.setattr("totalfast.stages.nora.NORA", str(program))
+    monkeypatch.setattr("totalfast.files.nora.NORA", str(program))
     voxels = np.random.default_rng(0).normal(0, 300, (12, 40, 36)).astype(np.int16)
     totalfast.segment(
         write_series(tmp_path / "dicom", voxels), tmp_path / "out.nii.gz", fastest=True,
@@ -174,7 +174,7 @@ def test_nora_gets_nothing_where_dicom_is_written(tmp_path, monkeypatch):
 
 
 def test_a_missing_nora_costs_a_warning_only(small_scan, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("totalfast.stages.nora.NORA", str(tmp_path / "none"))
+    monkeypatch.setattr("totalfast.files.nora.NORA", str(tmp_path / "none"))
     totalfast.segment(output=tmp_path / "masks", nora_tag="a", **small_scan)
     assert "Nora can't be started" in caplog.text
     assert (tmp_path / "masks" / "body_trunc.nii.gz").exists()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from totalfast.demo.command import MODEL
+from totalfast.cli.demo import MODEL
 
 MODEL_BYTES = 2_000_000
 LEAST_DICE = 0.88
@@ -67,7 +67,7 @@ def test_demo_leaves_scan_masks_and_picture_and_finds_the_organs(tmp_path):
 
 
 def test_demo_says_where_it_cannot_write(tmp_path, capsys):
-    from totalfast.cli import main
+    from totalfast.cli.main import main
 
     blocked = tmp_path / "file"
     blocked.write_text("")
@@ -76,7 +76,7 @@ def test_demo_says_where_it_cannot_write(tmp_path, capsys):
 
 
 def test_demo_puts_the_users_weights_path_back(monkeypatch):
-    from totalfast.demo.command import _demonstration_model
+    from totalfast.cli.demo import _demonstration_model
 
     monkeypatch.setenv("TOTALSEG_WEIGHTS_PATH", "mine")
     with pytest.raises(ValueError, match="stop"), _demonstration_model():

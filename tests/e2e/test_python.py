@@ -16,9 +16,9 @@ from PIL import Image
 
 import totalfast
 from tests.dicom_series import write_series
-from totalfast import labelling
 from totalfast import session as session_module
 from totalfast.options import Options
+from totalfast.run import labelling as labelling
 
 
 @pytest.fixture(autouse=True)
@@ -266,10 +266,10 @@ def test_linear_export_interpolates_all_logits(scan):
     import torch
     from scipy import ndimage
 
-    from totalfast.sliding_window import Tiling, predict_logits
-    from totalfast.stages.normalise import to_network_image
-    from totalfast.stages.read import open_scan, read_image
-    from totalfast.stages.resample import to_model_grid
+    from totalfast.engine.normalise import to_network_image
+    from totalfast.engine.sliding_window import Tiling, predict_logits
+    from totalfast.files.read import open_scan, read_image
+    from totalfast.resampling.model_grid import to_model_grid
 
     found = totalfast.segment(scan, export="linear", **QUICK)
     session = totalfast.Session(device="cpu")

@@ -13,8 +13,8 @@ import pytest
 from totalsegmentator.map_to_binary import class_map
 from totalsegmentator.registry import format_classes_table
 
-from totalfast.cli import main
-from totalfast.shim.command import write_shim
+from totalfast.cli.main import main
+from totalfast.cli.shim import write_shim
 
 from ..parity.matrix import compare_folders, made_input
 

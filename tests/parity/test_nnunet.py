@@ -16,10 +16,10 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.utils import create_lists_from_splitted_dataset_folder
 
 from totalfast import ArgmaxPredictor, InputError
-from totalfast.cli import main
+from totalfast.cli.main import main
+from totalfast.cli.nnunet import build_parser
 from totalfast.nnunet import export_prediction_from_logits
 from totalfast.nnunet.cases import list_cases
-from totalfast.nnunet.command import build_parser
 
 from .nnunet_models import Made
 

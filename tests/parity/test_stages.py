@@ -9,12 +9,12 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from totalfast.engine.normalise import resample_image
 from totalfast.export import nearest_to_scanner_grid
 from totalfast.export.legacy import smooth_to_scanner_grid
-from totalfast.stages.clean import clean_labels, skin_mask
-from totalfast.stages.normalise import resample_image
-from totalfast.stages.read import read_image
-from totalfast.stages.resample import to_model_grid
+from totalfast.files.read import read_image
+from totalfast.labels.clean import clean_labels, skin_mask
+from totalfast.resampling.model_grid import to_model_grid
 
 SHAPES = [
     ((60, 50, 40), (0.7, 0.8, 5.0), 1.5),
@@ -158,7 +158,7 @@ def test_skin_in_slabs_equals_upstreams_whole_volume():
 
 def test_importing_totalfast_never_imports_the_module_that_patches_nnunet():
     code = (
-        "import sys, totalfast.cli, totalfast.pipeline, totalfast.nnunet.predictor; "
+        "import sys, totalfast.cli.main, totalfast.run.pipeline, totalfast.nnunet.predictor; "
         "sys.exit('totalsegmentator.nnunet' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from totalfast.stages.clean import remove_small_blobs
-from totalfast.stages.read import read_image
-from totalfast.stages.statistics import Wanted, measure
+from totalfast.files.read import read_image
+from totalfast.labels.clean import remove_small_blobs
+from totalfast.labels.statistics import Wanted, measure
 from totalfast.upstream import CLASS_MAPS
 
 SHAPE = (44, 38, 41)

@@ -75,7 +75,7 @@ def test_custom_trainers_are_all_that_upstream_adds():
 def test_threads_are_capped_as_in_nnunet():
     from nnunetv2.configuration import default_num_processes
 
-    from totalfast.cores import NNUNET_THREADS
+    from totalfast.system.cores import NNUNET_THREADS
 
     assert default_num_processes == NNUNET_THREADS
 
@@ -230,7 +230,7 @@ def parsers(monkeypatch):
     """Upstream's parser, taken from its command, and ours."""
     import totalsegmentator.bin.TotalSegmentator as command
 
-    from totalfast.cli import build_parser
+    from totalfast.cli.main import build_parser
 
     def parse_args(parser, *args, **kwargs):
         raise Refusal(parser)

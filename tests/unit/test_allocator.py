@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from tests.mapped_files import resident_kb
-from totalfast.allocator import drop_mapped
+from totalfast.system.process_memory import drop_mapped
 
 COUNTED = """
 import resource, sys
-from totalfast.allocator import prepare_process
+from totalfast.system.process_memory import prepare_process
 
 if sys.argv[1] == "prepared":
     prepare_process()

@@ -19,11 +19,11 @@ from dynamic_network_architectures.architectures.unet import PlainConvUNet
 import totalfast
 from tests.mapped_files import resident_kb
 from totalfast import OptionError, backends
-from totalfast.backends import choose_backend, resolve_backend, store
-from totalfast.backends.forward import run_by_torch
-from totalfast.backends.norms import normalised_in_place
-from totalfast.sliding_window import Tiling, inference_settings, predict_labels
-from totalfast.weights import load_model
+from totalfast.engine.backends import choose_backend, resolve_backend, store
+from totalfast.engine.backends.forward import run_by_torch
+from totalfast.engine.backends.norms import normalised_in_place
+from totalfast.engine.models import load_model
+from totalfast.engine.sliding_window import Tiling, inference_settings, predict_labels
 
 CPU = torch.device("cpu")
 TILE = (1, 1, 16, 16, 16)
@@ -334,7 +334,7 @@ def test_openvinos_answers_outlive_the_next_tile_and_a_release(dimensions):
 
 @needs_openvino
 def test_labels_are_torchs_and_a_second_load_converts_nothing(folder, cache, monkeypatch):
-    from totalfast.backends import openvino
+    from totalfast.engine.backends import openvino
 
     torchs = load_model(folder, folds=(0,), device=CPU)
     first = load_model(folder, folds=(0,), device=CPU, backend=choose_backend("openvino", CPU))
@@ -352,7 +352,7 @@ def test_labels_are_torchs_and_a_second_load_converts_nothing(folder, cache, mon
 @needs_openvino
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
 def test_openvino_keeps_neither_a_trace_nor_the_file_of_weights_in_memory(cache):
-    from totalfast.backends.openvino import run_by_openvino
+    from totalfast.engine.backends.openvino import run_by_openvino
 
     gc.collect()
     gc.disable()  # chance might come to help
@@ -394,7 +394,7 @@ def watch(event, arguments):
 
 sys.addaudithook(watch)
 import torch
-from totalfast.backends.openvino import run_by_openvino
+from totalfast.engine.backends.openvino import run_by_openvino
 
 network = torch.nn.Conv3d(1, 2, 3).eval()
 forward = run_by_openvino(network, (1, 1, 8, 8, 8))

@@ -13,10 +13,10 @@ from pydicom.uid import generate_uid
 
 from tests.dicom_series import AXIAL, new_file, write_series
 from totalfast import InputError
-from totalfast.cli import _task_of_modality
-from totalfast.stages import dicom_files
-from totalfast.stages.dicom import open_series
-from totalfast.stages.read import read_image
+from totalfast.cli.main import _task_of_modality
+from totalfast.files.dicom import find as dicom_files
+from totalfast.files.dicom.read import open_series
+from totalfast.files.read import read_image
 from totalfast.upstream import dicom_to_nifti
 
 VOXELS = np.random.default_rng(0).integers(-1000, 1000, (6, 8, 7))

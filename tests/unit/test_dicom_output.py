@@ -12,11 +12,11 @@ import pytest
 import totalfast
 from tests.dicom_series import write_series
 from totalfast import OptionError, OutputError
+from totalfast.files.dicom.read import open_series
+from totalfast.files.dicom.write import check_packages, check_series, write_dicom
+from totalfast.files.targets import check_output, output_files
+from totalfast.files.write import PendingFiles
 from totalfast.options import Options
-from totalfast.outputs import check_output, output_files
-from totalfast.stages.dicom import open_series
-from totalfast.stages.dicom_output import check_packages, check_series, write_dicom
-from totalfast.stages.write import PendingFiles
 
 from .test_dicom import ORIENTATIONS, VOXELS, multi_frame
 

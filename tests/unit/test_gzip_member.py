@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from totalfast.gzip_member import ZERO_RUN, compress, join, member, zeros
+from totalfast.files.gzip_member import ZERO_RUN, compress, join, member, zeros
 
 PIECES = st.lists(st.one_of(st.binary(max_size=300), st.integers(0, 3 * ZERO_RUN)), max_size=6)
 

@@ -10,10 +10,17 @@ import numpy as np
 import pytest
 
 import totalfast
-from totalfast.budget import Budget, _cgroup_bytes, free_host_bytes
 from totalfast.geometry import Grid
-from totalfast.memory import LIBRARY_BYTES, MARGIN, PROGRAM_BYTES, Network, StoredScan, plan_memory
 from totalfast.options import Options
+from totalfast.run.budget import Budget, _cgroup_bytes, free_host_bytes
+from totalfast.run.memory_plan import (
+    LIBRARY_BYTES,
+    MARGIN,
+    PROGRAM_BYTES,
+    Network,
+    StoredScan,
+    plan_memory,
+)
 
 CPU = Budget(host=1e9, device=None, is_limit=False)
 
@@ -80,7 +87,7 @@ def test_plans_are_read_in_both_formats(task, tmp_path, monkeypatch):
     (tmp_path / "plans.json").write_text(json.dumps(plans))
     regions = {"labels": {"background": 0, "a": [1, 2], "b": 2}, "regions_class_order": [1, 2]}
     (tmp_path / "dataset.json").write_text(json.dumps(regions))
-    monkeypatch.setattr("totalfast.memory.find_part", lambda *a, **k: tmp_path)
+    monkeypatch.setattr("totalfast.run.memory_plan.find_part", lambda *a, **k: tmp_path)
     network = Network.of(task, part)
     assert (network.patch, network.features, network.heads) == ((32, 32), 24, 2)
     assert network.image(grid_of((50, 40, 30), 1.0)) == 4 * 50 * 40 * 32

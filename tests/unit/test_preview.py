@@ -5,14 +5,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from totalfast.cli import main
+from totalfast.cli.main import main
 from totalfast.errors import InputError
+from totalfast.files.read import read_image
 from totalfast.geometry import Grid
 from totalfast.preview.page import draw_preview
 from totalfast.preview.palette import is_translucent, short_name, structure_colours
 from totalfast.preview.slices import enlarge_labels
 from totalfast.preview.volume import LabelledVolume
-from totalfast.stages.read import read_image
 from totalfast.upstream import CLASS_MAPS, label_table_xml
 
 LIVER, SPLEEN = 5, 1
@@ -149,7 +149,7 @@ def test_a_label_map_without_background_keeps_its_smallest_label():
 
 
 def test_names_are_read_from_the_files_own_table(tmp_path):
-    from totalfast.preview.command import read_label_map
+    from totalfast.cli.preview import read_label_map
 
     write(tmp_path)
     _, _, names = read_label_map(tmp_path / "seg.nii.gz")
@@ -157,7 +157,7 @@ def test_names_are_read_from_the_files_own_table(tmp_path):
 
 
 def test_label_maps_with_a_slope_are_scaled_and_scans_refused(tmp_path):
-    from totalfast.preview.command import read_label_map
+    from totalfast.cli.preview import read_label_map
 
     _, labels = scene()
     scaled = nib.Nifti1Image(np.asarray(labels.dataobj, dtype=np.float64), labels.affine)

@@ -11,7 +11,7 @@ import SimpleITK as sitk
 from nibabel.orientations import axcodes2ornt, ornt_transform
 
 from totalfast import InputError
-from totalfast.stages.read import is_dicom, read_image
+from totalfast.files.read import is_dicom, read_image
 
 
 def saved(path, values, slope=None, inter=None):

@@ -5,8 +5,9 @@ import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from totalfast import ArgmaxPredictor, PredictionError
-from totalfast.backends.forward import split_head
-from totalfast.sliding_window import (
+from totalfast.engine.backends.forward import split_head
+from totalfast.engine.models import load_model
+from totalfast.engine.sliding_window import (
     Tiling,
     WindowMemory,
     _logits,
@@ -15,7 +16,6 @@ from totalfast.sliding_window import (
     predict_labels,
     predict_logits,
 )
-from totalfast.weights import load_model
 
 SHAPES = [(32, 24, 40), (21, 33, 80), (100, 30, 70)]
 """Of images of one tile, of two, and of two along the axis that the window rolls along and more."""
@@ -73,7 +73,7 @@ def test_window_memory_is_used_again_and_grows():
 def test_two_folds_are_averaged_in_half_precision_as_nnunet_does(folder, tmp_path):
     import shutil
 
-    from totalfast.weights import read_checkpoint
+    from totalfast.engine.models import read_checkpoint
 
     copy = tmp_path / folder.name
     shutil.copytree(folder, copy)

@@ -4,8 +4,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from totalfast.stages.read import read_image
-from totalfast.stages.warn import warn_of_unusual
+from totalfast.files.read import read_image
+from totalfast.run.input_warnings import warn_of_unusual
 
 ORDINARY = np.random.default_rng(0).normal(0, 300, (8, 9, 10))
 

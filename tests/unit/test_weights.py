@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from totalfast import WeightsError
-from totalfast.weights import builds_from_plans, find_model, load_model, read_checkpoint
+from totalfast.engine.models import builds_from_plans, find_model, load_model, read_checkpoint
 
 
 class Exploit:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from totalfast.cores import usable_cores
 from totalfast.errors import OptionError
 from totalfast.export.nearest import (
     first_maximum,
@@ -20,6 +19,7 @@ from totalfast.export.nearest import (
     nearest_to_scanner_grid,
 )
 from totalfast.geometry import CENTERS, CORNERS, LinearWeights, linear_weights, nearest_weights
+from totalfast.system.cores import usable_cores
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -27,8 +27,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from totalfast.cores import usable_cores
 from totalfast.geometry import CENTERS, linear_weights
+from totalfast.system.cores import usable_cores
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from totalfast.engine.normalise import NetworkImage, to_network_image
 from totalfast.errors import InputError
-from totalfast.stages.normalise import NetworkImage, to_network_image
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
-    from totalfast.weights import Model
+    from totalfast.engine.models import Model
 
 Item = TypeVar("Item")
 _END = object()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from totalfast.export import export_labels
-from totalfast.stages.write import PendingFiles
+from totalfast.files.write import PendingFiles
 
 if TYPE_CHECKING:
     import torch

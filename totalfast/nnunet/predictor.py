@@ -17,7 +17,16 @@ import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from tqdm import tqdm
 
-from totalfast.backends import choose_backend
+from totalfast.engine.backends import choose_backend
+from totalfast.engine.models import CHECKPOINT_NAME, Model, load_model, tile_shape
+from totalfast.engine.predict import predict_network_image
+from totalfast.engine.sliding_window import (
+    Tiling,
+    inference_settings,
+    plan_tiles,
+    predict_labels,
+    predict_logits,
+)
 from totalfast.nnunet.cases import (
     ahead,
     case_from_array,
@@ -26,15 +35,6 @@ from totalfast.nnunet.cases import (
     network_image,
 )
 from totalfast.nnunet.export import write_segmentation
-from totalfast.sliding_window import (
-    Tiling,
-    inference_settings,
-    plan_tiles,
-    predict_labels,
-    predict_logits,
-)
-from totalfast.stages.predict import predict_network_image
-from totalfast.weights import CHECKPOINT_NAME, Model, load_model, tile_shape
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -57,7 +57,7 @@ class ArgmaxPredictor(nnUNetPredictor):  # type: ignore[misc] # nnU-Net is untyp
         How labels come to the image's resolution: "auto" gives nnU-Net's labels, whatever the plans
         say; "nearest" and "linear" as in ``totalfast.export.export_labels``.
     backend
-        What runs the networks, one of ``totalfast.backends.BACKENDS``; "torch" is nnU-Net's.
+        What runs the networks, one of ``totalfast.engine.backends.BACKENDS``; "torch" is nnU-Net's.
     """
 
     def __init__(

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageDraw
 
-from totalfast.cores import usable_cores
 from totalfast.errors import InputError
+from totalfast.files.write import PendingFiles
 from totalfast.preview.palette import is_translucent, structure_colours
 from totalfast.preview.slices import font, slice_view
 from totalfast.preview.surface import surface_view
 from totalfast.preview.volume import LabelledVolume
-from totalfast.stages.write import PendingFiles
+from totalfast.system.cores import usable_cores
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from totalfast.files.read import ScannerImage
     from totalfast.geometry import Grid
-    from totalfast.stages.read import ScannerImage
 
 __all__ = ["draw_preview", "save_picture"]
 

@@ -1,0 +1,156 @@
+"""``totalfast nnunet``: the flags and files of nnUNetv2_predict and its sister for model folders.
+
+Reads arguments, prints and times; the work is ``ArgmaxPredictor``'s.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from totalfast.engine.backends import BACKENDS
+from totalfast.errors import InputError, OptionError
+
+if TYPE_CHECKING:
+    import torch
+
+DEVICES = ("cpu", "cuda", "mps")
+EXPORTS = ("auto", "nearest", "linear", "plans")
+FOLDS = ("0", "1", "2", "3", "4")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the parser of the subcommand."""
+    parser = argparse.ArgumentParser(
+        prog="totalfast nnunet",
+        description="Predict a folder of images with a trained nnU-Net v2 model: the files of "
+        "nnUNetv2_predict, from one process and without its memory.",
+        epilog="examples:\n"
+        "  totalfast nnunet -i imagesTs -o labels -m Dataset004/nnUNetTrainer__nnUNetPlans__2d\n"
+        "  totalfast nnunet -i imagesTs -o labels -d 4 -c 3d_fullres -f 0\n\n"
+        "Please cite nnU-Net: Isensee et al., Nature Methods 18, 203-211 (2021).",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("-i", required=True, metavar="FOLDER", help="Images, one file a channel: CASE_0000.nii.gz.")
+    add("-o", required=True, metavar="FOLDER", help="Where the segmentations go.")
+    model = parser.add_argument_group("the model: -m, or -d and -c")
+    model.add_argument("-m", metavar="FOLDER", help="Folder of the trained model, with fold_X.")
+    model.add_argument("-d", metavar="DATASET", help="Dataset, by name or number.")
+    model.add_argument("-p", default="nnUNetPlans", help="Plans (default: %(default)s).")
+    model.add_argument("-tr", default="nnUNetTrainer", help="Trainer (default: %(default)s).")
+    model.add_argument("-c", metavar="CONFIGURATION", help="2d, 3d_fullres, ...")
+    model.add_argument("-f", nargs="+", default=FOLDS, help="Folds (default: 0 1 2 3 4), or all.")
+    model.add_argument("-chk", default="checkpoint_final.pth", help="Checkpoint to load.")
+    add("-step_size", type=float, default=0.5, help="Tile step as a share of the tile.")
+    add("--disable_tta", action="store_true", help="Do not average over mirror images.")
+    add("--export", choices=EXPORTS, default="auto",
+        help="How labels come to the image's resolution. auto: nnU-Net's labels, the cheapest way; "
+        "nearest: the fastest; linear: from interpolated logits, whatever the plans say; plans: as "
+        "the plans say, class by class.")  # fmt: skip
+    add("--backend", choices=BACKENDS, default="torch",
+        help="What runs the networks. torch (default): as nnU-Net, to the last bit; compile: "
+        "torch's compiler; openvino: for CPUs, needs the extra totalfast[cpu]; auto: openvino on a "
+        "CPU if it is installed.")  # fmt: skip
+    add("--save_probabilities", action="store_true", help="Also write .npz and .pkl.")
+    add("--continue_prediction", "--c", action="store_true", help="Leave files that exist.")
+    add("-prev_stage_predictions", metavar="FOLDER", help="For a cascade: its first stage's files.")
+    add("-num_parts", type=int, default=1, help="Calls among which the cases are divided.")
+    add("-part_id", type=int, default=0, help="Which of them this one is, from 0.")
+    add("-device", choices=DEVICES, help="Default: cuda or mps if there is one, else cpu.")
+    add("--not_on_device", action="store_true", help="Sum up logits in the computer's memory.")
+    add("--disable_progress_bar", action="store_true", help="Show no bar.")
+    add("--verbose", action="store_true", help="Print what nnU-Net prints.")
+    for flag in ("-npp", "-nps"):
+        add(flag, type=int, default=3, help="Taken and not used: there are threads instead.")
+    add("--debug", action="store_true", help="Show the traceback of an error.")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Load the model, predict all cases."""
+    if bool(args.m) == bool(args.d):
+        raise OptionError("name the model by -m FOLDER, or by -d DATASET and -c CONFIGURATION.")
+    if args.d and not args.c:
+        raise OptionError("-d needs -c: which configuration of the dataset, such as 3d_fullres?")
+    if not 0 <= args.part_id < args.num_parts:
+        raise OptionError(f"-part_id must be from 0 to {args.num_parts - 1}, not {args.part_id}.")
+    if not 0 < args.step_size <= 1:
+        raise OptionError(f"-step_size must be above 0 and at most 1, not {args.step_size}.")
+    if not Path(args.i).is_dir():
+        raise InputError(f"{args.i} is no folder.")
+    began = time.perf_counter()
+    with contextlib.nullcontext() if args.verbose else contextlib.redirect_stdout(io.StringIO()):
+        count = predict_folder(args)
+    print(f"Done in {time.perf_counter() - began:.1f} s: {count} cases in {args.o}")
+    return 0
+
+
+def predict_folder(args: argparse.Namespace) -> int:
+    """Predict all cases of a folder; return how many there were to do."""
+    from totalfast.nnunet.predictor import ArgmaxPredictor
+
+    predictor = ArgmaxPredictor(
+        tile_step_size=args.step_size,
+        use_mirroring=not args.disable_tta,
+        perform_everything_on_device=not args.not_on_device,
+        device=choose_device(args.device),
+        verbose=args.verbose,
+        verbose_preprocessing=args.verbose,
+        allow_tqdm=not args.disable_progress_bar,
+        export=args.export,
+        backend=args.backend,
+    )
+    folds = [fold if fold == "all" else int(fold) for fold in args.f]
+    predictor.initialize_from_trained_model_folder(model_folder(args), folds, args.chk)
+    model = predictor.model
+    if model.configuration.previous_stage_name is not None and not args.prev_stage_predictions:
+        raise OptionError(
+            f"{model.folder.name} is the second stage of a cascade: "
+            f"give the predictions of {model.configuration.previous_stage_name} by "
+            "-prev_stage_predictions."
+        )
+    ending = model.dataset["file_ending"]
+    if not any(Path(args.i).glob(f"*_0000{ending}")):
+        raise InputError(f"{args.i} has no image of the model's kind: no file *_0000{ending}.")
+    results = predictor.predict_from_files(
+        args.i,
+        args.o,
+        save_probabilities=args.save_probabilities,
+        overwrite=not args.continue_prediction,
+        folder_with_segs_from_prev_stage=args.prev_stage_predictions,
+        num_parts=args.num_parts,
+        part_id=args.part_id,
+    )
+    return len(results or ())
+
+
+def model_folder(args: argparse.Namespace) -> str:
+    """The folder that -m names, or nnU-Net finds by its environment variable."""
+    if args.m:
+        return str(args.m)
+    from nnunetv2.paths import nnUNet_results
+    from nnunetv2.utilities.file_path_utilities import get_output_folder
+
+    if nnUNet_results is None:
+        raise OptionError("-d needs the environment variable nnUNet_results; or use -m FOLDER.")
+    return str(get_output_folder(args.d, args.tr, args.p, args.c))
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device of that name, or the best there is."""
+    import torch
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise OptionError("no CUDA device is there; use -device cpu.")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise OptionError("no MPS device is there; use -device cpu.")
+    if name is None and torch.cuda.is_available():
+        name = "cuda"
+    elif name is None:
+        name = "mps" if torch.backends.mps.is_available() else "cpu"
+    return torch.device(name)

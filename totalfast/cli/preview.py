@@ -1,0 +1,106 @@
+"""``totalfast preview``: a picture of a scan and its labels, of whatever program made them.
+
+Reads and writes files; the drawing is ``draw_preview``'s.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from totalfast.errors import InputError, OptionError
+
+if TYPE_CHECKING:
+    from typing import Any
+
+    from numpy.typing import NDArray
+
+    from totalfast.geometry import Grid
+
+LARGEST_LABEL = 1000
+"""Above this it is no label map: a scan, perhaps, given in the wrong place."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the parser of the subcommand."""
+    parser = argparse.ArgumentParser(
+        prog="totalfast preview",
+        description="Draw a scan with its labels: axial, coronal and sagittal slices, a view of "
+        "the surfaces, and the list of structures with their volumes.",
+        epilog="example:\n  totalfast preview ct.nii.gz seg.nii.gz preview.png",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("scan", type=Path, help="The scan: a .nii or .nii.gz file.")
+    add("labels", type=Path, help="Its label map, or the folder of its masks.")
+    add("output", type=Path, help="The picture to write: .png or .jpg.")
+    add("--debug", action="store_true", help="Show the traceback of an error.")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Read, draw, write."""
+    if args.output.suffix.lower() not in (".png", ".jpg", ".jpeg"):
+        raise OptionError(f"{args.output} must end in .png or .jpg.")
+    from totalfast.files.read import read_image
+    from totalfast.preview.page import draw_preview, save_picture
+
+    began = time.perf_counter()
+    scan = read_image(args.scan)
+    read = read_masks if args.labels.is_dir() else read_label_map
+    labels, grid, names = read(args.labels)
+    picture = draw_preview(scan, labels, grid, names, title=args.scan.name)
+    save_picture(picture, args.output)
+    print(f"Done in {time.perf_counter() - began:.1f} s: {args.output}")
+    return 0
+
+
+def read_label_map(path: Path) -> tuple[NDArray[Any], Grid, dict[int, str]]:
+    """Read a label map: labels (x, y, z), their grid, and the names that its header has."""
+    import numpy as np
+
+    from totalfast.files.read import read_image
+    from totalfast.upstream import label_names
+
+    image = read_image(path)
+    values = image.stored
+    if (image.slope, image.intercept) != (1.0, 0.0):
+        values = image.scale(values)
+    if values.dtype != np.uint8:
+        nearest = values if values.dtype.kind in "iub" else np.rint(values)
+        # A slope of many digits leaves 4.99998 where 5 was meant.
+        whole = nearest is values or bool(np.all(np.abs(values - nearest) < 0.01))
+        values = nearest
+        if not whole or float(values.min()) < 0 or float(values.max()) > LARGEST_LABEL:
+            raise InputError(
+                f"{path.name} is no label map: it must hold whole numbers from 0 to "
+                f"{LARGEST_LABEL}. Is it the scan?"
+            )
+        values = values.astype(np.uint16)
+    return values, image.grid, label_names(image.header)
+
+
+def read_masks(folder: Path) -> tuple[NDArray[Any], Grid, dict[int, str]]:
+    """Read a folder of masks as one label map; where masks overlap, the later name wins."""
+    import numpy as np
+
+    from totalfast.files.read import read_image
+
+    paths = sorted(path for path in folder.iterdir() if path.name.endswith((".nii", ".nii.gz")))
+    if not paths:
+        raise InputError(f"{folder} has no masks: no .nii.gz files.")
+    first = read_image(paths[0])
+    labels = np.zeros(first.stored.shape, np.uint16, order="F")
+    names = {}
+    for label, path in enumerate(paths, start=1):
+        mask = read_image(path)
+        if mask.stored.shape != labels.shape:
+            raise InputError(
+                f"{path.name} has {mask.stored.shape} voxels, {paths[0].name} {labels.shape}; "
+                "masks of one scan are needed."
+            )
+        labels[mask.stored > 0] = label
+        names[label] = path.name.partition(".nii")[0]
+    return labels, first.grid, names

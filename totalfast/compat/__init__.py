@@ -1,0 +1,1 @@
+"""Programs that call or start TotalSegmentator, run on totalfast."""

@@ -1,0 +1,1 @@
+"""Models and networks: load, normalise, run tile by tile."""

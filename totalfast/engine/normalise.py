@@ -1,0 +1,214 @@
+"""Prepare the model image for one model: crop to what is not zero, normalise, resample if needed.
+
+Knows intensities and nnU-Net's plans; knows nothing of networks. Equals nnU-Net's
+DefaultPreprocessor.run_case_npy (2.8.1) without its hole filling, which changes no box and is
+needed only where a model normalises inside a mask.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from totalfast.errors import InputError
+from totalfast.export import is_default_resampling, separate_axis
+from totalfast.geometry import CENTERS, nearest_indices
+from totalfast.system.cores import usable_cores
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from totalfast.engine.models import Model
+
+
+CUBIC = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NetworkImage:
+    """What the network is run on.
+
+    Parameters
+    ----------
+    voxels
+        float32, (channels, z, y, x) in the order of the plans' ``transpose_forward``, C order.
+    box
+        Where it lies in the (transposed) model image.
+    cropped_shape
+        Shape of that box, before nnU-Net's own resampling.
+    full_shape
+        Shape of the (transposed) model image.
+    spacing_mm
+        Spacing of the model image, in the same axis order.
+    network_spacing_mm
+        What nnU-Net takes the spacing of ``voxels`` for: the plans', whatever rounding made of it.
+    """
+
+    voxels: NDArray[np.float32]
+    box: tuple[slice, slice, slice]
+    cropped_shape: tuple[int, ...]
+    full_shape: tuple[int, ...]
+    spacing_mm: tuple[float, ...]
+    network_spacing_mm: tuple[float, ...]
+
+    @property
+    def was_resampled(self) -> bool:
+        """Whether nnU-Net's plans asked for another shape than the model image's."""
+        return self.voxels.shape[1:] != self.cropped_shape
+
+
+def nonzero_box(voxels: NDArray[np.float32]) -> tuple[slice, slice, slice]:
+    """Smallest box around all voxels (channels, z, y, x) that are not 0; all of it if all are."""
+    box = []
+    for axis in range(1, 4):
+        others = tuple(other for other in range(4) if other != axis)
+        used = np.flatnonzero(np.any(voxels, axis=others))
+        if used.size == 0:
+            _, z, y, x = voxels.shape
+            return (slice(0, z), slice(0, y), slice(0, x))
+        box.append(slice(int(used[0]), int(used[-1]) + 1))
+    return (box[0], box[1], box[2])
+
+
+def to_network_image(
+    voxels: NDArray[np.float32], *, spacing_mm: Sequence[float], model: Model
+) -> NetworkImage:
+    """Crop, normalise and, where the plans' spacing asks for it, resample.
+
+    Parameters
+    ----------
+    voxels
+        (channels, z, y, x), model grid; not changed.
+    spacing_mm
+        Spacing along (z, y, x).
+    model
+        Whose plans say how.
+
+    Raises
+    ------
+    InputError
+        If the model wants another number of channels.
+    """
+    forward = list(model.plans.transpose_forward)
+    spacing = [float(spacing_mm[axis]) for axis in forward]
+    # nnU-Net's mean and standard deviation depend on the memory layout: numpy sums in another
+    # order over a contiguous copy. So normalise a view of a C-ordered array, as it does.
+    image = np.array(voxels, dtype=np.float32, order="C")
+    image = image.transpose([0, *(axis + 1 for axis in forward)])
+    box = nonzero_box(image)
+    cropped = image[:, box[0], box[1], box[2]]
+    _normalise(cropped, model)
+    cropped_shape = cropped.shape[1:]
+    network_shape, target = _network_shape(cropped_shape, spacing, model)
+    if network_shape != cropped_shape:
+        resampling = model.configuration.resampling_fn_data
+        if is_default_resampling(resampling, order=CUBIC) and np.isfinite(cropped.sum()):
+            separate = separate_axis(spacing, target, resampling=resampling)
+            cropped = resample_image(cropped, network_shape, separate)
+        else:
+            cropped = np.asarray(resampling(cropped, network_shape, spacing, target))
+    return NetworkImage(
+        voxels=np.ascontiguousarray(cropped, dtype=np.float32),
+        box=box,
+        cropped_shape=cropped_shape,
+        full_shape=image.shape[1:],
+        spacing_mm=tuple(spacing),
+        network_spacing_mm=tuple(target),
+    )
+
+
+def resample_image(
+    image: NDArray[np.float32], shape: tuple[int, ...], separate: int | None
+) -> NDArray[np.float32]:
+    """Resample (channels, z, y, x) as nnU-Net does it with order 3 and order_z 0, bit for bit.
+
+    That is skimage.transform.resize with mode="edge", clipped to what the image's values are;
+    along a ``separate`` axis the nearest of its slices, each resized and clipped by itself
+    (nnU-Net 2.8.1, default_resampling.py). All values must be finite.
+    """
+    from totalfast.resampling.cubic import cubic_axis, nearest_axis, resample_cubic
+
+    out = np.empty((len(image), *shape), dtype=np.float32)
+    first = 0 if separate is None else separate
+    for source, target in zip(image, out, strict=True):
+        planes, result = np.moveaxis(source, first, 0), np.moveaxis(target, first, 0)
+        axes = [cubic_axis(n, m, CENTERS) for n, m in zip(planes.shape, result.shape, strict=True)]
+        bounds = np.array([[source.min()], [source.max()]]).repeat(len(result), axis=1)
+        if separate is not None:
+            axes[0] = nearest_axis(len(planes), len(result), CENTERS)
+            picked = nearest_indices(len(planes), len(result), CENTERS)
+            bounds = np.stack([planes.min(axis=(1, 2)), planes.max(axis=(1, 2))])[:, picked]
+
+        def read(j: int, part: slice, planes: NDArray[np.float32] = planes) -> NDArray[np.float32]:
+            return planes[part, j]
+
+        def write(
+            part: slice, values: NDArray[np.float64], result: NDArray[np.float32] = result
+        ) -> None:
+            result[part] = values
+
+        low, high = bounds.astype(np.float64)
+        resample_cubic(read, planes.shape, axes, write, bounds=(low, high), threads=usable_cores())
+    return out
+
+
+def _normalise(image: NDArray[np.float32], model: Model) -> None:
+    """Normalise each channel in place."""
+    configuration = model.configuration
+    schemes = configuration.normalization_schemes
+    if len(schemes) != len(image):
+        raise InputError(
+            f"{model.folder} wants {len(schemes)} input channels; {len(image)} were given."
+        )
+    mask = None
+    if any(configuration.use_mask_for_norm):
+        from scipy.ndimage import binary_fill_holes
+
+        inside = binary_fill_holes((image != 0).any(axis=0))
+        mask = np.where(inside, np.int8(0), np.int8(-1))
+    for number, (channel, name, use_mask) in enumerate(
+        zip(image, schemes, configuration.use_mask_for_norm, strict=True)
+    ):
+        properties = model.plans.foreground_intensity_properties_per_channel[str(number)]
+        scheme = _normalization_class(name)(
+            use_mask_for_norm=use_mask, intensityproperties=properties
+        )
+        channel[...] = scheme.run(channel, mask)
+
+
+def _normalization_class(name: str) -> Any:  # noqa: ANN401 - nnU-Net is untyped
+    """Look up a normalisation scheme as nnU-Net does; its own module is tried first."""
+    import nnunetv2
+    from nnunetv2.preprocessing.normalization import default_normalization_schemes
+
+    found = getattr(default_normalization_schemes, name, None)
+    if found is None:
+        from pathlib import Path
+
+        from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
+
+        folder = Path(nnunetv2.__path__[0]) / "preprocessing" / "normalization"
+        found = recursive_find_python_class(
+            str(folder), name, "nnunetv2.preprocessing.normalization"
+        )
+    if found is None:
+        raise ValueError(f"nnU-Net has no normalisation scheme named {name}")
+    return found
+
+
+def _network_shape(
+    shape: tuple[int, ...], spacing: Sequence[float], model: Model
+) -> tuple[tuple[int, ...], list[float]]:
+    """Shape that the plans' spacing gives, and that spacing (default_resampling.py)."""
+    target = [float(mm) for mm in model.configuration.spacing]
+    if len(target) < len(shape):
+        target = [float(spacing[0]), *target]
+    sizes = tuple(
+        int(round(own / wanted * size))
+        for own, wanted, size in zip(spacing, target, shape, strict=True)
+    )
+    return sizes, target

@@ -1,0 +1,270 @@
+"""Run one model on a model image: labels on the model grid, or straight on a finer one.
+
+Knows models and label maps; knows nothing of files or orientations.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from totalfast.engine.normalise import to_network_image
+from totalfast.engine.sliding_window import (
+    Tiling,
+    final_logits,
+    inference_settings,
+    predict_labels,
+    predict_logits,
+)
+from totalfast.export import (
+    choose_method,
+    export_labels,
+    label_dtype,
+    resampling_axes,
+    separate_axis,
+)
+from totalfast.export.nearest import gather
+from totalfast.geometry import CENTERS, interpolation_weights, nearest_indices, sample_positions
+from totalfast.system.cores import usable_cores
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import torch
+    from numpy.typing import NDArray
+
+    from totalfast.engine.models import Model
+    from totalfast.engine.normalise import NetworkImage
+    from totalfast.geometry import LinearWeights
+
+logger = logging.getLogger(__name__)
+
+
+def predict_part(
+    voxels: NDArray[np.float32],
+    *,
+    spacing_mm: Sequence[float],
+    model: Model,
+    tiling: Tiling,
+    on_tile: Callable[[], None],
+    linear_to: tuple[int, int, int] | None = None,
+) -> NDArray[np.unsignedinteger]:
+    """Label every voxel of a model image with one model.
+
+    Parameters
+    ----------
+    voxels
+        float32, (z, y, x), model grid, not normalised.
+    spacing_mm
+        Spacing along (z, y, x).
+    model
+        A loaded model.
+    tiling
+        How tiles are laid, mirrored and weighted.
+    on_tile
+        Called after each tile.
+    linear_to
+        Shape (z, y, x) of a grid over the same field of view, corner voxels coinciding. The
+        logits are interpolated there, and the labels are that grid's. None: the model grid's
+        labels, equal to nnU-Net's.
+
+    Returns
+    -------
+        uint8 (uint16 from 255 labels on), (z, y, x), the model's own labels.
+    """
+    image = to_network_image(voxels[None], spacing_mm=spacing_mm, model=model)
+    return predict_network_image(image, model, tiling, on_tile=on_tile, linear_to=linear_to)
+
+
+def predict_network_image(
+    image: NetworkImage,
+    model: Model,
+    tiling: Tiling,
+    *,
+    on_tile: Callable[[], None],
+    method: str = "auto",
+    linear_to: tuple[int, int, int] | None = None,
+) -> NDArray[np.unsignedinteger]:
+    """Label every voxel of what an image was before it was cropped, and resampled by nnU-Net.
+
+    Parameters
+    ----------
+    image
+        Prepared for the model.
+    model, tiling, on_tile, linear_to
+        As for ``predict_part``.
+    method
+        How logits of another grid become labels, as in ``export_labels``.
+
+    Returns
+    -------
+        As ``predict_part``.
+    """
+    import torch
+
+    tensor = torch.from_numpy(image.voxels)
+    shape: tuple[int, ...] = image.full_shape
+    box: tuple[slice, ...] = image.box
+    if linear_to is not None:
+        shape = tuple(linear_to[axis] for axis in model.plans.transpose_forward)
+        box, axes = _axes_to(shape, image)
+        found = _linear(model, tensor, axes, tiling=tiling, on_tile=on_tile)
+    elif image.was_resampled:
+        found = _resampled(image, tensor, model, method, tiling=tiling, on_tile=on_tile)
+    else:
+        found = predict_labels(model, tensor, tiling, on_tile=on_tile).numpy()
+    labels = np.zeros(shape, dtype=found.dtype)
+    labels[box] = found
+    restored: NDArray[np.unsignedinteger] = labels.transpose(model.plans.transpose_backward)
+    return restored
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probabilities:
+    """What nnU-Net gives for ``save_probabilities``.
+
+    Parameters
+    ----------
+    values
+        float32, (classes, z, y, x), model grid. For a model of regions each is one of its own.
+    cropping
+        What nnU-Net's properties say of the box that the network looked at.
+    """
+
+    values: NDArray[np.float32]
+    cropping: dict[str, Any]
+
+
+def predict_probabilities(
+    voxels: NDArray[np.float32],
+    *,
+    spacing_mm: Sequence[float],
+    model: Model,
+    tiling: Tiling,
+    on_tile: Callable[[], None],
+) -> tuple[NDArray[np.unsignedinteger], Probabilities]:
+    """Label a model image through the probabilities of all classes, by nnU-Net's own export.
+
+    The labels are the probabilities' argmax, whose ties are not the logits'. Takes the memory that
+    nnU-Net takes: all classes on the model grid, in float32 and more than once.
+
+    Parameters are those of ``predict_part``.
+    """
+    import torch
+    from nnunetv2.inference.export_prediction import (
+        convert_predicted_logits_to_segmentation_with_correct_shape,
+    )
+
+    image = to_network_image(voxels[None], spacing_mm=spacing_mm, model=model)
+    logits = predict_logits(model, torch.from_numpy(image.voxels), tiling, on_tile=on_tile)
+    backward = model.plans.transpose_backward
+    cropping = {
+        "shape_before_cropping": image.full_shape,
+        "bbox_used_for_cropping": [[part.start, part.stop] for part in image.box],
+        "shape_after_cropping_and_before_resampling": image.cropped_shape,
+    }
+    properties = {"spacing": [image.spacing_mm[axis] for axis in backward]} | cropping
+    with inference_settings(model.device):
+        # With nnU-Net's number of threads: a softmax's last bits depend on it.
+        labels, values = convert_predicted_logits_to_segmentation_with_correct_shape(
+            logits,
+            model.plans,
+            model.configuration,
+            model.labels,
+            properties,
+            return_probabilities=True,
+        )
+    return labels, Probabilities(values=values, cropping=cropping)
+
+
+def _axes_to(
+    shape: tuple[int, ...], image: NetworkImage
+) -> tuple[tuple[slice, ...], list[LinearWeights]]:
+    """Where the network image lies in a grid of ``shape``, and how to interpolate it there.
+
+    The steps from the network grid (half-pixel centres) over the box in the model grid to the
+    target (corners) are all straight lines, so they are one interpolation.
+    """
+    box, axes = [], []
+    for axis, part in enumerate(image.box):
+        positions = sample_positions(image.full_shape[axis], shape[axis]) - part.start
+        size = part.stop - part.start
+        inside = np.flatnonzero((positions >= -0.5) & (positions < size - 0.5))
+        first, last = (int(inside[0]), int(inside[-1]) + 1) if inside.size else (0, 0)
+        positions = positions[first:last]
+        own = image.voxels.shape[axis + 1]
+        if own != size:
+            positions = (positions + 0.5) * (own / size) - 0.5
+        box.append(slice(first, last))
+        axes.append(interpolation_weights(positions, own))
+    return tuple(box), axes
+
+
+def _linear(
+    model: Model,
+    tensor: torch.Tensor,
+    axes: Sequence[LinearWeights],
+    *,
+    tiling: Tiling,
+    on_tile: Callable[[], None],
+) -> NDArray[np.unsignedinteger]:
+    """Interpolate logits slice by slice, as they leave the sliding window."""
+    from totalfast.export.linear import linear_export
+
+    out = np.zeros(
+        tuple(len(axis.lower) for axis in axes),
+        dtype=label_dtype(len(model.labels.foreground_labels)),
+    )
+    export = linear_export(
+        axes,
+        out,
+        rounded_to="float16",
+        regions=model.regions,
+        device=model.device,
+        threads=usable_cores(),
+    )
+    for start, slab in final_logits(model, tensor, tiling, on_tile=on_tile):
+        export.add(start, slab)
+    return out
+
+
+def _resampled(
+    image: NetworkImage,
+    tensor: torch.Tensor,
+    model: Model,
+    method: str,
+    *,
+    tiling: Tiling,
+    on_tile: Callable[[], None],
+) -> NDArray[np.unsignedinteger]:
+    """Where the plans' spacing gives another grid: nnU-Net's export, without its memory."""
+    resampling = model.configuration.resampling_fn_probabilities
+    if method == "auto":
+        method = choose_method(resampling, coordinates=CENTERS)
+        logger.debug("  logits are resampled by the plans' rule: export '%s'", method)
+    if method == "nearest":
+        labels = predict_labels(model, tensor, tiling, on_tile=on_tile).numpy()
+        indices = [
+            nearest_indices(n, m, CENTERS)
+            for n, m in zip(labels.shape, image.cropped_shape, strict=True)
+        ]
+        return gather(labels, indices, threads=usable_cores())
+    if method == "linear":
+        separate = separate_axis(image.network_spacing_mm, image.spacing_mm, resampling=resampling)
+        axes = resampling_axes(tensor.shape[1:], image.cropped_shape, CENTERS, separate)
+        return _linear(model, tensor, axes, tiling=tiling, on_tile=on_tile)
+    logits = predict_logits(model, tensor, tiling, on_tile=on_tile)
+    with inference_settings(model.device):
+        return export_labels(
+            logits,
+            image.cropped_shape,
+            method="plans",
+            resampling=resampling,
+            spacing=image.network_spacing_mm,
+            new_spacing=image.spacing_mm,
+            regions=model.regions,
+            labels=len(model.labels.foreground_labels),
+        )

@@ -1,0 +1,1 @@
+"""DICOM series: find the files, read the scan, write the results."""

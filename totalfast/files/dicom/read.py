@@ -1,0 +1,243 @@
+"""Read a DICOM series: folder, zip file or multi-frame file in, image and slices out.
+
+Knows DICOM headers, and which files belong together; the conversion is upstream's. Knows nothing
+of labels or of what is written.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections import defaultdict
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import nibabel as nib
+
+from totalfast import upstream
+from totalfast.errors import InputError
+from totalfast.files.dicom.find import find_files, link, read_header
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from pydicom import Dataset
+
+logger = logging.getLogger(__name__)
+
+FEWEST_SLICES = 4
+"""Below this dicom2nifti converts nothing: such series are localizers."""
+
+NOT_SCANS = frozenset({"KO", "PR", "REG", "RTDOSE", "RTPLAN", "RTSTRUCT", "SEG", "SR"})
+"""Modalities of files that lie beside a scan and are none."""
+
+REASONS = {
+    "NON_CUBICAL_IMAGE/GANTRY_TILT": "its slices are sheared, as by a tilted gantry; resample it "
+    "to a straight volume first",
+    "SLICE_INCREMENT_INCONSISTENT": "its slices are not evenly spaced; some are missing, or it "
+    "holds more than one scan",
+    "IMAGE_ORIENTATION_INCONSISTENT": "its slices are not parallel",
+    "TOO_FEW_SLICES/LOCALIZER": f"it has fewer than {FEWEST_SLICES} slices of a volume",
+    "NON_IMAGING_DICOM_FILES": "its files hold no image slices",
+    "NOT_A_VOLUME": "its slices all lie at one place",
+    "MISSING_DICOM_FILES": "its time points have unequal numbers of slices",
+}
+"""What dicom2nifti's codes mean."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Series:
+    """A DICOM series and the image that it was converted to.
+
+    Parameters
+    ----------
+    source
+        What the user named.
+    folder
+        Its files and no others; private, and gone after use.
+    slices
+        Number of its files.
+    orientation
+        Direction cosines of a row and of a column, LPS; None for a multi-frame file.
+    image
+        (x, y, z) or, with several time points, (x, y, z, t); LAS axes.
+    """
+
+    source: Path
+    folder: Path
+    slices: int
+    orientation: tuple[float, ...] | None
+    image: nib.Nifti1Image
+
+
+@contextmanager
+def open_series(source: Path) -> Iterator[Series]:
+    """Convert a DICOM series with upstream's converter; its files are there until the end.
+
+    Parameters
+    ----------
+    source
+        A folder, which is searched with all that is below it, a zip file of one, or one
+        multi-frame file.
+
+    Raises
+    ------
+    InputError
+        If it is missing or damaged, holds no scan or more than one, or is one whose conversion
+        would be wrong.
+    """
+    if not source.exists():
+        raise InputError(f"{source} does not exist.")
+    logger.info("Converting dicom to nifti...")
+    # What remains is removed at the exit, even what Windows still holds open.
+    with tempfile.TemporaryDirectory(prefix="totalfast-", ignore_cleanup_errors=True) as private:
+        unpacked, folder = Path(private) / "unpacked", Path(private) / "series"
+        unpacked.mkdir()
+        folder.mkdir()
+        files = _one_series(source, find_files(source, unpacked))
+        for number, path in enumerate(files):
+            link(path, folder / f"{number:06d}.dcm")
+        header = next(iter(files.values()))
+        cosines = header.get("ImageOrientationPatient")
+        series = Series(
+            source=source,
+            folder=folder,
+            slices=len(files),
+            orientation=tuple(map(float, cosines)) if cosines else None,
+            image=_convert(source, folder, Path(private) / f"{source.resolve().name}.nii"),
+        )
+        logger.info("  found image with shape %s", series.image.shape)
+        yield series
+
+
+def _one_series(source: Path, files: list[Path]) -> dict[Path, Dataset]:
+    """Pick the files of the one scan among those found."""
+    found: dict[str, dict[Path, Dataset]] = defaultdict(dict)
+    others: set[str] = set()
+    for path in files:
+        header = read_header(path)
+        if header is None:
+            continue
+        if _is_image(header):
+            found[str(header.get("SeriesInstanceUID", ""))][path] = header
+        else:
+            others.add(str(header.get("Modality", "unknown")))
+    if not found:
+        seen = f"; its DICOM files are of modality {', '.join(sorted(others))}" if others else ""
+        raise InputError(
+            f"{source} holds no DICOM image slices with a position, an orientation and a number "
+            f"({len(files)} files looked at{seen}). totalfast reads NIfTI, NRRD, MetaImage, and a "
+            "folder or zip file of one DICOM series."
+        )
+    volumes = [series for series in found.values() if _is_volume(series)]
+    if len(volumes) > 1:
+        raise InputError(
+            f"{source} holds {len(volumes)} DICOM series: {'; '.join(map(_describe, volumes))}. "
+            "Give the folder of one of them."
+        )
+    series = volumes[0] if volumes else max(found.values(), key=len)
+    if len(series) == 1 and source.is_file() and not volumes:
+        raise InputError(f"{source} is one DICOM slice; give the folder that holds its series.")
+    _refuse_wrong_frames(source, series)
+    return series
+
+
+def _is_image(header: Dataset) -> bool:
+    """Whether dicom2nifti takes a file, and it is no localizer and no result."""
+    from dicom2nifti.common import is_valid_imaging_dicom
+
+    kinds = header.get("ImageType") or ()
+    modality = header.get("Modality")
+    localizer = "LOCALIZER" in kinds or (modality == "CT" and "PROJECTION IMAGE" in kinds)
+    result = modality in NOT_SCANS
+    return bool(is_valid_imaging_dicom(header)) and not localizer and not result
+
+
+def _frames(header: Dataset) -> int:
+    return int(header.get("NumberOfFrames") or 1)
+
+
+def _is_volume(series: dict[Path, Dataset]) -> bool:
+    return sum(map(_frames, series.values())) >= FEWEST_SLICES
+
+
+def _describe(series: dict[Path, Dataset]) -> str:
+    first = next(iter(series.values()))
+    name = first.get("SeriesDescription") or first.get("SeriesInstanceUID")
+    return f"'{name}' ({first.get('Modality')}, {sum(map(_frames, series.values()))} slices)"
+
+
+def _refuse_wrong_frames(source: Path, series: dict[Path, Dataset]) -> None:
+    """Refuse what dicom2nifti would convert to a wrong image without a word (2.6.2).
+
+    It takes the first multi-frame file only, ignores a scaling that all frames share, and takes
+    the positions of the first and last frame for those of the first and last slice.
+    """
+    from dicom2nifti.common import is_multiframe_dicom
+
+    many = {path.name: header for path, header in series.items() if _frames(header) > 1}
+    if not many:
+        return
+    name, header = next(iter(many.items()))
+    if len(series) > 1:
+        raise InputError(
+            f"{source} holds {len(series)} files, of which {len(many)} have many frames (as "
+            f"{name}); give one multi-frame file alone, or convert it with dcm2niix."
+        )
+    if not is_multiframe_dicom([header]):
+        raise InputError(
+            f"{source}: {name} has {_frames(header)} frames but no position for each; only "
+            "enhanced CT and MR files of many frames can be read."
+        )
+    frames = header.get("PerFrameFunctionalGroupsSequence") or ()
+    shared = header.get("SharedFunctionalGroupsSequence") or ()
+    scaling = [group.PixelValueTransformationSequence[0] for group in shared
+               if "PixelValueTransformationSequence" in group]  # fmt: skip
+    if any(float(s.RescaleSlope) != 1 or float(s.RescaleIntercept) != 0 for s in scaling):
+        raise InputError(
+            f"{source}: the frames of {name} share one rescale slope and intercept, which the "
+            "converter ignores; convert it with dcm2niix."
+        )
+    numbers = [
+        int(frame.FrameContentSequence[0].get("InStackPositionNumber") or 0)
+        for frame in frames
+        if "FrameContentSequence" in frame
+    ]
+    if numbers and (numbers[0], numbers[-1]) != (1, max(numbers)):
+        raise InputError(
+            f"{source}: the frames of {name} are not stored in the order of their slices; convert "
+            "it with dcm2niix."
+        )
+
+
+def _convert(source: Path, folder: Path, path: Path) -> nib.Nifti1Image:
+    """Run upstream's converter; the image's voxels are read when they are needed."""
+    from dicom2nifti.exceptions import ConversionError, ConversionValidationError
+    from pydicom.errors import InvalidDicomError
+
+    try:
+        # Not compressed, unlike upstream: it is written twice and read once.
+        upstream.dicom_to_nifti(folder, path)
+    except (ConversionError, ConversionValidationError) as error:
+        code = str(error)
+        raise InputError(
+            f"{source} can't be converted: {REASONS.get(code, code)} ({code})."
+        ) from error
+    except _DAMAGE + (InvalidDicomError,) as error:
+        raise InputError(f"{source} can't be converted: {type(error).__name__}: {error}") from error
+    return nib.load(path, mmap=False)
+
+
+_DAMAGE: tuple[Any, ...] = (
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What the converter raises on headers and pixels that it does not expect."""

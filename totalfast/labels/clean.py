@@ -1,0 +1,192 @@
+"""Clean-up of label maps on the model grid, and the masks that are derived from the result.
+
+Knows label maps and voxel sizes; knows nothing of networks or files. The rules are those of
+TotalSegmentator 2.18.0, postprocessing.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from totalfast.upstream import CLASS_MAPS
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
+
+    from numpy.typing import NDArray
+
+    from totalfast.files.read import ScannerImage
+    from totalfast.geometry import Box
+
+BODY_EXTREMITY_MINIMUM_MM3 = 50_000.0
+"""Blobs of body_extremities up to this volume are removed."""
+
+SKIN_HU = (-200.0, 250.0)
+"""Exclusive bounds of what counts as skin."""
+
+SKIN_EROSIONS = 3
+"""Voxels from the (once dilated) body surface inwards that may be skin."""
+
+SKIN_MINIMUM_VOXELS = 5
+"""Blobs of skin of up to this many voxels are removed."""
+
+SKIN_SLAB = 64
+"""Slices that skin is computed on at a time."""
+
+
+def clean_labels(
+    labels: NDArray[np.uint8],
+    *,
+    task: str,
+    classes: Mapping[int, str],
+    voxel_mm3: np.floating[Any],
+) -> NDArray[np.uint8]:
+    """Apply the clean-up that upstream gives a task: blobs of ``body``, auxiliary labels.
+
+    Parameters
+    ----------
+    labels
+        uint8, any axis order, model grid; not changed.
+    task
+        Task name.
+    classes
+        Label to class name.
+    voxel_mm3
+        Volume of a voxel, float32 as upstream has it.
+    """
+    auxiliary = list(CLASS_MAPS.get(f"{task}_auxiliary", ()))
+    if auxiliary:
+        kept = np.arange(256, dtype=np.uint8)
+        kept[auxiliary] = 0
+        return kept[labels]
+    if task != "body":
+        return labels
+    label_of = {name: label for label, name in classes.items()}
+    limit = BODY_EXTREMITY_MINIMUM_MM3 / voxel_mm3
+    rules = {label_of["body_trunc"]: _largest, label_of["body_extremities"]: _above(limit)}
+    return _keep_blobs(labels, rules)
+
+
+def remove_small_blobs(
+    labels: NDArray[np.uint8],
+    classes: Collection[int],
+    *,
+    up_to_mm3: float,
+    voxel_mm3: np.floating[Any],
+) -> NDArray[np.uint8]:
+    """Return labels without the small blobs of some classes.
+
+    Parameters
+    ----------
+    labels
+        uint8, any axis order, model grid; not changed.
+    classes
+        Labels of the classes; a blob of another label stays.
+    up_to_mm3
+        The largest volume that is removed.
+    voxel_mm3
+        Volume of a voxel, float32 as upstream has it: its rounding decides on the limit.
+    """
+    return _keep_blobs(labels, dict.fromkeys(classes, _above(up_to_mm3 / voxel_mm3)))
+
+
+def label_boxes(labels: NDArray[np.uint8]) -> dict[int, Box]:
+    """Bounding box of each label that occurs, along the axes of ``labels`` (3-D)."""
+    from scipy.ndimage import find_objects
+
+    turned = labels.flags.f_contiguous  # scipy visits voxels in C order
+    boxes = find_objects(labels.T if turned else labels)
+    return {
+        label: box[::-1] if turned else box
+        for label, box in enumerate(boxes, start=1)
+        if box is not None
+    }
+
+
+Rule = Callable[["NDArray[np.intp]"], "NDArray[np.bool_]"]
+"""Which blobs are kept, given the sizes of all; index 0 is not a blob."""
+
+
+def _largest(sizes: NDArray[np.intp]) -> NDArray[np.bool_]:
+    kept: NDArray[np.bool_] = np.arange(len(sizes)) == 1 + np.argmax(sizes[1:])
+    return kept
+
+
+def _above(limit: np.floating[Any]) -> Rule:
+    return lambda sizes: sizes > limit
+
+
+def _keep_blobs(labels: NDArray[np.uint8], rules: Mapping[int, Rule]) -> NDArray[np.uint8]:
+    """Set all other 6-connected blobs of the labels that have a rule to 0, in a copy."""
+    labels = labels.copy()
+    boxes = label_boxes(labels)
+    for label in rules.keys() & boxes.keys():
+        part = labels[boxes[label]]
+        mask = part == label
+        blobs, sizes = _blob_sizes(mask)
+        part[mask & ~rules[label](sizes)[blobs]] = 0
+    return labels
+
+
+def _blob_sizes(mask: NDArray[np.bool_]) -> tuple[NDArray[np.int32], NDArray[np.intp]]:
+    """6-connected blobs: their map, and their sizes; index 0 is what is not in the mask."""
+    from scipy import ndimage
+
+    blobs, _ = ndimage.label(mask)
+    return blobs, np.bincount(blobs.ravel())
+
+
+def skin_mask(image: ScannerImage, body: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    """Skin: the outer voxels of the body whose intensity is that of soft tissue.
+
+    Parameters
+    ----------
+    image
+        The scan.
+    body
+        (x, y, z), scanner grid.
+
+    Returns
+    -------
+        uint8, 0 or 1, (x, y, z), scanner grid, Fortran order.
+
+    Notes
+    -----
+    Upstream works on the whole volume; here slabs with a halo give the same voxels: dilation and
+    erosion reach 4 slices, and a blob of up to 5 voxels spans at most 5.
+    """
+    size_z = body.shape[2]
+    skin = np.empty(body.shape, dtype=np.uint8, order="F")
+    for start in range(0, size_z, SKIN_SLAB):
+        stop = min(start + SKIN_SLAB, size_z)
+        # Blobs are judged on a slab that is larger by their reach; that slab is cut from a still
+        # larger one on which the morphology is right.
+        outer = slice(max(start - SKIN_MINIMUM_VOXELS, 0), min(stop + SKIN_MINIMUM_VOXELS, size_z))
+        rough = _skin_before_blobs(image, body, outer)
+        blobs, sizes = _blob_sizes(rough)
+        keep = sizes > SKIN_MINIMUM_VOXELS
+        keep[0] = False
+        skin[:, :, start:stop] = keep[blobs[:, :, start - outer.start : stop - outer.start]]
+    return skin
+
+
+def _skin_before_blobs(
+    image: ScannerImage, body: NDArray[np.bool_], part: slice
+) -> NDArray[np.bool_]:
+    """Skin of a range of slices, small blobs included."""
+    from scipy.ndimage import binary_dilation, binary_erosion
+
+    reach = SKIN_EROSIONS + 1
+    slab = slice(max(part.start - reach, 0), min(part.stop + reach, body.shape[2]))
+    # scipy treats voxels beyond the array as background, which is right at the volume's own ends
+    # and spoils only the halo elsewhere.
+    dilated = binary_dilation(body[:, :, slab])
+    shell = dilated & ~binary_erosion(dilated, iterations=SKIN_EROSIONS)
+    inside = slice(part.start - slab.start, part.stop - slab.start)
+    intensity = image.scale(image.stored[:, :, part])
+    low, high = SKIN_HU
+    result: NDArray[np.bool_] = shell[:, :, inside] & (intensity > low) & (intensity < high)
+    return result

@@ -1,0 +1,225 @@
+"""Volume and intensity of each class, from one pass over a label map.
+
+Knows a label map and the image below it; knows nothing of files, tasks or models. The figures are
+those of TotalSegmentator 2.18.0, statistics.py, digit for digit: intensities are int16 there, so
+that how often each of them occurs in each class says everything about it, exactly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from totalfast.labels.clean import label_boxes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from totalfast.files.read import ScannerImage
+    from totalfast.geometry import Box
+
+Statistics = dict[str, dict[str, Any]]
+"""Class name to figure to number; ``json.dumps(..., indent=4)`` is upstream's file."""
+
+BORDER = 3
+"""Classes with a voxel among that many outermost slices of any side count as cut by the edge."""
+
+INTENSITIES = 1 << 16
+LOWEST = -(1 << 15)
+"""How many int16 values there are, and the first of them."""
+
+SLAB_VOXELS = 1 << 22
+"""Voxels that are counted at a time, so that what is made of them stays below 150 MB."""
+
+DIGITS = 5
+"""Decimals of an intensity."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """Which figures are wanted, and of which classes."""
+
+    exclude_at_border: bool = True
+    """Classes that the image's edge may have cut get zeros."""
+    aggregation: str = "mean"
+    """Of the intensities: "mean" or "median"."""
+    normalized: bool = False
+    """Intensities are mapped to 0..1 by the image's lowest and highest."""
+    extra: bool = False
+    """Also number of voxels, spread and range of the intensities, centroid and bounding box."""
+
+
+def measure(
+    labels: NDArray[np.uint8],
+    image: ScannerImage,
+    classes: Mapping[int, str],
+    *,
+    voxel_mm3: np.floating[Any],
+    wanted: Wanted,
+) -> Statistics:
+    """Measure all classes of a label map.
+
+    Parameters
+    ----------
+    labels
+        (x, y, z), quickest in Fortran order.
+    image
+        The intensities, on the same grid; cut to int16 by the CPU's cast.
+    classes
+        Label to class name, in the order of the result.
+    voxel_mm3
+        Volume of a voxel in upstream's float32, whose rounding the volumes show.
+    wanted
+        Which figures.
+
+    Returns
+    -------
+        For each class "volume" (mm3) and "intensity"; with ``wanted.extra`` also "n_voxels",
+        "intensity_std", "intensity_min", "intensity_max", "centroid_vox" and "bbox_vox" (voxel
+        indices; inclusive). A class that is empty, or excluded, has zeros.
+    """
+    boxes = label_boxes(labels)
+    if wanted.exclude_at_border:
+        boxes = {label: box for label, box in boxes.items() if not _is_cut(box, labels.shape)}
+    measured = [label for label in classes if label in boxes]
+    histogram = _histogram(labels, image, measured)
+    rows = dict(zip(measured, histogram, strict=True))
+    scale = _normalisation(image) if wanted.normalized else np.float64
+    found: Statistics = {}
+    for label, name in classes.items():
+        if label not in rows:
+            found[name] = _nothing(extra=wanted.extra)
+            continue
+        values, counts = _ascending(rows[label], scale)
+        number = np.sum(counts)
+        average = _median if wanted.aggregation == "median" else _mean
+        found[name] = {
+            "volume": float(number * voxel_mm3),
+            "intensity": float(average(values, counts).round(DIGITS)),
+        }
+        if wanted.extra:
+            found[name] |= {
+                "n_voxels": int(number),
+                "intensity_std": float(_deviation(values, counts).round(DIGITS)),
+                "intensity_min": float(values[0]),
+                "intensity_max": float(values[-1]),
+                **_place(labels, label, boxes[label]),
+            }
+    return found
+
+
+def _nothing(*, extra: bool) -> dict[str, Any]:
+    figures: dict[str, Any] = {"volume": 0.0, "intensity": 0.0}
+    if extra:
+        figures |= {"n_voxels": 0, "intensity_std": 0.0}
+        figures |= {"intensity_min": 0.0, "intensity_max": 0.0}
+        figures |= {"centroid_vox": None, "bbox_vox": None}
+    return figures
+
+
+def _is_cut(box: Box, shape: tuple[int, ...]) -> bool:
+    return any(
+        part.start < BORDER or part.stop > size - BORDER
+        for part, size in zip(box, shape, strict=True)
+    )
+
+
+def _slabs(shape: tuple[int, ...]) -> Iterator[slice]:
+    """Ranges of slices, along z, of about ``SLAB_VOXELS`` voxels each."""
+    step = max(SLAB_VOXELS // (shape[0] * shape[1]), 1)
+    for start in range(0, shape[2], step):
+        yield slice(start, min(start + step, shape[2]))
+
+
+def _to_int16(image: ScannerImage, stored: NDArray[Any]) -> NDArray[np.int16]:
+    """Cut intensities to int16 as upstream does; what does not fit becomes what the CPU gives."""
+    with np.errstate(invalid="ignore"):
+        return image.scale(stored).astype(np.int16)
+
+
+def _histogram(
+    labels: NDArray[np.uint8], image: ScannerImage, measured: Sequence[int]
+) -> NDArray[np.int64]:
+    """How often each intensity occurs: (measured labels, ``INTENSITIES``)."""
+    # Pages of it that nothing is counted in take no memory.
+    total = np.zeros((len(measured), INTENSITIES), dtype=np.int64)
+    row_of = np.full(256, -1, dtype=np.intp)
+    row_of[list(measured)] = np.arange(len(measured))
+    counted = row_of >= 0
+    for planes in _slabs(labels.shape):
+        part = labels[:, :, planes].ravel(order="F")
+        inside = np.flatnonzero(counted[part])
+        if not inside.size:
+            continue
+        stored = image.stored[:, :, planes].ravel(order="F")
+        values = _to_int16(image, stored[inside]).astype(np.intp)
+        low = int(values.min())
+        width = int(values.max()) - low + 1
+        codes = row_of[part[inside]] * width + (values - low)
+        found = np.bincount(codes, minlength=len(measured) * width)
+        start = low - LOWEST
+        total[:, start : start + width] += found.reshape(len(measured), width)
+    return total
+
+
+def _normalisation(image: ScannerImage) -> Callable[[NDArray[np.int16]], NDArray[np.float64]]:
+    """Upstream's map to 0..1, in its int16 arithmetic, which wraps if the range is above 32767."""
+    extremes = [
+        extreme(_to_int16(image, image.stored[:, :, planes]))
+        for planes in _slabs(image.stored.shape)
+        for extreme in (np.min, np.max)
+    ]
+    low, high = min(extremes), max(extremes)
+
+    def normalise(values: NDArray[np.int16]) -> NDArray[np.float64]:
+        with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+            return np.asarray((values - low) / (high - low), dtype=np.float64)
+
+    return normalise
+
+
+def _ascending(
+    row: NDArray[np.int64], scale: Callable[[NDArray[np.int16]], NDArray[np.float64]]
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """The intensities that occur, scaled, in ascending order; and how often each does."""
+    used = np.flatnonzero(row)
+    values = scale((used + LOWEST).astype(np.int16))
+    order = np.argsort(values, kind="stable")
+    return values[order], row[used][order]
+
+
+def _mean(values: NDArray[np.float64], counts: NDArray[np.int64]) -> np.floating[Any]:
+    """Exact for whole numbers, as upstream's sum of float64 is up to 2**53."""
+    mean: np.floating[Any] = np.average(values, weights=counts)
+    return mean
+
+
+def _median(values: NDArray[np.float64], counts: NDArray[np.int64]) -> np.floating[Any]:
+    until = np.cumsum(counts)
+    middle = [(until[-1] - 1) // 2, until[-1] // 2]
+    median: np.floating[Any] = np.mean(values[np.searchsorted(until, middle, side="right")])
+    return median
+
+
+def _deviation(values: NDArray[np.float64], counts: NDArray[np.int64]) -> np.floating[Any]:
+    squares = (values - _mean(values, counts)) ** 2
+    deviation: np.floating[Any] = np.sqrt(np.average(squares, weights=counts))
+    return deviation
+
+
+def _place(labels: NDArray[np.uint8], label: int, box: Box) -> dict[str, Any]:
+    """Centroid and bounding box of a label, along the axes of the array."""
+    mask = labels[box] == label
+    centroid = []
+    for axis, part in enumerate(box):
+        counts = np.count_nonzero(mask, axis=tuple(k for k in range(3) if k != axis))
+        total = int(np.dot(counts, np.arange(part.start, part.stop)))
+        centroid.append(round(total / int(counts.sum()), 2))
+    return {
+        "centroid_vox": centroid,
+        "bbox_vox": [[int(part.start), int(part.stop) - 1] for part in box],
+    }

@@ -1,0 +1,1 @@
+"""The scan to the model grid."""

@@ -1,0 +1,102 @@
+"""Say aloud what upstream passes over in silence: scans that its models can't do justice to.
+
+Knows intensities and grids; changes nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import nibabel as nib
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from totalfast.files.read import ScannerImage
+
+logger = logging.getLogger(__name__)
+
+FEWEST_INTENSITIES = 10.0
+"""Range of intensities below which cutting them to whole numbers leaves next to nothing. The
+windows that radiologists look through are 80 and more; images scaled to 0-1 or to a standard
+deviation of 1 lie below."""
+
+COARSEST_MM = 5.0
+"""Spacing above which structures begin to fall between the slices; TotalSegmentator advises against
+it."""
+
+LARGEST_TURN_DEGREES = 30.0
+"""Angle between the scan's axes and the body's above which anatomy looks unlike what the models,
+whose input is only flipped and permuted, were trained on. Ours: a gantry tilts by up to 30."""
+
+
+def warn_of_unusual(
+    image: ScannerImage, *, spacing_mm: Sequence[float] | None, crops: bool
+) -> None:
+    """Log one line for each unusual thing about a scan.
+
+    Parameters
+    ----------
+    image
+        The scan.
+    spacing_mm
+        What it will be resampled to; None: it will not be.
+    crops
+        Whether only a region of it will be looked at.
+
+    Notes
+    -----
+    As upstream does, intensities are cut to whole numbers where a scan is cropped or resampled.
+    """
+    keeps_spacing = spacing_mm is None or image.grid.canonical().has_spacing(spacing_mm)
+    if crops or not keeps_spacing:
+        _warn_of_fractions(image)
+    coarsest = float(image.grid.spacing_mm.max())
+    if coarsest > COARSEST_MM:
+        logger.warning(
+            "WARNING: the scan's voxels are %s mm; above %g mm small structures get lost.",
+            " x ".join(f"{mm:.3g}" for mm in image.grid.spacing_mm),
+            COARSEST_MM,
+        )
+    header = image.header
+    if isinstance(header, nib.Nifti1Header) and header["sform_code"] == header["qform_code"] == 0:
+        logger.warning(
+            "WARNING: the scan's header says nothing of its orientation (sform and qform codes are "
+            "0); left and right may be swapped."
+        )
+    turn = _turn_degrees(image)
+    if turn > LARGEST_TURN_DEGREES:
+        logger.warning(
+            "WARNING: the scan is turned by %.0f degrees against the body's axes, which the models "
+            "have hardly seen.",
+            turn,
+        )
+
+
+def _warn_of_fractions(image: ScannerImage) -> None:
+    if image.stored.dtype.kind != "f" and (image.slope, image.intercept) == (1.0, 0.0):
+        return
+    ends = np.asarray([image.stored.min(), image.stored.max()])
+    low, high = sorted(image.scale(ends).tolist())
+    # A comparison with NaN is false: then nothing is known, and nothing said.
+    if not high - low < FEWEST_INTENSITIES:
+        return
+    planes = (image.scale(image.stored[:, :, plane]) for plane in range(image.grid.shape[2]))
+    if any(np.any(plane != np.trunc(plane)) for plane in planes):
+        logger.warning(
+            "WARNING: the scan's intensities lie between %.3g and %.3g; TotalSegmentator cuts them "
+            "to whole numbers, which leaves nothing to see. Give the scan as it came from the "
+            "scanner (CT: Hounsfield units).",
+            low,
+            high,
+        )
+
+
+def _turn_degrees(image: ScannerImage) -> float:
+    """Largest angle between an axis of the scan and the body axis that it runs along."""
+    columns = image.grid.affine[:3, :3]
+    cosines = np.abs(columns) / np.linalg.norm(columns, axis=0)
+    along = image.grid.orientation[:, 0].astype(int)
+    return float(np.degrees(np.arccos(np.clip(cosines[along, range(3)].min(), 0.0, 1.0))))

@@ -1,0 +1,90 @@
+"""Which figures of the classes are taken where: on the scan's grid, or on the model's.
+
+Knows options and grids; how a label map is measured is known to ``stages.statistics`` alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from totalfast.geometry import to_canonical
+from totalfast.labels.statistics import Wanted, measure
+from totalfast.system.progress import timed
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import nibabel as nib
+    from numpy.typing import NDArray
+
+    from totalfast.files.read import ScannerImage
+    from totalfast.labels.statistics import Statistics
+    from totalfast.options import Options
+    from totalfast.resampling.model_grid import ModelImage
+
+
+def measure_model_image(
+    labels: NDArray[np.uint8],
+    model_image: ModelImage,
+    image: ScannerImage,
+    classes: Mapping[int, str],
+    options: Options,
+) -> Statistics:
+    """Measure where the model works, as upstream does with ``fast``: never with extra figures.
+
+    Parameters
+    ----------
+    labels
+        (z, y, x), RAS+ axes, model grid.
+    model_image, image
+        What the model saw, and the part of the scan that it was made from.
+    classes
+        Label to class name.
+    options
+        Which figures are wanted.
+    """
+    grid = model_image.grid
+    if grid is model_image.canonical:
+        # Not resampled: upstream has float64 intensities, some of which float32 rounds up to the
+        # next whole number.
+        seen = replace(image, stored=to_canonical(image.stored, image.grid), grid=grid)
+    else:
+        stored = model_image.voxels.transpose(2, 1, 0)
+        seen = replace(image, stored=stored, slope=1.0, intercept=0.0, truncated=False, grid=grid)
+    with timed("Calculating statistics fast...", "  calculated in"):
+        return measure(
+            labels.transpose(2, 1, 0),
+            seen,
+            classes,
+            voxel_mm3=np.prod(grid.spacing_mm),
+            wanted=_wanted(options, extra=False),
+        )
+
+
+def measure_scan(
+    labels: nib.Nifti1Image,
+    image: ScannerImage,
+    classes: Mapping[int, str],
+    options: Options,
+) -> Statistics:
+    """Measure on the scan's own grid; volumes are by the spacing that its header tells."""
+    with timed("Calculating statistics...", "  calculated in"):
+        return measure(
+            np.asfortranarray(labels.dataobj),
+            image,
+            classes,
+            voxel_mm3=np.prod(image.header.get_zooms()[:3]),
+            wanted=_wanted(options, extra=options.statistics_extra),
+        )
+
+
+def _wanted(options: Options, *, extra: bool) -> Wanted:
+    return Wanted(
+        exclude_at_border=options.statistics_exclude_masks_at_border,
+        aggregation=options.stats_aggregation,
+        normalized=options.statistics_normalized_intensities,
+        extra=extra,
+    )

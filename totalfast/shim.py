@@ -1,0 +1,11 @@
+"""``python -m totalfast.shim``: a short name for ``totalfast.compat.shim``."""
+
+from __future__ import annotations
+
+from totalfast.cli.main import command
+from totalfast.compat.shim import main
+
+__all__ = ["main"]
+
+if __name__ == "__main__":
+    command(main)

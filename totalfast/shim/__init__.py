@@ -1,1 +1,0 @@
-"""A ``TotalSegmentator`` command that runs totalfast, for programs that start that command."""

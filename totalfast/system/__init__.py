@@ -1,0 +1,1 @@
+"""The operating system: cores, memory, progress, pending files."""
