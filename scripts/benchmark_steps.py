@@ -73,8 +73,9 @@ def upstream_masks(labels: np.ndarray, folder: Path, scratch: Path) -> float:
 
 def our_masks(labels: np.ndarray, folder: Path) -> float:
     """Save as totalfast does; returns seconds."""
-    from totalfast.files.write import PendingFiles, label_image, write_masks
+    from totalfast.files.write import label_image, write_masks
     from totalfast.system.cores import usable_cores
+    from totalfast.system.pending_files import PendingFiles
     from totalfast.upstream import CLASS_MAPS
 
     affine, names = np.diag([*SPACING_MM, 1.0]), CLASS_MAPS["total"]

@@ -18,7 +18,8 @@ from dynamic_network_architectures.architectures.unet import PlainConvUNet
 
 import totalfast
 from tests.mapped_files import resident_kb
-from totalfast import OptionError, backends
+from totalfast import OptionError
+from totalfast.engine import backends
 from totalfast.engine.backends import choose_backend, resolve_backend, store
 from totalfast.engine.backends.forward import run_by_torch
 from totalfast.engine.backends.norms import normalised_in_place

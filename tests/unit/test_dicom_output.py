@@ -15,8 +15,8 @@ from totalfast import OptionError, OutputError
 from totalfast.files.dicom.read import open_series
 from totalfast.files.dicom.write import check_packages, check_series, write_dicom
 from totalfast.files.targets import check_output, output_files
-from totalfast.files.write import PendingFiles
 from totalfast.options import Options
+from totalfast.system.pending_files import PendingFiles
 
 from .test_dicom import ORIENTATIONS, VOXELS, multi_frame
 

@@ -9,7 +9,8 @@ import pytest
 import SimpleITK
 
 from totalfast import OutputError
-from totalfast.files.write import PendingFiles, label_image, write_labels, write_masks
+from totalfast.files.write import label_image, write_labels, write_masks
+from totalfast.system.pending_files import PendingFiles
 
 NAMES = {1: "liver", 2: "spleen", 7: "heart", 255: "absent"}
 

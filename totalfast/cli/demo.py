@@ -66,8 +66,9 @@ def run(args: argparse.Namespace) -> int:
 
     from totalfast.demo.phantom import make_phantom
     from totalfast.demo.score import score
-    from totalfast.files.write import PendingFiles, write_masks
+    from totalfast.files.write import write_masks
     from totalfast.system.cores import usable_cores
+    from totalfast.system.pending_files import PendingFiles
     from totalfast.upstream import CLASS_MAPS
 
     began = time.perf_counter()

@@ -60,7 +60,7 @@ def write_shim(directory: Path) -> Path:
     OutputError
         If it can't be written, or another file has its name.
     """
-    from totalfast.files.write import PendingFiles
+    from totalfast.system.pending_files import PendingFiles
 
     windows = os.name == "nt"
     path = directory.absolute() / ("TotalSegmentator.bat" if windows else "TotalSegmentator")

@@ -9,7 +9,6 @@ import logging
 import math
 import os
 import zlib
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -17,18 +16,17 @@ import nibabel as nib
 import numpy as np
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError, SpatialImage
-from nibabel.volumeutils import apply_read_scaling
 from nibabel.wrapstruct import WrapStructError
 
 from totalfast.errors import InputError
 from totalfast.geometry import Grid
+from totalfast.scan import ScannerImage
 
 if TYPE_CHECKING:
     from typing import TypeGuard
 
     from numpy.typing import NDArray
 
-    from totalfast.geometry import Box
 
 logger = logging.getLogger(__name__)
 
@@ -41,55 +39,6 @@ NIFTI_2_SIZES = (b"\x1c\x02\0\0", b"\0\0\x02\x1c")
 """540, the size of a NIfTI-2 header, with which its file begins; either byte order."""
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
-
-
-@dataclass(slots=True, kw_only=True)
-class ScannerImage:
-    """A scan as it came: voxels in the file's dtype, and how to read them.
-
-    Parameters
-    ----------
-    stored
-        (x, y, z), the file's dtype, unscaled.
-    slope, intercept
-        value = stored * slope + intercept, as nibabel computes it in float64.
-    grid
-        Scanner grid.
-    header
-        The NIfTI header that results are written with.
-    truncated
-        Intensities are cut to int32, towards zero, before anything is done with them: what
-        upstream does to cropped scans.
-    """
-
-    stored: NDArray[Any]
-    slope: float
-    intercept: float
-    grid: Grid
-    header: nib.Nifti1Header
-    truncated: bool = False
-
-    def scale(self, stored: NDArray[Any]) -> NDArray[np.float64]:
-        """Turn part of ``stored`` into float64 intensities, as ``get_fdata`` does for the whole."""
-        slope, intercept = np.float64(self.slope), np.float64(self.intercept)
-        scaled = apply_read_scaling(stored, np.asarray(slope), np.asarray(intercept))
-        if self.truncated:
-            scaled = truncate(scaled)
-        return np.asarray(scaled, dtype=np.float64)
-
-    def cropped(self, box: Box) -> ScannerImage:
-        """Return part of the scan; its voxels are a view, its intensities truncated."""
-        return replace(self, stored=self.stored[box], grid=self.grid.cropped(box), truncated=True)
-
-    def drop_voxels(self) -> None:
-        """Free the memory of the voxels; they are 0 from then on."""
-        self.stored = np.broadcast_to(np.zeros((), dtype=self.stored.dtype), self.stored.shape)
-
-
-def truncate(values: NDArray[Any]) -> NDArray[np.int32]:
-    """Cut to int32, towards zero; NaN, infinity and overflow become what the CPU makes of them."""
-    with np.errstate(invalid="ignore"):
-        return np.asarray(values, dtype=np.float64).astype(np.int32)
 
 
 def is_dicom(source: object) -> TypeGuard[str | Path]:

@@ -6,7 +6,6 @@ models.
 
 from __future__ import annotations
 
-import contextlib
 import io
 import pickle
 import tempfile
@@ -17,13 +16,12 @@ from typing import TYPE_CHECKING, Any
 import nibabel as nib
 import numpy as np
 
-from totalfast.errors import OutputError
 from totalfast.files.gzip_member import Piece, compress, join, member, zeros
+from totalfast.system.pending_files import PendingFiles
 from totalfast.upstream import label_table_xml
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
-    from types import TracebackType
 
     from numpy.typing import NDArray
 
@@ -31,46 +29,6 @@ if TYPE_CHECKING:
 
 PIECE_BYTES = 4 << 20
 """Voxels that are turned into a mask and compressed at a time; small enough for the cache."""
-
-
-class PendingFiles:
-    """Files that are written beside their targets and renamed together at the end.
-
-    Used as a context manager: leaving it normally renames, leaving it by an exception removes.
-    """
-
-    def __init__(self) -> None:
-        self._parts: list[tuple[Path, Path]] = []
-
-    def path(self, target: Path, *, ending: str = "") -> Path:
-        """Register a target, make its folder, and return the path to write to.
-
-        It keeps the ``ending`` of the target, for writers that go by it.
-        """
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_name(f"{target.name.removesuffix(ending)}.part{ending}")
-        self._parts.append((part, target))
-        return part
-
-    def __enter__(self) -> PendingFiles:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        try:
-            if kind is None:
-                for part, target in self._parts:
-                    part.replace(target)
-        finally:
-            for part, _ in self._parts:
-                with contextlib.suppress(OSError):
-                    part.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise OutputError(f"can't write {error.filename or 'the result'}: {error}") from error
 
 
 def label_image(

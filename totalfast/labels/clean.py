@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from totalfast.labels.boxes import label_boxes
 from totalfast.upstream import CLASS_MAPS
 
 if TYPE_CHECKING:
@@ -18,8 +19,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from totalfast.files.read import ScannerImage
-    from totalfast.geometry import Box
+    from totalfast.scan import ScannerImage
 
 BODY_EXTREMITY_MINIMUM_MM3 = 50_000.0
 """Blobs of body_extremities up to this volume are removed."""
@@ -91,19 +91,6 @@ def remove_small_blobs(
         Volume of a voxel, float32 as upstream has it: its rounding decides on the limit.
     """
     return _keep_blobs(labels, dict.fromkeys(classes, _above(up_to_mm3 / voxel_mm3)))
-
-
-def label_boxes(labels: NDArray[np.uint8]) -> dict[int, Box]:
-    """Bounding box of each label that occurs, along the axes of ``labels`` (3-D)."""
-    from scipy.ndimage import find_objects
-
-    turned = labels.flags.f_contiguous  # scipy visits voxels in C order
-    boxes = find_objects(labels.T if turned else labels)
-    return {
-        label: box[::-1] if turned else box
-        for label, box in enumerate(boxes, start=1)
-        if box is not None
-    }
 
 
 Rule = Callable[["NDArray[np.intp]"], "NDArray[np.bool_]"]

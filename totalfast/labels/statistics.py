@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from totalfast.labels.clean import label_boxes
+from totalfast.labels.boxes import label_boxes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
-    from totalfast.files.read import ScannerImage
     from totalfast.geometry import Box
+    from totalfast.scan import ScannerImage
 
 Statistics = dict[str, dict[str, Any]]
 """Class name to figure to number; ``json.dumps(..., indent=4)`` is upstream's file."""

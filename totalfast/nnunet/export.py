@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from totalfast.export import export_labels
-from totalfast.files.write import PendingFiles
+from totalfast.system.pending_files import PendingFiles
 
 if TYPE_CHECKING:
     import torch

@@ -12,12 +12,12 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from totalfast.errors import InputError
-from totalfast.files.write import PendingFiles
 from totalfast.preview.palette import is_translucent, structure_colours
 from totalfast.preview.slices import font, slice_view
 from totalfast.preview.surface import surface_view
 from totalfast.preview.volume import LabelledVolume
 from totalfast.system.cores import usable_cores
+from totalfast.system.pending_files import PendingFiles
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from totalfast.files.read import ScannerImage
     from totalfast.geometry import Grid
+    from totalfast.scan import ScannerImage
 
 __all__ = ["draw_preview", "save_picture"]
 

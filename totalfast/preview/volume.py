@@ -18,7 +18,7 @@ from totalfast.geometry import Grid, to_canonical
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from totalfast.files.read import ScannerImage
+    from totalfast.scan import ScannerImage
 
 SURVEY_MM = 2.5
 """Spacing at which the slices are judged that may be shown."""

@@ -7,27 +7,25 @@ scipy.ndimage.zoom's with mode="nearest" (TotalSegmentator 2.18.0, resampling.py
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from totalfast.files.read import truncate
 from totalfast.geometry import (
     CORNERS,
-    Grid,
     linear_weights,
     nearest_indices,
     sample_positions,
     to_canonical,
 )
+from totalfast.scan import ModelImage, truncate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
-    from totalfast.files.read import ScannerImage
+    from totalfast.scan import ScannerImage
 
 CUBIC = 3
 
@@ -41,29 +39,6 @@ Measured on scipy: a halo of 12 changed 31 % of the values, one of 40 none."""
 
 SPLINE_PADDING = 12
 """Edge voxels that scipy.ndimage.zoom adds on each side before it filters (scipy 1.17)."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelImage:
-    """A scan on the model's grid, as nnU-Net's reader would return it.
-
-    Parameters
-    ----------
-    voxels
-        float32, (z, y, x), C order, RAS+ axes.
-    grid
-        The model grid, (x, y, z).
-    canonical
-        The scanner grid, its axes permuted and flipped to RAS+.
-    """
-
-    voxels: NDArray[np.float32]
-    grid: Grid
-    canonical: Grid
-
-    def __post_init__(self) -> None:
-        if self.voxels.shape != self.grid.shape[::-1]:
-            raise ValueError(f"voxels {self.voxels.shape} do not lie on the grid {self.grid.shape}")
 
 
 def to_model_grid(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from totalfast.labels.clean import label_boxes
+from totalfast.labels.boxes import label_boxes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

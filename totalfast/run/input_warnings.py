@@ -14,7 +14,7 @@ import numpy as np
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from totalfast.files.read import ScannerImage
+    from totalfast.scan import ScannerImage
 
 logger = logging.getLogger(__name__)
 

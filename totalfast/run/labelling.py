@@ -18,7 +18,7 @@ from totalfast.engine.predict import predict_part, predict_probabilities
 from totalfast.engine.sliding_window import Tiling, plan_tiles, prepare_tiles
 from totalfast.export import nearest_to_scanner_grid
 from totalfast.export.legacy import smooth_to_scanner_grid
-from totalfast.files.write import PendingFiles, label_image, write_probabilities
+from totalfast.files.write import label_image, write_probabilities
 from totalfast.geometry import to_canonical
 from totalfast.labels.clean import clean_labels, remove_small_blobs
 from totalfast.labels.crop import box_around, remove_outside
@@ -38,6 +38,7 @@ from totalfast.run.empty_classes import (
 from totalfast.run.measure import measure_model_image
 from totalfast.run.memory_plan import Network, plan_memory
 from totalfast.system.cores import usable_cores
+from totalfast.system.pending_files import PendingFiles
 from totalfast.system.progress import timed
 
 if TYPE_CHECKING:
@@ -48,15 +49,15 @@ if TYPE_CHECKING:
 
     from totalfast.engine.models import Model
     from totalfast.engine.predict import Probabilities
-    from totalfast.files.read import ScannerImage
     from totalfast.geometry import Box, Grid
     from totalfast.labels.statistics import Statistics
     from totalfast.options import Options
-    from totalfast.resampling.model_grid import ModelImage
     from totalfast.run.budget import Budget
     from totalfast.run.memory_plan import MemoryPlan, StoredScan
+    from totalfast.run.work import Work
+    from totalfast.scan import ModelImage, ScannerImage
     from totalfast.session import Session
-    from totalfast.system.progress import Progress, Work
+    from totalfast.system.progress import Progress
     from totalfast.tasks import Crop, Part, Task
 
 logger = logging.getLogger(__name__)

@@ -5,13 +5,13 @@ Knows options and grids; how a label map is measured is known to ``stages.statis
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from totalfast.geometry import to_canonical
 from totalfast.labels.statistics import Wanted, measure
+from totalfast.scan import ScannerImage
 from totalfast.system.progress import timed
 
 if TYPE_CHECKING:
@@ -20,10 +20,9 @@ if TYPE_CHECKING:
     import nibabel as nib
     from numpy.typing import NDArray
 
-    from totalfast.files.read import ScannerImage
     from totalfast.labels.statistics import Statistics
     from totalfast.options import Options
-    from totalfast.resampling.model_grid import ModelImage
+    from totalfast.scan import ModelImage, ScannerImage
 
 
 def measure_model_image(
@@ -50,10 +49,10 @@ def measure_model_image(
     if grid is model_image.canonical:
         # Not resampled: upstream has float64 intensities, some of which float32 rounds up to the
         # next whole number.
-        seen = replace(image, stored=to_canonical(image.stored, image.grid), grid=grid)
+        seen = image.on_grid(to_canonical(image.stored, image.grid), grid)
     else:
         stored = model_image.voxels.transpose(2, 1, 0)
-        seen = replace(image, stored=stored, slope=1.0, intercept=0.0, truncated=False, grid=grid)
+        seen = ScannerImage(stored=stored, slope=1.0, intercept=0.0, grid=grid, header=image.header)
     with timed("Calculating statistics fast...", "  calculated in"):
         return measure(
             labels.transpose(2, 1, 0),

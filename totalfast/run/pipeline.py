@@ -21,7 +21,8 @@ from totalfast.run.input_warnings import warn_of_unusual
 from totalfast.run.labelling import Run, refine, segment
 from totalfast.run.memory_plan import StoredScan
 from totalfast.run.results import Found, deliver, save_report, writes_skin
-from totalfast.system.progress import Progress, Work
+from totalfast.run.work import Work
+from totalfast.system.progress import Progress
 from totalfast.upstream import check_license, store_license
 
 if TYPE_CHECKING:

@@ -17,12 +17,13 @@ import numpy as np
 from totalfast.files.dicom.write import write_dicom
 from totalfast.files.nora import ATLAS, MASK, add_to_nora
 from totalfast.files.targets import describe, output_files, report_folder
-from totalfast.files.write import PendingFiles, label_image, write_labels, write_masks
+from totalfast.files.write import label_image, write_labels, write_masks
 from totalfast.geometry import Grid
 from totalfast.labels.clean import skin_mask
 from totalfast.labels.merge import renumbered
 from totalfast.run.measure import measure_scan
 from totalfast.system.cores import usable_cores
+from totalfast.system.pending_files import PendingFiles
 from totalfast.system.progress import timed
 from totalfast.upstream import CLASS_MAPS, python_api, write_radiomics
 
@@ -30,10 +31,10 @@ if TYPE_CHECKING:
     import torch
 
     from totalfast.files.dicom.read import Series
-    from totalfast.files.read import ScannerImage
     from totalfast.labels.statistics import Statistics
     from totalfast.options import Options
     from totalfast.run.empty_classes import Losses
+    from totalfast.scan import ScannerImage
     from totalfast.system.progress import Progress
     from totalfast.tasks import Task
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from totalfast.files.dicom.read import Series
-    from totalfast.files.write import PendingFiles
+    from totalfast.system.pending_files import PendingFiles
 
 PACKAGES = {"dicom_rtstruct": "rt_utils", "dicom_seg": "highdicom"}
 """Output type to the package that upstream writes it with."""
