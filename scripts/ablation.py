@@ -55,19 +55,19 @@ def inflate(path, proxy):
 read._inflate = inflate
 """,
     "models loaded when they are needed": """
-import totalfast.run.labelling as labelling
-labelling.Run.begin_loading = lambda self, number: used.append(1)
+import totalfast.run.context as context
+context.RunContext.start_loading = lambda self, number: used.append(1)
 """,
     "models kept to the end": """
-import totalfast.session as session
-begin = session.Session.__init__
+import totalfast.engine.store as store
+begin = store.ModelStore.__init__
 def keep(self, **keywords):
     used.append(1)
-    begin(self, **{**keywords, "keep_models": True})
-session.Session.__init__ = keep
+    begin(self, **{**keywords, "keep": True})
+store.ModelStore.__init__ = keep
 """,
     "checkpoints read instead of mapped": """
-import totalfast.engine.models as weights
+import totalfast.engine.loading as weights
 mapped = weights.read_checkpoint
 def read(path):
     import torch

@@ -26,9 +26,11 @@ from readme import write_table
 
 from totalfast.demo.phantom import make_phantom
 from totalfast.engine.backends import choose_backend
-from totalfast.engine.models import Model, load_model
+from totalfast.engine.loading import load_model
+from totalfast.engine.model import Model
 from totalfast.engine.normalise import to_network_image
-from totalfast.engine.sliding_window import Tiling, inference_settings, predict_labels
+from totalfast.engine.sliding_window import inference_settings, predict_labels
+from totalfast.engine.tiles import Tiling
 
 CPU = torch.device("cpu")
 SEED = 3

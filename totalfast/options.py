@@ -6,12 +6,12 @@ Knows names and rules; knows nothing of arrays or files' contents.
 from __future__ import annotations
 
 import importlib.util
-import re
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from totalfast.engine.backends import resolve_backend
+from totalfast.engine.devices import validate_device
 from totalfast.errors import OptionError, UnsupportedError
 from totalfast.tasks import resolve_task
 
@@ -29,24 +29,6 @@ MODEL_SIZES = ("big", "small")
 OUTPUT_TYPES = ("nifti", "dicom_rtstruct", "dicom_seg")
 SMALL_BLOB_MM3 = 200.0
 """What ``remove_small_blobs=True`` stands for."""
-
-DEVICE_PATTERN = re.compile(r"^(gpu|cpu|mps|gpu:\d+)$")
-
-
-def validate_device(value: str) -> str:
-    """Return ``value`` if it names a device as upstream does.
-
-    Raises
-    ------
-    OptionError
-        If it does not.
-    """
-    if not DEVICE_PATTERN.match(value):
-        raise OptionError(
-            f"Invalid device type: '{value}'. Must be 'gpu', 'cpu', 'mps', or 'gpu:X' where X is "
-            "an integer representing the GPU device ID."
-        )
-    return value
 
 
 def parse_output_types(value: str | Sequence[str]) -> tuple[str, ...]:

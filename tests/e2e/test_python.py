@@ -16,9 +16,9 @@ from PIL import Image
 
 import totalfast
 from tests.dicom_series import write_series
-from totalfast import session as session_module
+from totalfast.engine import store
 from totalfast.options import Options
-from totalfast.run import labelling as labelling
+from totalfast.run import prediction
 
 
 @pytest.fixture(autouse=True)
@@ -79,10 +79,8 @@ def test_a_run_that_fails_leaves_no_dicom_behind(scan, tmp_path, monkeypatch):
 
 def test_second_call_of_a_session_loads_nothing(scan, monkeypatch):
     loads = []
-    load = session_module.load_model
-    monkeypatch.setattr(
-        session_module, "load_model", lambda *a, **k: loads.append(a) or load(*a, **k)
-    )
+    load = store.load_model
+    monkeypatch.setattr(store, "load_model", lambda *a, **k: loads.append(a) or load(*a, **k))
     session = totalfast.Session(device="cpu")
     first = session.segment(scan, fastest=True, quiet=True)
     assert len(loads) == 1
@@ -93,7 +91,7 @@ def test_second_call_of_a_session_loads_nothing(scan, monkeypatch):
 
 def test_a_session_that_keeps_no_models_has_two_at_a_time(scan, monkeypatch):
     alive, most = weakref.WeakSet(), []
-    load = session_module.load_model
+    load = store.load_model
 
     def counted(*arguments, **keywords):
         model = load(*arguments, **keywords)
@@ -102,13 +100,13 @@ def test_a_session_that_keeps_no_models_has_two_at_a_time(scan, monkeypatch):
         return model
 
     def predicted(*arguments, **keywords):
-        for begun in list(session._models.values()):
+        for begun in list(session.models._models.values()):
             begun.result()  # the next model is ready before this one is done
         return predict(*arguments, **keywords)
 
-    predict = labelling.predict_part
-    monkeypatch.setattr(session_module, "load_model", counted)
-    monkeypatch.setattr(labelling, "predict_part", predicted)
+    predict = prediction.predict_part
+    monkeypatch.setattr(store, "load_model", counted)
+    monkeypatch.setattr(prediction, "predict_part", predicted)
     results = []
     for keep in (False, True):
         most.clear()
@@ -124,13 +122,11 @@ def test_a_session_that_keeps_no_models_has_two_at_a_time(scan, monkeypatch):
 
 def test_each_backend_has_models_of_its_own(scan, monkeypatch):
     chosen, loads = [], []
-    choose, load = session_module.choose_backend, session_module.load_model
+    choose, load = store.choose_backend, store.load_model
     monkeypatch.setattr(
-        session_module, "choose_backend", lambda *a: chosen.append(a[0]) or choose("torch", a[1])
+        store, "choose_backend", lambda *a: chosen.append(a[0]) or choose("torch", a[1])
     )
-    monkeypatch.setattr(
-        session_module, "load_model", lambda *a, **k: loads.append(k) or load(*a, **k)
-    )
+    monkeypatch.setattr(store, "load_model", lambda *a, **k: loads.append(k) or load(*a, **k))
     session = totalfast.Session(device="cpu")
     for backend in ("torch", "compile", "torch", "auto"):
         session.segment(scan, fastest=True, quiet=True, backend=backend)
@@ -159,15 +155,15 @@ def test_two_threads_of_one_session_agree(scan):
 
 def test_a_failed_load_is_tried_again(scan, monkeypatch):
     session = totalfast.Session(device="cpu")
-    load = session_module.load_model
+    load = store.load_model
 
     def broken(*arguments, **keywords):
         raise totalfast.WeightsError("damaged")
 
-    monkeypatch.setattr(session_module, "load_model", broken)
+    monkeypatch.setattr(store, "load_model", broken)
     with pytest.raises(totalfast.WeightsError, match="damaged"):
         session.segment(scan, fastest=True, quiet=True)
-    monkeypatch.setattr(session_module, "load_model", load)
+    monkeypatch.setattr(store, "load_model", load)
     assert session.segment(scan, fastest=True, quiet=True).shape == scan.shape
 
 
@@ -217,8 +213,8 @@ def test_the_tile_step_is_that_of_the_task_and_not_of_rough_models():
 
 def test_fewer_tiles_are_predicted_when_asked_for(monkeypatch):
     counts = []
-    plan = labelling.plan_tiles
-    monkeypatch.setattr(labelling, "plan_tiles", lambda *a: counts.append(plan(*a)) or counts[-1])
+    plan = prediction.plan_tiles
+    monkeypatch.setattr(prediction, "plan_tiles", lambda *a: counts.append(plan(*a)) or counts[-1])
     scan = nib.Nifti1Image(np.zeros((20, 20, 130), np.int16), np.diag([6.0, 6.0, 6.0, 1.0]))
     for step in (None, 1.0):
         totalfast.segment(scan, tile_step_size=step, **QUICK)
@@ -267,7 +263,8 @@ def test_linear_export_interpolates_all_logits(scan):
     from scipy import ndimage
 
     from totalfast.engine.normalise import to_network_image
-    from totalfast.engine.sliding_window import Tiling, predict_logits
+    from totalfast.engine.sliding_window import predict_logits
+    from totalfast.engine.tiles import Tiling
     from totalfast.files.read import open_scan, read_image
     from totalfast.resampling.model_grid import to_model_grid
 

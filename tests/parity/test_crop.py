@@ -120,7 +120,7 @@ def test_cropped_scans_are_cut_to_whole_numbers_as_upstream_cuts_them():
 def test_no_region_gives_empty_masks_and_says_so(standin_home, tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("TOTALSEG_HOME_DIR", str(standin_home))
     # When a box is none is tested above; stand-ins see lungs even in air.
-    monkeypatch.setattr("totalfast.run.labelling.box_around", lambda *_, **__: None)
+    monkeypatch.setattr("totalfast.run.region.box_around", lambda *_, **__: None)
     air = nib.Nifti1Image(np.full((30, 30, 20), -1000, np.int16), np.diag([3.0, 3, 3, 1]))
     with caplog.at_level("INFO", logger="totalfast"):
         found = totalfast.segment(
@@ -166,7 +166,7 @@ def test_what_lies_far_from_the_rough_structures_is_removed_from_the_result(
     scan = nib.load(input_file("thick", scans))
     settings = {"device": "cpu", "quiet": True}
     found = totalfast.segment(scan, task="heartchambers_highres", **settings)
-    monkeypatch.setattr("totalfast.run.labelling.keep_near", lambda *arguments: None)
+    monkeypatch.setattr("totalfast.run.pipeline.keep_near", lambda *arguments: None)
     before = np.asarray(totalfast.segment(scan, task="heartchambers_highres", **settings).dataobj)
     rough = np.asarray(totalfast.segment(scan, fast=True, **settings).dataobj)
     names = {name: label for label, name in totalfast.upstream.CLASS_MAPS["total"].items()}

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from totalfast.errors import OptionError
 from totalfast.export import choose_method, export_labels, resampling_axes
-from totalfast.export.linear import CellExport
+from totalfast.export.cell_export import CellExport
 from totalfast.export.on_device import DeviceExport
 from totalfast.geometry import CENTERS
 

@@ -23,8 +23,9 @@ from totalfast.engine import backends
 from totalfast.engine.backends import choose_backend, resolve_backend, store
 from totalfast.engine.backends.forward import run_by_torch
 from totalfast.engine.backends.norms import normalised_in_place
-from totalfast.engine.models import load_model
-from totalfast.engine.sliding_window import Tiling, inference_settings, predict_labels
+from totalfast.engine.loading import load_model
+from totalfast.engine.sliding_window import inference_settings, predict_labels
+from totalfast.engine.tiles import Tiling
 
 CPU = torch.device("cpu")
 TILE = (1, 1, 16, 16, 16)

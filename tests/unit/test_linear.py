@@ -11,7 +11,7 @@ from totalfast.export import cells
 SCRIPT = """
 import numpy as np
 from totalfast.export import cells, export_labels
-from totalfast.export.linear import prepare
+from totalfast.export.cell_export import prepare
 
 prepare()
 loops = (cells.summarise, cells.fill_labels)

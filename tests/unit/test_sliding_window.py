@@ -6,16 +6,15 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from totalfast import ArgmaxPredictor, PredictionError
 from totalfast.engine.backends.forward import split_head
-from totalfast.engine.models import load_model
+from totalfast.engine.loading import load_model
 from totalfast.engine.sliding_window import (
-    Tiling,
     WindowMemory,
     _logits,
     first_maximum,
-    plan_tiles,
     predict_labels,
     predict_logits,
 )
+from totalfast.engine.tiles import Tiling, plan_tiles
 
 SHAPES = [(32, 24, 40), (21, 33, 80), (100, 30, 70)]
 """Of images of one tile, of two, and of two along the axis that the window rolls along and more."""
@@ -52,11 +51,12 @@ def test_labels_and_logits_are_nnunets(predictors, shape, step):
 
 
 def test_images_of_one_after_another_leave_nothing_in_the_windows_memory(predictors):
-    model, tiling = predictors[1].model, Tiling(step=0.8)
+    model, memory = predictors[1].model, WindowMemory()
     for shape in reversed(SHAPES):
         image = torch.randn((1, *shape), generator=torch.Generator().manual_seed(0))
         alone = predict_labels(model, image, Tiling(step=0.8))
-        assert torch.equal(predict_labels(model, image, tiling), alone)
+        shared = predict_labels(model, image, Tiling(step=0.8), memory=memory)
+        assert torch.equal(shared, alone)
 
 
 def test_window_memory_is_used_again_and_grows():
@@ -73,7 +73,7 @@ def test_window_memory_is_used_again_and_grows():
 def test_two_folds_are_averaged_in_half_precision_as_nnunet_does(folder, tmp_path):
     import shutil
 
-    from totalfast.engine.models import read_checkpoint
+    from totalfast.engine.loading import read_checkpoint
 
     copy = tmp_path / folder.name
     shutil.copytree(folder, copy)

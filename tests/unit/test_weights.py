@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from totalfast import WeightsError
-from totalfast.engine.models import builds_from_plans, find_model, load_model, read_checkpoint
+from totalfast.engine.loading import builds_from_plans, load_model, read_checkpoint
+from totalfast.engine.weights import find_model
 
 
 class Exploit:

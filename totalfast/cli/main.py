@@ -22,14 +22,9 @@ from typing import TYPE_CHECKING, Any
 import totalfast
 from totalfast import upstream
 from totalfast.engine.backends import BACKENDS
+from totalfast.engine.devices import validate_device
 from totalfast.errors import OptionError, TotalfastError
-from totalfast.options import (
-    AGGREGATIONS,
-    EXPORTS,
-    MODEL_SIZES,
-    SMALL_BLOB_MM3,
-    validate_device,
-)
+from totalfast.options import AGGREGATIONS, EXPORTS, MODEL_SIZES, SMALL_BLOB_MM3
 from totalfast.system.process_memory import prepare_process
 
 if TYPE_CHECKING:

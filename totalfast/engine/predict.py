@@ -13,12 +13,12 @@ import numpy as np
 
 from totalfast.engine.normalise import to_network_image
 from totalfast.engine.sliding_window import (
-    Tiling,
     final_logits,
     inference_settings,
     predict_labels,
     predict_logits,
 )
+from totalfast.engine.tiles import Tiling
 from totalfast.export import (
     choose_method,
     export_labels,
@@ -36,8 +36,9 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from totalfast.engine.models import Model
+    from totalfast.engine.model import Model
     from totalfast.engine.normalise import NetworkImage
+    from totalfast.engine.sliding_window import WindowMemory
     from totalfast.geometry import LinearWeights
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ def predict_part(
     spacing_mm: Sequence[float],
     model: Model,
     tiling: Tiling,
+    memory: WindowMemory | None,
     on_tile: Callable[[], None],
     linear_to: tuple[int, int, int] | None = None,
 ) -> NDArray[np.unsignedinteger]:
@@ -64,6 +66,8 @@ def predict_part(
         A loaded model.
     tiling
         How tiles are laid, mirrored and weighted.
+    memory
+        Where logits are summed up on the CPU; None allocates it.
     on_tile
         Called after each tile.
     linear_to
@@ -76,7 +80,9 @@ def predict_part(
         uint8 (uint16 from 255 labels on), (z, y, x), the model's own labels.
     """
     image = to_network_image(voxels[None], spacing_mm=spacing_mm, model=model)
-    return predict_network_image(image, model, tiling, on_tile=on_tile, linear_to=linear_to)
+    return predict_network_image(
+        image, model, tiling, memory=memory, on_tile=on_tile, linear_to=linear_to
+    )
 
 
 def predict_network_image(
@@ -84,6 +90,7 @@ def predict_network_image(
     model: Model,
     tiling: Tiling,
     *,
+    memory: WindowMemory | None = None,
     on_tile: Callable[[], None],
     method: str = "auto",
     linear_to: tuple[int, int, int] | None = None,
@@ -94,7 +101,7 @@ def predict_network_image(
     ----------
     image
         Prepared for the model.
-    model, tiling, on_tile, linear_to
+    model, tiling, memory, on_tile, linear_to
         As for ``predict_part``.
     method
         How logits of another grid become labels, as in ``export_labels``.
@@ -111,11 +118,13 @@ def predict_network_image(
     if linear_to is not None:
         shape = tuple(linear_to[axis] for axis in model.plans.transpose_forward)
         box, axes = _axes_to(shape, image)
-        found = _linear(model, tensor, axes, tiling=tiling, on_tile=on_tile)
+        found = _linear(model, tensor, axes, tiling=tiling, memory=memory, on_tile=on_tile)
     elif image.was_resampled:
-        found = _resampled(image, tensor, model, method, tiling=tiling, on_tile=on_tile)
+        found = _resampled(
+            image, tensor, model, method, tiling=tiling, memory=memory, on_tile=on_tile
+        )
     else:
-        found = predict_labels(model, tensor, tiling, on_tile=on_tile).numpy()
+        found = predict_labels(model, tensor, tiling, memory=memory, on_tile=on_tile).numpy()
     labels = np.zeros(shape, dtype=found.dtype)
     labels[box] = found
     restored: NDArray[np.unsignedinteger] = labels.transpose(model.plans.transpose_backward)
@@ -144,6 +153,7 @@ def predict_probabilities(
     spacing_mm: Sequence[float],
     model: Model,
     tiling: Tiling,
+    memory: WindowMemory | None,
     on_tile: Callable[[], None],
 ) -> tuple[NDArray[np.unsignedinteger], Probabilities]:
     """Label a model image through the probabilities of all classes, by nnU-Net's own export.
@@ -159,7 +169,9 @@ def predict_probabilities(
     )
 
     image = to_network_image(voxels[None], spacing_mm=spacing_mm, model=model)
-    logits = predict_logits(model, torch.from_numpy(image.voxels), tiling, on_tile=on_tile)
+    logits = predict_logits(
+        model, torch.from_numpy(image.voxels), tiling, memory=memory, on_tile=on_tile
+    )
     backward = model.plans.transpose_backward
     cropping = {
         "shape_before_cropping": image.full_shape,
@@ -209,6 +221,7 @@ def _linear(
     axes: Sequence[LinearWeights],
     *,
     tiling: Tiling,
+    memory: WindowMemory | None,
     on_tile: Callable[[], None],
 ) -> NDArray[np.unsignedinteger]:
     """Interpolate logits slice by slice, as they leave the sliding window."""
@@ -226,7 +239,7 @@ def _linear(
         device=model.device,
         threads=usable_cores(),
     )
-    for start, slab in final_logits(model, tensor, tiling, on_tile=on_tile):
+    for start, slab in final_logits(model, tensor, tiling, memory=memory, on_tile=on_tile):
         export.add(start, slab)
     return out
 
@@ -238,6 +251,7 @@ def _resampled(
     method: str,
     *,
     tiling: Tiling,
+    memory: WindowMemory | None,
     on_tile: Callable[[], None],
 ) -> NDArray[np.unsignedinteger]:
     """Where the plans' spacing gives another grid: nnU-Net's export, without its memory."""
@@ -246,7 +260,7 @@ def _resampled(
         method = choose_method(resampling, coordinates=CENTERS)
         logger.debug("  logits are resampled by the plans' rule: export '%s'", method)
     if method == "nearest":
-        labels = predict_labels(model, tensor, tiling, on_tile=on_tile).numpy()
+        labels = predict_labels(model, tensor, tiling, memory=memory, on_tile=on_tile).numpy()
         indices = [
             nearest_indices(n, m, CENTERS)
             for n, m in zip(labels.shape, image.cropped_shape, strict=True)
@@ -255,8 +269,8 @@ def _resampled(
     if method == "linear":
         separate = separate_axis(image.network_spacing_mm, image.spacing_mm, resampling=resampling)
         axes = resampling_axes(tensor.shape[1:], image.cropped_shape, CENTERS, separate)
-        return _linear(model, tensor, axes, tiling=tiling, on_tile=on_tile)
-    logits = predict_logits(model, tensor, tiling, on_tile=on_tile)
+        return _linear(model, tensor, axes, tiling=tiling, memory=memory, on_tile=on_tile)
+    logits = predict_logits(model, tensor, tiling, memory=memory, on_tile=on_tile)
     with inference_settings(model.device):
         return export_labels(
             logits,

@@ -9,25 +9,24 @@ logits of a slice are dropped as soon as no later tile touches it.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from totalfast.engine.tiles import Tiles, Tiling, mirrorings, plan_tiles
 from totalfast.errors import PredictionError
 from totalfast.export.nearest import first_maximum, label_dtype
 from totalfast.system.cores import network_threads
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator
 
     import torch
     from numpy.typing import NDArray
     from torch import nn
 
-    from totalfast.engine.models import Model
+    from totalfast.engine.model import Model
 
 ONEDNN_SIZE = 20480
 """Up to this product of its first four sizes torch convolves a batch of one without oneDNN, and
@@ -61,105 +60,12 @@ class WindowMemory:
         return self._kept[:size].reshape(shape)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tiling:
-    """How an image is predicted tile by tile: nnU-Net's options of the same meaning.
-
-    Parameters
-    ----------
-    step
-        Tile step as a share of the tile size.
-    gaussian
-        Whether the middle of a tile counts more than its rim.
-    mirror_axes
-        Spatial axes along which each tile is also predicted mirrored, in every combination, and
-        averaged; TotalSegmentator's tiles are not.
-    on_device
-        Whether logits are summed up on a CUDA device that the network runs on, or on the CPU.
-    memory
-        Where they are summed up on the CPU.
-    """
-
-    step: float
-    gaussian: bool = True
-    mirror_axes: tuple[int, ...] = ()
-    on_device: bool = True
-    memory: WindowMemory = field(default_factory=WindowMemory, compare=False)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tiles:
-    """Where the tiles of one image start, axis by axis, and how the image is padded for them.
-
-    Parameters
-    ----------
-    patch
-        Tile size (z, y, x).
-    starts
-        Start of the tiles along z, y and x, in the padded image.
-    shape
-        Shape (z, y, x) of the image, before padding.
-    below, above
-        Zeros added before and after the image, per axis.
-    """
-
-    patch: tuple[int, ...]
-    starts: tuple[tuple[int, ...], ...]
-    shape: tuple[int, ...]
-    below: tuple[int, ...]
-    above: tuple[int, ...]
-
-    @property
-    def count(self) -> int:
-        """Number of tiles."""
-        z, y, x = self.starts
-        return len(z) * len(y) * len(x)
-
-    @property
-    def padded_shape(self) -> tuple[int, ...]:
-        """Shape (z, y, x) of the padded image."""
-        return tuple(n + b + a for n, b, a in zip(self.shape, self.below, self.above, strict=True))
-
-    @property
-    def inside(self) -> tuple[slice, tuple[slice, slice]]:
-        """Where the image lies in the padded one: its slices, and its rows and columns."""
-        z, y, x = (slice(b, b + n) for b, n in zip(self.below, self.shape, strict=True))
-        return z, (y, x)
-
-
-def plan_tiles(shape: tuple[int, ...], patch: tuple[int, ...], step: float) -> Tiles:
-    """Lay nnU-Net's tiles over an image of ``shape`` (z, y, x).
-
-    A patch of two axes (y, x) is laid over every slice.
-    """
-    from nnunetv2.inference.sliding_window_prediction import compute_steps_for_sliding_window
-
-    if len(patch) == 2:
-        plane = plan_tiles((patch[0], *shape[1:]), (patch[0], *patch), step)
-        return Tiles(
-            patch=(1, *patch),
-            starts=(tuple(range(shape[0])), *plane.starts[1:]),
-            shape=shape,
-            below=(0, *plane.below[1:]),
-            above=(0, *plane.above[1:]),
-        )
-    missing = [max(p - n, 0) for n, p in zip(shape, patch, strict=True)]
-    below = tuple(m // 2 for m in missing)
-    padded = tuple(n + m for n, m in zip(shape, missing, strict=True))
-    return Tiles(
-        patch=patch,
-        starts=tuple(tuple(axis) for axis in compute_steps_for_sliding_window(padded, patch, step)),
-        shape=shape,
-        below=below,
-        above=tuple(m - b for m, b in zip(missing, below, strict=True)),
-    )
-
-
 def predict_labels(
     model: Model,
     image: torch.Tensor,
     tiling: Tiling,
     *,
+    memory: WindowMemory | None = None,
     on_tile: Callable[[], None] = lambda: None,
 ) -> torch.Tensor:
     """Predict the label of every voxel, at network resolution.
@@ -172,6 +78,8 @@ def predict_labels(
         float32, (channels, z, y, x), normalised, on the CPU.
     tiling
         How tiles are laid, mirrored and weighted.
+    memory
+        Where logits are summed up on the CPU; None allocates it.
     on_tile
         Called after each tile.
 
@@ -188,7 +96,7 @@ def predict_labels(
 
     dtype = label_dtype(len(model.labels.foreground_labels))
     labels = torch.from_numpy(np.empty(tuple(image.shape[1:]), dtype=dtype))
-    for start, logits in final_logits(model, image, tiling, on_tile=on_tile):
+    for start, logits in final_logits(model, image, tiling, memory=memory, on_tile=on_tile):
         if model.labels.has_regions:
             found = torch.as_tensor(model.labels.convert_logits_to_segmentation(logits))
         else:
@@ -202,6 +110,7 @@ def predict_logits(
     image: torch.Tensor,
     tiling: Tiling,
     *,
+    memory: WindowMemory | None = None,
     on_tile: Callable[[], None] = lambda: None,
 ) -> torch.Tensor:
     """Predict all logits, float16, (classes, z, y, x), on the CPU: what nnU-Net's export takes.
@@ -211,7 +120,7 @@ def predict_logits(
     import torch
 
     logits = torch.empty((model.heads, *image.shape[1:]), dtype=torch.half)
-    for start, slab in final_logits(model, image, tiling, on_tile=on_tile):
+    for start, slab in final_logits(model, image, tiling, memory=memory, on_tile=on_tile):
         logits[:, start : start + slab.shape[1]] = slab.to("cpu")
     return logits
 
@@ -221,6 +130,7 @@ def final_logits(
     image: torch.Tensor,
     tiling: Tiling,
     *,
+    memory: WindowMemory | None = None,
     on_tile: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """Yield (first slice, logits of a few slices) along z as they become final.
@@ -245,7 +155,7 @@ def final_logits(
             yield from networks.logits_of_one_tile(image, tiles)
             on_tile()
             return
-        window = _RollingWindow(networks, tiles, tiling.memory, device)
+        window = _RollingWindow(networks, tiles, memory or WindowMemory(), device)
         starts_z, starts_y, starts_x = tiles.starts
         for z in starts_z:
             yield from window.advance(z)
@@ -274,16 +184,6 @@ def _gaussian(patch: tuple[int, ...], device: torch.device) -> torch.Tensor:
         patch, sigma_scale=1.0 / 8, value_scaling_factor=10, device=device
     )
     return weights
-
-
-def mirrorings(axes: Sequence[int]) -> list[tuple[int, ...]]:
-    """All combinations of spatial axes, as axes of a batch, in nnU-Net's order."""
-    shifted = [axis + 2 for axis in axes]
-    return [
-        some
-        for count in range(1, len(shifted) + 1)
-        for some in itertools.combinations(shifted, count)
-    ]
 
 
 def _logits(head: nn.Module | None, features: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:

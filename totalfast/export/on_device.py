@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from totalfast.export.linear import LinearExport
+from totalfast.export.linear_base import LinearExport
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

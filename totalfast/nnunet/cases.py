@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from totalfast.engine.models import Model
+    from totalfast.engine.model import Model
 
 Item = TypeVar("Item")
 _END = object()

@@ -18,15 +18,12 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from tqdm import tqdm
 
 from totalfast.engine.backends import choose_backend
-from totalfast.engine.models import CHECKPOINT_NAME, Model, load_model, tile_shape
+from totalfast.engine.loading import load_model, tile_shape
+from totalfast.engine.model import Model
 from totalfast.engine.predict import predict_network_image
-from totalfast.engine.sliding_window import (
-    Tiling,
-    inference_settings,
-    plan_tiles,
-    predict_labels,
-    predict_logits,
-)
+from totalfast.engine.sliding_window import inference_settings, predict_labels, predict_logits
+from totalfast.engine.tiles import Tiling, plan_tiles
+from totalfast.engine.weights import CHECKPOINT_NAME
 from totalfast.nnunet.cases import (
     ahead,
     case_from_array,

@@ -1,7 +1,4 @@
-"""Why a class is empty in the end: the step after which it was no longer there.
-
-Knows label maps and the names of steps; knows nothing of what the steps do.
-"""
+"""Why a class is empty in the result: the step that removed its last voxel."""
 
 from __future__ import annotations
 
@@ -27,39 +24,39 @@ OUTSIDE = "removed as outside of the region"
 REFINED = "removed by the refinement"
 
 
-class Losses:
-    """Remembers for each class where it was lost.
+class EmptyClasses:
+    """Records for each class the step that left it empty.
 
     Parameters
     ----------
     classes
         Label to class name.
-    wanted
-        False remembers nothing, and costs nothing.
+    enabled
+        False records nothing, at no cost.
     """
 
-    def __init__(self, classes: Mapping[int, str], *, wanted: bool) -> None:
+    def __init__(self, classes: Mapping[int, str], *, enabled: bool) -> None:
         self._classes = classes
-        self._wanted = wanted
+        self._enabled = enabled
         self.reasons: dict[str, str] = {}
         """Class name to reason, of the classes that are empty."""
 
     def note(self, labels: NDArray[np.uint8], reason: str) -> None:
-        """Note the classes that are empty now, and were not before, as lost for a reason."""
-        if self._wanted:
-            self._lose(self._classes.keys() - label_boxes(labels), reason)
+        """Record a reason for the classes that are empty now and were not before."""
+        if self._enabled:
+            self._record(self._classes.keys() - label_boxes(labels), reason)
 
     def note_all(self, reason: str) -> None:
-        """Note all classes as lost for a reason."""
-        if self._wanted:
-            self._lose(self._classes, reason)
+        """Record a reason for all classes."""
+        if self._enabled:
+            self._record(self._classes, reason)
 
-    def _lose(self, labels: Iterable[int], reason: str) -> None:
+    def _record(self, labels: Iterable[int], reason: str) -> None:
         for label in sorted(labels):
             self.reasons.setdefault(self._classes[label], reason)
 
-    def tell(self) -> None:
-        """Say which classes are empty, a line a reason."""
+    def log(self) -> None:
+        """Log the empty classes, one line per reason."""
         for reason in dict.fromkeys(self.reasons.values()):
             names = [name for name, why in self.reasons.items() if why == reason]
             logger.debug("Empty, %s: %s", reason, ", ".join(names))

@@ -1,6 +1,6 @@
-"""The line that a scan runs along, from file to masks.
+"""One run, from the scan to its results, top to bottom.
 
-Knows in which order things happen, and nothing of how they are done.
+Each step is a function of another module; the order of the steps is here.
 """
 
 from __future__ import annotations
@@ -11,18 +11,26 @@ import time
 from threading import Thread
 from typing import TYPE_CHECKING
 
-from totalfast.engine.models import find_part
-from totalfast.export.linear import prepare as prepare_linear
+import numpy as np
+
+from totalfast.engine.weights import find_part
+from totalfast.export.cell_export import prepare as prepare_linear
 from totalfast.files.read import open_scan, read_image
-from totalfast.geometry import Grid
-from totalfast.run.budget import Budget
-from totalfast.run.empty_classes import Losses
+from totalfast.geometry import Grid, to_canonical
+from totalfast.resampling.model_grid import to_model_grid
+from totalfast.run.cleanup import clean, refine
+from totalfast.run.context import RunContext
+from totalfast.run.empty_classes import NO_REGION, NOT_RESTORED, OUTSIDE, EmptyClasses
 from totalfast.run.input_warnings import warn_of_unusual
-from totalfast.run.labelling import Run, refine, segment
-from totalfast.run.memory_plan import StoredScan
-from totalfast.run.results import Found, deliver, save_report, writes_skin
+from totalfast.run.measure import measure_model_image
+from totalfast.run.memory_plan import Budget, StoredScan
+from totalfast.run.prediction import predict
+from totalfast.run.region import empty_result, find_region, keep_near, uncrop
+from totalfast.run.restoring import LabelMap, restore
+from totalfast.run.results import Results, save_report, write_results, writes_skin
 from totalfast.run.work import Work
-from totalfast.system.progress import Progress
+from totalfast.system.cores import usable_cores
+from totalfast.system.progress import Progress, timed
 from totalfast.upstream import check_license, store_license
 
 if TYPE_CHECKING:
@@ -31,12 +39,15 @@ if TYPE_CHECKING:
     from typing import BinaryIO
 
     import nibabel as nib
+    from numpy.typing import NDArray
 
+    from totalfast.engine.store import ModelStore
     from totalfast.files.dicom.read import Series
     from totalfast.options import Options
-    from totalfast.run.results import Delivered
-    from totalfast.session import Session
-    from totalfast.tasks import Part, Task
+    from totalfast.run.memory_plan import MemoryPlan
+    from totalfast.run.results import Segmentation
+    from totalfast.scan import ModelImage, ScannerImage
+    from totalfast.tasks import Crop, Part, Task
 
 logger = logging.getLogger(__name__)
 
@@ -46,10 +57,10 @@ def run(
     output: Path | None,
     *,
     options: Options,
-    session: Session,
+    store: ModelStore,
     series: Series | None = None,
-) -> Delivered:
-    """Segment one scan.
+) -> Segmentation:
+    """Segment one scan and write what was asked for.
 
     Parameters
     ----------
@@ -59,10 +70,10 @@ def run(
         Directory of the masks, or file of the label map; None writes nothing.
     options
         What to do.
-    session
-        Where models are kept.
+    store
+        Where models are loaded.
     series
-        The DICOM series that ``source`` is the image of, if it is one's.
+        The DICOM series that ``source`` was converted from, if it was.
 
     Returns
     -------
@@ -71,76 +82,182 @@ def run(
     """
     began = time.perf_counter()
     task = options.resolved_task()
-    if options.license_number is not None:
-        store_license(options.license_number)
-    if task.licensed:
-        check_license(task.name)
+    _check_license(task, options)
     scan = open_scan(source)  # before models are looked for, or even downloaded
-    _say_what_is_done(task, options)
+    _log_task(task, options)
     with Progress(disable=options.quiet) as progress:
-        this = Run(
-            options=options,
-            session=session,
-            progress=progress,
-            work=Work.of(scan, task, device=options.device),
-            scan=StoredScan(
-                shape=scan.shape[:3],
-                itemsize=scan.get_data_dtype().itemsize,
-                kept=_keeps_scan(task, options),
-            ),
-            budget=Budget.of(options),
-            losses=Losses(task.classes, wanted=options.verbose or options.report is not None),
-            models=tuple(_models_of(task)),
-        )
-        _check_memory(this, Grid(shape=scan.shape[:3], affine=scan.affine), task)
-        for owner, part in this.models:
-            find_part(owner, part)  # what is missing is downloaded before anything is read
-        this.begin_loading(0)
-        if options.export == "linear":
-            Thread(target=prepare_linear, name="totalfast-compile", daemon=True).start()
-        progress.expect(this.work.total)
+        context = _context(scan, task, options=options, store=store, progress=progress)
+        plan = _first_plan(context, Grid(shape=scan.shape[:3], affine=scan.affine), task)
+        plan.check(context.budget)
+        _prepare_models(context)
+        progress.expect(context.work.total)
         progress.stage("Reading")
         image = read_image(scan)
         warn_of_unusual(image, spacing_mm=task.spacing_mm, crops=task.crop is not None)
-        progress.advance(this.work.read)
+        progress.advance(context.work.read)
 
-        labelled = segment(this, image, task)
+        label_map = segment(context, image, task, plan)
         if task.refined_by is not None:
-            refine(this, labelled.image, image, task, task.refined_by)
-        progress.advance(this.work.restore)
+            bodies = _vertebral_bodies(context, image, task.refined_by)
+            refine(context, label_map, bodies, image, task)
+        progress.advance(context.work.restore)
 
-        found = Found(
-            labels=labelled.image,
-            statistics=labelled.statistics,
+        results = Results(
+            label_map=label_map,
             image=image,
-            source=_named(source, scan, series),
+            source=_name_of(source, scan, series),
             series=series,
             output=output,
             task=task,
             options=options,
         )
-        delivered = deliver(found, progress)
-        progress.advance(this.work.save)
-    this.losses.tell()
-    seconds = time.perf_counter() - began
+        segmentation = write_results(results, progress)
+        progress.advance(context.work.save)
+    context.empty_classes.log()
+    elapsed_s = time.perf_counter() - began
     if options.report is not None:
-        device, _ = session.place(options.device, options.backend)
-        save_report(found, this.losses, device=device, seconds=seconds)
-    logger.info("Done in %.1f s: %s", seconds, ", ".join(delivered.saved) or "nothing was saved")
-    return delivered
+        device, _ = store.place(options.device, options.backend)
+        save_report(results, context.empty_classes, device=device, elapsed_s=elapsed_s)
+    logger.info(
+        "Done in %.1f s: %s", elapsed_s, ", ".join(segmentation.saved) or "nothing was saved"
+    )
+    return segmentation
 
 
-def _named(
+def segment(context: RunContext, image: ScannerImage, task: Task, plan: MemoryPlan) -> LabelMap:
+    """Label an image on its own grid: all of it, or the region that the task looks at.
+
+    ``plan`` is for the first pass over the whole image: the rough task's, if there is one.
+    """
+    if task.crop is None:
+        return segment_whole(context, image, task, plan)
+    return segment_region(context, image, task, task.crop, plan)
+
+
+def segment_whole(
+    context: RunContext, image: ScannerImage, task: Task, plan: MemoryPlan
+) -> LabelMap:
+    """Label all of an image: to the model grid, predict, clean up, and back."""
+    model_image = resample(image, task, context.options)
+    context.progress.advance(context.work.resample)
+    if not context.keeps_scan:
+        image.drop_voxels()
+    labels = predict(context, model_image, task, on_device=plan.on_device)
+    labels = clean(context, labels, model_image, task)
+    statistics = None
+    if context.options.measures_model_grid:
+        statistics = measure_model_image(labels, model_image, image, task.classes, context.options)
+    context.progress.stage("Restoring")
+    restored = restore(labels, model_image, image, context.options, task.classes)
+    context.empty_classes.note(np.asanyarray(restored.dataobj), NOT_RESTORED)
+    return LabelMap(image=restored, statistics=statistics)
+
+
+def segment_region(
+    context: RunContext, image: ScannerImage, task: Task, crop: Crop, plan: MemoryPlan
+) -> LabelMap:
+    """Find a region with a rough task, label it, and put its labels into the whole scan."""
+    rough_labels = _rough_labels(context, image, crop, plan)
+    box = find_region(rough_labels, crop, image)
+    if box is None:
+        context.empty_classes.note_all(NO_REGION)
+        return empty_result(image, task)
+    region = image.cropped(box)
+    plan = context.plan_memory(region.grid, task)
+    plan.check(context.budget)
+    if not context.keeps_scan:
+        image.drop_voxels()
+    label_map = segment_whole(context, region, task, plan)
+    label_map = uncrop(label_map, image, box, task.classes)
+    if crop.outside is not None:
+        keep_near(label_map, box, rough_labels, crop, image)
+        context.empty_classes.note(label_map.voxels, OUTSIDE)
+    return label_map
+
+
+def resample(image: ScannerImage, task: Task, options: Options) -> ModelImage:
+    """Bring a scan to the spacing that a task's models expect, or only to RAS+ axes."""
+    order, spacing_mm = options.resampling_order, task.spacing_mm
+    with timed("Resampling..." if spacing_mm else None, "  Resampled in"):
+        model_image = to_model_grid(
+            image, spacing_mm=spacing_mm, order=order, threads=usable_cores()
+        )
+    logger.debug("  from shape %s to shape %s", image.grid.shape, model_image.grid.shape)
+    return model_image
+
+
+def _rough_labels(
+    context: RunContext, image: ScannerImage, crop: Crop, plan: MemoryPlan
+) -> NDArray[np.uint8]:
+    """Run the rough task: labels (z, y, x), RAS+ axes."""
+    logger.info(crop.announced)
+    if crop.robust:
+        logger.info("  (Using more robust (but slower) 3mm model for cropping.)")
+    rough, task = context.rough(), crop.rough
+    if task.crop is not None:
+        label_map = segment(rough, image, task, plan)
+        labels: NDArray[np.uint8] = to_canonical(label_map.voxels, image.grid).transpose(2, 1, 0)
+        return labels
+    model_image = resample(image, task, rough.options)
+    labels = predict(rough, model_image, task, on_device=plan.on_device)
+    return clean(rough, labels, model_image, task)
+
+
+def _vertebral_bodies(context: RunContext, image: ScannerImage, task: Task) -> LabelMap:
+    """Run the task whose first class the vertebrae are cut to."""
+    logger.info("Generating vertebrae body mask for refinement...")
+    rough = context.rough()
+    return segment(rough, image, task, rough.plan_memory(image.grid, task))
+
+
+def _context(
+    scan: nib.Nifti1Image, task: Task, *, options: Options, store: ModelStore, progress: Progress
+) -> RunContext:
+    return RunContext(
+        options=options,
+        store=store,
+        progress=progress,
+        work=Work.of(scan, task, device=options.device),
+        scan=StoredScan(
+            shape=scan.shape[:3],
+            itemsize=scan.get_data_dtype().itemsize,
+            kept=_keeps_scan(task, options),
+        ),
+        budget=Budget.of(options),
+        empty_classes=EmptyClasses(
+            task.classes, enabled=options.verbose or options.report is not None
+        ),
+        models=tuple(_models_of(task)),
+    )
+
+
+def _check_license(task: Task, options: Options) -> None:
+    if options.license_number is not None:
+        store_license(options.license_number)
+    if task.licensed:
+        check_license(task.name)
+
+
+def _prepare_models(context: RunContext) -> None:
+    """Download missing models before anything is read; start loading the first one."""
+    for task, part in context.models:
+        find_part(task, part)
+    context.start_loading(0)
+    if context.options.export == "linear":
+        Thread(target=prepare_linear, name="totalfast-compile", daemon=True).start()
+
+
+def _name_of(
     source: str | Path | nib.Nifti1Image | BinaryIO, scan: nib.Nifti1Image, series: Series | None
 ) -> str | Path | nib.Nifti1Image:
-    """What the user named, or the image, where no path was given."""
+    """The path that the user gave, or the image, where no path was given."""
     if series is not None:
         return series.source
     return source if isinstance(source, str | os.PathLike) else scan
 
 
 def _models_of(task: Task) -> Iterator[tuple[Task, Part]]:
-    """All models that a task needs, in the order in which it does."""
+    """All models that a task needs, in the order of use."""
     if task.crop is not None:
         yield from _models_of(task.crop.rough)
     for part in task.parts:
@@ -158,15 +275,14 @@ def _keeps_scan(task: Task, options: Options) -> bool:
     )
 
 
-def _check_memory(run: Run, whole: Grid, task: Task) -> None:
-    """Say what memory the first pass over the whole scan takes, or that it is too much."""
-    first = run
+def _first_plan(context: RunContext, whole: Grid, task: Task) -> MemoryPlan:
+    """Plan the memory of the first pass over the whole scan."""
     while task.crop is not None:
-        first, task = first.rough(), task.crop.rough
-    first.plan_memory(whole, task).check(run.budget)
+        context, task = context.rough(), task.crop.rough
+    return context.plan_memory(whole, task)
 
 
-def _say_what_is_done(task: Task, options: Options) -> None:
+def _log_task(task: Task, options: Options) -> None:
     if task.coarse_mm is not None:
         logger.info(
             "Using '%s' option: resampling to lower resolution (%dmm)",

@@ -16,12 +16,13 @@ import pickle
 import re
 import threading
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from totalfast import upstream
 from totalfast.engine.backends.forward import run_by_torch
+from totalfast.engine.model import Model
+from totalfast.engine.weights import CHECKPOINT_NAME
 from totalfast.errors import WeightsError
 
 if TYPE_CHECKING:
@@ -31,107 +32,12 @@ if TYPE_CHECKING:
     from torch import nn
 
     from totalfast.engine.backends import Backend
-    from totalfast.engine.backends.forward import Forward
-    from totalfast.tasks import Part, Task
 
 logger = logging.getLogger(__name__)
 
-CHECKPOINT_NAME = "checkpoint_final.pth"
 
 _LOADING = threading.Lock()
 """Torch's list of safe types and Python's warning filters belong to the whole process."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Model:
-    """A loaded nnU-Net model, its weights on the device.
-
-    Parameters
-    ----------
-    folder
-        ``<results>/<dataset>/<trainer>__<plans>__<configuration>``.
-    plans, configuration, labels
-        nnU-Net's PlansManager, ConfigurationManager and LabelManager.
-    dataset
-        Content of dataset.json.
-    networks
-        One network a fold, in eval mode; or none, as ``forwards`` are what runs.
-    forwards
-        The networks as a backend runs them.
-    trainer_name
-        The trainer that the checkpoint names.
-    mirroring_axes
-        What the checkpoint allows; TotalSegmentator never mirrors.
-    """
-
-    folder: Path
-    plans: Any
-    configuration: Any
-    labels: Any
-    dataset: dict[str, Any]
-    networks: tuple[nn.Module, ...]
-    forwards: tuple[Forward, ...]
-    trainer_name: str
-    mirroring_axes: tuple[int, ...] | None
-    device: torch.device
-
-    @property
-    def patch_size(self) -> tuple[int, ...]:
-        """Tile size (z, y, x) in voxels."""
-        return tuple(self.configuration.patch_size)
-
-    @property
-    def heads(self) -> int:
-        """Number of channels that the network returns."""
-        return int(self.labels.num_segmentation_heads)
-
-    @property
-    def regions(self) -> tuple[int, ...] | None:
-        """Label of each channel of a region-based model, in the order of painting; else None."""
-        return tuple(self.labels.regions_class_order) if self.labels.has_regions else None
-
-
-def find_model(model_id: int, *, trainer: str, plans: str, configuration: str) -> Path:
-    """Return the folder of one of TotalSegmentator's models; a missing one is downloaded.
-
-    Raises
-    ------
-    WeightsError
-        If it is neither there nor to be had.
-    """
-    dataset = upstream.dataset_folder(model_id)
-    if not dataset.exists():
-        _download(model_id, dataset)
-    folder = dataset / f"{trainer}__{plans}__{configuration}"
-    if not folder.is_dir():
-        found = ", ".join(sorted(path.name for path in dataset.iterdir())) or "nothing"
-        raise WeightsError(
-            f"model {model_id} is incomplete: {dataset} has {found}, but {folder.name} is needed. "
-            "Delete the folder, so that it is downloaded again."
-        )
-    return folder
-
-
-def find_part(task: Task, part: Part) -> Path:
-    """Return the folder of one of a task's models; errors are ``find_model``'s."""
-    return find_model(
-        part.model_id, trainer=task.trainer, plans=task.plans, configuration=task.configuration
-    )
-
-
-def _download(model_id: int, dataset: Path) -> None:
-    import requests
-
-    try:
-        upstream.download_weights(model_id)
-    except (OSError, requests.RequestException, ValueError) as error:
-        raise WeightsError(
-            f"model {model_id} is not in {dataset} and can't be downloaded: {error}. "
-            "Without a network, copy the folder there from a machine that has it "
-            "(TOTALSEG_HOME_DIR and TOTALSEG_WEIGHTS_PATH say where 'there' is)."
-        ) from error
-    if not dataset.exists():
-        raise WeightsError(f"the download of model {model_id} did not make {dataset}.")
 
 
 def load_model(

@@ -1,72 +1,30 @@
-"""What memory a run may take: what is free, or what the user allows.
-
-Knows the operating system, its containers and CUDA; knows nothing of scans or models.
-"""
+"""Free memory: the machine's, the container's, a CUDA device's."""
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import psutil
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from totalfast.options import Options
 
 GB = 1e9
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Budget:
-    """Memory that a run may take, in bytes.
-
-    Parameters
-    ----------
-    host
-        None if the system does not tell.
-    device
-        Free on the CUDA device that networks run on; None: they run on the CPU.
-    is_limit
-        Whether the user has set ``host``, so that needing more is an error.
-    """
-
-    host: float | None
-    device: float | None
-    is_limit: bool
-
-    @classmethod
-    def of(cls, options: Options) -> Budget:
-        """Take the user's limit, or else what is free now."""
-        limit = options.max_memory_gb
-        return cls(
-            host=free_host_bytes() if limit is None else limit * GB,
-            device=_free_device_bytes(options.device),
-            is_limit=limit is not None,
-        )
-
-
-def free_host_bytes() -> float | None:
+def free_host_bytes() -> float:
     """Memory that this process can have: the machine's, or less in a container.
 
     Linux tells what is free, and what cgroups (version 1 or 2) allow; macOS tells what is built in,
     and Windows nothing.
     """
-    found = [_machine_bytes(), *_cgroup_bytes(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))]
-    known = [bytes_ for bytes_ in found if bytes_ is not None]
-    return min(known, default=None)
-
-
-def _machine_bytes() -> float | None:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
-            return None
-        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    fields = {name: value.split() for name, _, value in (line.partition(":") for line in lines)}
-    return 1024.0 * int(fields["MemAvailable"][0]) if "MemAvailable" in fields else None
+    found = [
+        psutil.virtual_memory().available,
+        *_cgroup_bytes(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")),
+    ]
+    return float(min(found))
 
 
 def _cgroup_bytes(membership: Path, mounted: Path) -> Iterator[float]:
@@ -107,7 +65,7 @@ def _number(path: Path, *, field: str = "") -> int | None:
     return None
 
 
-def _free_device_bytes(device: str) -> float | None:
+def free_device_bytes(device: str) -> float | None:
     """Free memory of the CUDA device that a name means; None if it means another device."""
     if not device.startswith("gpu"):
         return None
