@@ -1,34 +1,32 @@
-"""The options of one run, keyword for keyword upstream's, checked once.
-
-Knows names and rules; knows nothing of arrays or files' contents.
-"""
+"""The options of one run, keyword for keyword upstream's, checked once."""
 
 from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 from totalfast.engine.backends import resolve_backend
 from totalfast.engine.devices import validate_device
-from totalfast.errors import OptionError, UnsupportedError
+from totalfast.errors import OptionError, TotalfastError, UnsupportedError
 from totalfast.tasks import resolve_task
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from totalfast.tasks import Task
 
 EXPORTS = ("auto", "nearest", "linear")
-"""Upstream's own way (nearest-neighbour from the model grid), the same said aloud, and smooth
-masks from logits that are interpolated on the scanner grid."""
+"""``auto`` is upstream's way. ``nearest`` resamples labels by nearest neighbour, which is the same
+for most tasks. ``linear`` interpolates logits on the scanner grid, for smooth
+masks."""
 
 AGGREGATIONS = ("mean", "median")
 MODEL_SIZES = ("big", "small")
 OUTPUT_TYPES = ("nifti", "dicom_rtstruct", "dicom_seg")
 SMALL_BLOB_MM3 = 200.0
-"""What ``remove_small_blobs=True`` stands for."""
+"""Volume for ``remove_small_blobs=True``."""
 
 
 def parse_output_types(value: str | Sequence[str]) -> tuple[str, ...]:
@@ -54,9 +52,9 @@ def parse_output_types(value: str | Sequence[str]) -> tuple[str, ...]:
 class Options:
     """Options of a run; names, meanings and defaults are those of ``totalsegmentator()``.
 
-    Ours are ``export``, how labels come to the scanner grid, one of ``EXPORTS``; ``backend``, what
-    runs the networks, one of ``totalfast.engine.backends.BACKENDS``; ``tile_step_size``, the
-    task's own if None; and ``max_memory_gb``, which is what is free if None.
+    Four are not upstream's: ``export``, one of ``EXPORTS``; ``backend``, one of
+    ``totalfast.engine.backends.BACKENDS``; ``tile_step_size``, None for the task's own; and
+    ``max_memory_gb``, None for the free memory.
     """
 
     ml: bool = False
@@ -106,129 +104,75 @@ class Options:
     def __post_init__(self) -> None:
         validate_device(self.device)
         resolve_backend(self.backend)
-        if self.save_lowres and not (self.fast or self.fastest):
-            raise OptionError("save_lowres only works together with fast or fastest mode.")
-        if self.save_lowres and self.dicom_types:
-            raise OptionError("save_lowres only supports nifti output.")
-        if self.resampling_order not in range(6):
-            raise OptionError(
-                f"resampling_order must be between 0 and 5, not {self.resampling_order}."
-            )
-        if self.export not in EXPORTS:
-            raise OptionError(f"export must be one of {', '.join(EXPORTS)}, not '{self.export}'.")
-        step = self.tile_step_size
-        if step is not None and not 0 < step <= 1:
-            raise OptionError(f"tile_step_size must be above 0 and at most 1, not {step}.")
-        if self.max_memory_gb is not None and not self.max_memory_gb > 0:
-            raise OptionError(f"max_memory_gb must be above 0, not {self.max_memory_gb}.")
-        if self.export == "linear" and (
-            self.save_lowres or self.force_split or self.higher_order_resampling_LEGACY
-        ):
-            raise OptionError(
-                "export='linear' does not work with save_lowres, force_split or "
-                "higher_order_resampling_LEGACY."
-            )
-        if self.export == "linear" and (self.higher_order_resampling or self.save_probabilities):
-            raise OptionError(
-                "export='linear' does not work with save_probabilities or higher_order_resampling, "
-                "which interpolate logits in their own way."
-            )
-        archive = self.save_probabilities
-        if archive is not None and (archive.is_dir() or archive.suffix == ".pkl"):
-            raise OptionError(
-                f"save_probabilities needs the name of an .npz file to write, not {archive}; "
-                "a .pkl file is written beside it."
-            )
-        for name in ("statistics", "report"):
-            path = getattr(self, name)
-            if isinstance(path, Path) and path.is_dir():
-                raise OptionError(f"{name} needs the name of a file to write; {path} is a folder.")
-        if self.test != 0:
-            raise UnsupportedError(
-                f"test={self.test} makes TotalSegmentator's own tests take reference files of its "
-                "repository for predictions; totalfast accepts test=0 only."
-            )
-        if self.stats_aggregation not in AGGREGATIONS:
-            raise OptionError(
-                f"stats_aggregation must be one of {', '.join(AGGREGATIONS)}, "
-                f"not '{self.stats_aggregation}'."
-            )
-        if self.model_size not in MODEL_SIZES:
-            raise OptionError(
-                f"model_size must be one of {', '.join(MODEL_SIZES)}, not '{self.model_size}'."
-            )
-        if self.remove_small_blobs is not False and self.remove_small_blobs <= 0:
-            raise OptionError(
-                "remove_small_blobs must be a volume above 0, in mm3, "
-                f"not {self.remove_small_blobs}."
-            )
-        for name in ("nr_thr_resamp", "nr_thr_saving"):
-            if getattr(self, name) < 1:
-                raise OptionError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        for rule in _RULES:
+            if rule.is_broken(self):
+                raise rule.error(rule.message.format(options=self))
 
     @classmethod
-    def from_keywords(cls, keywords: dict[str, Any]) -> Options:
+    def from_keywords(cls, keywords: Mapping[str, Any]) -> Options:
         """Take upstream's keywords.
 
         Raises
         ------
         UnsupportedError
-            If one of them asks for what totalfast can't do yet.
+            If totalfast does not support a value.
         OptionError
-            If one of them is unknown or makes no sense.
+            If a keyword is unknown or a value is not valid.
         """
         own = {field.name for field in fields(cls)}
         for name in keywords:
             if name not in own:
                 raise OptionError(f"unknown option '{name}'.")
-        taken = dict(keywords)
-        if taken.get("nora_tag") == "None":  # upstream's word for it
-            taken["nora_tag"] = None
+        values = dict(keywords)
+        if values.get("nora_tag") == "None":  # upstream's word for no tag
+            values["nora_tag"] = None
         for name in ("save_probabilities", "crop_path", "statistics", "report"):
-            if taken.get(name) is not None and not isinstance(taken[name], bool):
-                taken[name] = Path(taken[name]).absolute()
-        if "output_type" in taken:
-            taken["output_type"] = parse_output_types(taken["output_type"])
+            if values.get(name) is not None and not isinstance(values[name], bool):
+                values[name] = Path(values[name]).absolute()
+        if "output_type" in values:
+            values["output_type"] = parse_output_types(values["output_type"])
         for name in ("roi_subset", "roi_subset_robust"):
-            if taken.get(name) is not None:
-                if not isinstance(taken[name], list | tuple):
-                    raise OptionError(f"{name} must be a list of class names, not {taken[name]!r}.")
-                taken[name] = tuple(taken[name])
-        return cls(**taken)
+            if values.get(name) is not None:
+                if not isinstance(values[name], list | tuple):
+                    raise OptionError(
+                        f"{name} must be a list of class names, not {values[name]!r}."
+                    )
+                values[name] = tuple(values[name])
+        return cls(**values)
 
     @property
     def selected(self) -> tuple[str, ...] | None:
-        """The classes that were asked for; None: all."""
+        """The classes that were asked for; None means all."""
         return self.roi_subset if self.roi_subset_robust is None else self.roi_subset_robust
 
     @property
     def dicom_types(self) -> tuple[str, ...]:
-        """Those of the output types that are DICOM."""
+        """The output types that are DICOM."""
         return tuple(kind for kind in self.output_type if kind != "nifti")
 
     @property
     def multilabel(self) -> bool:
-        """Whether ``output`` stands for files that hold all classes, not for a folder of masks."""
+        """Whether ``output`` is a file of all classes, not a folder of masks."""
         return self.ml or bool(self.dicom_types)
 
     @property
     def blob_mm3(self) -> float | None:
-        """Volume up to which blobs are removed; None: none are."""
+        """Volume up to which blobs are removed; None keeps all blobs."""
         if self.remove_small_blobs is False:
             return None
         return SMALL_BLOB_MM3 if self.remove_small_blobs is True else self.remove_small_blobs
 
     @property
     def lowres(self) -> bool:
-        """Whether the result stays on the model's grid; as upstream's, -ho comes before -sl."""
+        """Whether the result stays on the model grid; as in upstream, -ho wins over -sl."""
         return self.save_lowres and not self.higher_order_resampling
 
     @property
     def measures_model_grid(self) -> bool:
-        """Whether statistics are taken on the model's grid: upstream's rule for ``fast``.
+        """Whether statistics are measured on the model grid: upstream's rule for ``fast``.
 
-        So are those of a result that stays there, on which upstream fails, but not those of export
-        "linear", which has labels on no other grid than the scan's.
+        Also with ``save_lowres``, where upstream fails. Not with export "linear", whose labels
+        are on the scanner grid only.
         """
         return bool(self.statistics) and (self.fast or self.lowres) and self.export != "linear"
 
@@ -256,8 +200,156 @@ class Options:
             )
         if self.tile_step_size is not None:
             task = replace(task, tile_step=self.tile_step_size)
-        # The model's own resampling then goes all the way from the scan and back to it.
+        # nnU-Net then resamples from the scan's spacing to the model's, and back.
         return replace(task, spacing_mm=None) if self.higher_order_resampling else task
+
+
+class _Rule(NamedTuple):
+    """A combination of options that is refused, and the message for it."""
+
+    is_broken: Callable[[Options], bool]
+    message: str
+    """A format string; ``options`` is the run's."""
+    error: type[TotalfastError] = OptionError
+
+
+def _is_folder(path: bool | Path | None) -> bool:
+    return isinstance(path, Path) and path.is_dir()
+
+
+_RULES: tuple[_Rule, ...] = (
+    _Rule(
+        lambda o: o.save_lowres and not (o.fast or o.fastest),
+        "save_lowres only works together with fast or fastest mode.",
+    ),
+    _Rule(
+        lambda o: o.save_lowres and bool(o.dicom_types),
+        "save_lowres only supports nifti output.",
+    ),
+    _Rule(
+        lambda o: o.resampling_order not in range(6),
+        "resampling_order must be between 0 and 5, not {options.resampling_order}.",
+    ),
+    _Rule(
+        lambda o: o.export not in EXPORTS,
+        f"export must be one of {', '.join(EXPORTS)}, not '{{options.export}}'.",
+    ),
+    _Rule(
+        lambda o: o.tile_step_size is not None and not 0 < o.tile_step_size <= 1,
+        "tile_step_size must be above 0 and at most 1, not {options.tile_step_size}.",
+    ),
+    _Rule(
+        lambda o: o.max_memory_gb is not None and not o.max_memory_gb > 0,
+        "max_memory_gb must be above 0, not {options.max_memory_gb}.",
+    ),
+    _Rule(
+        lambda o: (
+            o.export == "linear"
+            and (o.save_lowres or o.force_split or o.higher_order_resampling_LEGACY)
+        ),
+        "export='linear' does not work with save_lowres, force_split or "
+        "higher_order_resampling_LEGACY.",
+    ),
+    _Rule(
+        lambda o: (
+            o.export == "linear" and (o.higher_order_resampling or o.save_probabilities is not None)
+        ),
+        "export='linear' does not work with save_probabilities or higher_order_resampling, "
+        "which interpolate logits in their own way.",
+    ),
+    _Rule(
+        lambda o: (
+            o.save_probabilities is not None
+            and (o.save_probabilities.is_dir() or o.save_probabilities.suffix == ".pkl")
+        ),
+        "save_probabilities needs the name of an .npz file to write, not "
+        "{options.save_probabilities}; a .pkl file is written beside it.",
+    ),
+    _Rule(
+        lambda o: _is_folder(o.statistics),
+        "statistics needs the name of a file to write; {options.statistics} is a folder.",
+    ),
+    _Rule(
+        lambda o: _is_folder(o.report),
+        "report needs the name of a file to write; {options.report} is a folder.",
+    ),
+    _Rule(
+        lambda o: o.test != 0,
+        "test={options.test} is for TotalSegmentator's own tests: it replaces predictions by "
+        "reference files of its repository. totalfast accepts test=0 only.",
+        UnsupportedError,
+    ),
+    _Rule(
+        lambda o: o.stats_aggregation not in AGGREGATIONS,
+        f"stats_aggregation must be one of {', '.join(AGGREGATIONS)}, "
+        "not '{options.stats_aggregation}'.",
+    ),
+    _Rule(
+        lambda o: o.model_size not in MODEL_SIZES,
+        f"model_size must be one of {', '.join(MODEL_SIZES)}, not '{{options.model_size}}'.",
+    ),
+    _Rule(
+        lambda o: o.remove_small_blobs is not False and o.remove_small_blobs <= 0,
+        "remove_small_blobs must be a volume above 0, in mm3, not {options.remove_small_blobs}.",
+    ),
+    _Rule(
+        lambda o: o.nr_thr_resamp < 1,
+        "nr_thr_resamp must be at least 1, not {options.nr_thr_resamp}.",
+    ),
+    _Rule(
+        lambda o: o.nr_thr_saving < 1,
+        "nr_thr_saving must be at least 1, not {options.nr_thr_saving}.",
+    ),
+)
+"""Checked in this order; the first broken rule is reported."""
+
+
+class SegmentKeywords(TypedDict, total=False):
+    """Keywords of ``totalfast.segment`` and ``Session.segment``, beside input and output."""
+
+    ml: bool
+    nr_thr_resamp: int
+    nr_thr_saving: int
+    fast: bool
+    nora_tag: str
+    preview: bool
+    task: str
+    roi_subset: list[str] | None
+    statistics: bool | str | Path
+    radiomics: bool
+    crop_path: Path | None
+    body_seg: bool
+    force_split: bool
+    output_type: str | list[str]
+    quiet: bool
+    verbose: bool
+    test: int
+    skip_saving: bool
+    device: str
+    license_number: str | None
+    statistics_exclude_masks_at_border: bool
+    no_derived_masks: bool
+    v1_order: bool
+    fastest: bool
+    roi_subset_robust: list[str] | None
+    stats_aggregation: str
+    remove_small_blobs: bool | float
+    statistics_normalized_intensities: bool
+    robust_crop: bool
+    higher_order_resampling_LEGACY: bool
+    higher_order_resampling: bool
+    save_probabilities: Path | None
+    debug: bool
+    report: Path | None
+    statistics_extra: bool
+    save_lowres: bool
+    resampling_order: int
+    plans: str
+    model_size: str
+    export: str
+    backend: str
+    tile_step_size: float | None
+    max_memory_gb: float | None
 
 
 def check_radiomics(source: object, output: Path | None, options: Options) -> None:

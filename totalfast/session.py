@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from totalfast.engine.devices import validate_device
 from totalfast.engine.store import ModelStore
@@ -18,8 +18,10 @@ from totalfast.options import Options, check_radiomics
 
 if TYPE_CHECKING:
     import nibabel as nib
+    from typing_extensions import Unpack
 
     from totalfast.labels.statistics import Statistics
+    from totalfast.options import SegmentKeywords
     from totalfast.run.results import Segmentation
 
 
@@ -51,7 +53,7 @@ class Session:
         self,
         input: str | Path | nib.Nifti1Image | BinaryIO,  # noqa: A002 - upstream's name
         output: str | Path | None = None,
-        **keywords: Any,  # noqa: ANN401 - typed by totalfast.segment
+        **keywords: Unpack[SegmentKeywords],
     ) -> nib.Nifti1Image | tuple[nib.Nifti1Image, Statistics]:
         """Segment one scan; arguments and result are those of ``totalfast.segment``."""
         from totalfast.files.dicom.read import open_series

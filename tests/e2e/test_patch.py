@@ -119,7 +119,7 @@ def run(*words, cwd, home):
 @pytest.mark.parametrize("way", ["script", "module"])
 def test_a_whole_program_runs_patched_and_keeps_its_exit_code(way, program, standin_home):
     what = {"script": [program / "program.py"], "module": ["-m", "program"]}[way]
-    words = ["-m", "totalfast.compat.patch", *what, "ct.nii.gz", "out"]
+    words = ["-m", "totalfast.patch", *what, "ct.nii.gz", "out"]
     done = run(*words, cwd=program, home=standin_home)
     assert done.returncode == 7, done.stderr
     path = str(program / "program.py")
@@ -130,6 +130,6 @@ def test_a_whole_program_runs_patched_and_keeps_its_exit_code(way, program, stan
 
 
 def test_patch_without_a_program_says_what_it_needs(tmp_path):
-    done = run("-m", "totalfast.compat.patch", cwd=tmp_path, home=tmp_path)
+    done = run("-m", "totalfast.patch", cwd=tmp_path, home=tmp_path)
     assert done.returncode == 2
     assert "give a script, or -m and a module" in done.stderr

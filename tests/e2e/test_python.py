@@ -272,7 +272,7 @@ def test_linear_export_interpolates_all_logits(scan):
     session = totalfast.Session(device="cpu")
     options = Options(fastest=True, device="cpu")
     task = options.resolved_task()
-    model = session.load(task, task.parts[0], device="cpu").result()
+    model = session.models.load(task, task.parts[0], device="cpu").result()
     image = to_model_grid(
         read_image(open_scan(scan)), spacing_mm=task.spacing_mm, order=1, threads=1
     )
