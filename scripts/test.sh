@@ -10,6 +10,7 @@ python=${PYTHON:-python3}
 "$environment/bin/ruff" check .
 "$environment/bin/ruff" format --check .
 "$environment/bin/mypy"
+"$environment/bin/lint-imports" --no-cache
 # Tests that are marked slow run if they are asked for: ./scripts/test.sh -m slow
 # Two at a time: half of a test is the start of a command, which one core does. Threads that wait for
 # work must not keep the cores from one another meanwhile.

@@ -1,13 +1,14 @@
-"""Every import from TotalSegmentator, so that a new release of it is one file's work.
+"""Every import from TotalSegmentator, so that only this file depends on its release.
 
-Only its data tables are imported when this module is (no torch, no nibabel); what is heavy or
-patches nnU-Net is imported inside the function that calls it. ``totalsegmentator.nnunet`` is
-never imported: it changes nnU-Net's classes for the whole process.
+Importing this module imports TotalSegmentator's data tables, and neither torch nor nibabel.
+Functions import the heavy modules when they are called. ``totalsegmentator.nnunet`` is never
+imported, because it changes nnU-Net's classes for the whole process.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.metadata
 import io
@@ -69,11 +70,14 @@ __all__ = [
     "resample_each_label",
     "store_license",
     "version",
+    "warn_of_untested_version",
     "weights_home",
     "write_dicom_seg",
     "write_radiomics",
     "write_rtstruct",
 ]
+
+logger = logging.getLogger(__name__)
 
 CLASS_MAPS: dict[str, dict[int, str]] = class_map
 """Task name to {label: class name}."""
@@ -100,12 +104,29 @@ def version() -> str:
     return importlib.metadata.version("TotalSegmentator")
 
 
+TESTED_VERSION = (2, 18)
+"""Newest minor version of TotalSegmentator whose results the tests compare with."""
+
+
+@functools.cache
+def warn_of_untested_version() -> None:
+    """Warn once if the installed TotalSegmentator is a newer minor version than tested."""
+    major, minor = (int(part) for part in version().split(".")[:2])
+    if (major, minor) > TESTED_VERSION:
+        logger.warning(
+            "WARNING: TotalSegmentator %s is newer than the version that totalfast was tested "
+            "with (%d.%d); results may differ from TotalSegmentator's.",
+            version(),
+            *TESTED_VERSION,
+        )
+
+
 def weights_home() -> Path:
     """Folder that holds the ``DatasetNNN_...`` folders of the models.
 
     ``TOTALSEG_WEIGHTS_PATH`` wins over ``TOTALSEG_HOME_DIR``, which wins over
-    ``~/.totalsegmentator``. Upstream's ``get_weights_dir`` says the same, in a module that
-    imports torch (config.py, 2.18.0); a test compares the two.
+    ``~/.totalsegmentator``. This is the rule of upstream's ``get_weights_dir`` (config.py, 2.18.0),
+    whose module imports torch; a test compares the two.
     """
     weights = os.environ.get("TOTALSEG_WEIGHTS_PATH")
     if weights is not None:
@@ -131,7 +152,7 @@ def download_weights(model_id: int) -> None:
 
 
 def check_license(task: str) -> None:
-    """Let upstream's own offline check decide whether a licensed task may run.
+    """Check with upstream's own offline check whether a licensed task may run.
 
     Raises
     ------
@@ -143,7 +164,7 @@ def check_license(task: str) -> None:
     status, message = has_valid_license_offline()
     if status != "yes":
         raise LicenseError(
-            f"task '{task}' needs a licence of TotalSegmentator's. "
+            f"task '{task}' needs a TotalSegmentator licence. "
             f"{message.removeprefix('ERROR: ')} For non-commercial use one is free: "
             "https://backend.totalsegmentator.com/license-academic/. Store it once with "
             "'totalseg_set_license -l NUMBER'."
@@ -151,24 +172,24 @@ def check_license(task: str) -> None:
 
 
 def store_license(number: str) -> None:
-    """Have upstream check a licence number online and keep it in its ``config.json``.
+    """Let upstream check a licence number online and store it in its ``config.json``.
 
-    The only use of the network that is no download, and made only when a number is given.
+    The only use of the network beside downloads; it needs a number from the user.
 
     Raises
     ------
     LicenseError
-        If upstream does not take the number.
+        If upstream refuses the number.
     """
     from totalsegmentator.config import set_license_number, setup_totalseg
 
     setup_totalseg()
-    said = io.StringIO()
+    printed = io.StringIO()
     try:
-        with contextlib.redirect_stdout(said):
+        with contextlib.redirect_stdout(printed):
             set_license_number(number)
     except SystemExit as refusal:
-        raise LicenseError(" ".join(said.getvalue().split())) from refusal
+        raise LicenseError(" ".join(printed.getvalue().split())) from refusal
 
 
 def resample_each_label(
@@ -189,7 +210,7 @@ def python_api() -> Any:  # noqa: ANN401 - a module without types
 
 
 def postprocessing() -> Any:  # noqa: ANN401 - a module without types
-    """Upstream's module of steps on label maps, for what is too rare to be ours."""
+    """Upstream's module of steps on label maps, for rarely used steps."""
     from totalsegmentator import postprocessing
 
     return postprocessing
@@ -234,7 +255,8 @@ CUSTOM_TRAINERS = frozenset(
         "nnUNetTrainerSkeletonRecall",
     }
 )
-"""Trainers that upstream adds to nnU-Net; their module needs torch, so only the names are here."""
+"""Trainers that upstream adds to nnU-Net. Only the names are here because their module needs
+torch."""
 
 
 def label_table_xml(labels: dict[int, str]) -> bytes:
@@ -243,7 +265,7 @@ def label_table_xml(labels: dict[int, str]) -> bytes:
     import numpy as np
     from totalsegmentator.nifti_ext_header import add_label_map_to_nifti
 
-    # The function reads the image as float64 without need; one voxel keeps that cheap.
+    # The function reads the image as float64; one voxel keeps that cheap.
     carrier = nib.Nifti1Image(np.zeros((1, 1, 1), dtype=np.uint8), np.eye(4))
     extension: Any = add_label_map_to_nifti(carrier, labels).header.extensions[-1]
     content: bytes = extension.get_content()
@@ -253,14 +275,14 @@ def label_table_xml(labels: dict[int, str]) -> bytes:
 def label_names(header: Any) -> dict[int, str]:  # noqa: ANN401 - nibabel is untyped
     """Read the names that ``label_table_xml`` stored in a NIfTI header; none if it has no table.
 
-    Upstream's ``load_multilabel_nifti`` parses the XML, which a file from elsewhere need not be.
+    Upstream's ``load_multilabel_nifti`` parses XML, which other programs' extensions may not be.
     """
     names: dict[int, str] = {}
     for extension in header.extensions:
         content = extension.get_content()
         text = content.decode("utf-8", "replace") if isinstance(content, bytes) else str(content)
-        found = re.findall(r'<Label Key="(\d+)"[^>]*><!\[CDATA\[(.*?)\]\]></Label>', text)
-        names.update((int(label), name) for label, name in found)
+        labels = re.findall(r'<Label Key="(\d+)"[^>]*><!\[CDATA\[(.*?)\]\]></Label>', text)
+        names.update((int(label), name) for label, name in labels)
     return names
 
 
@@ -339,7 +361,7 @@ def _dicom_writers_are_silent() -> Iterator[None]:
     replaced: list[tuple[Any, str, Any]] = [(dicom_io, "tqdm", lambda items, **_: items)]
     with contextlib.suppress(ImportError):
         replaced.append((importlib.import_module("rt_utils.rtstruct"), "print", lambda *_: None))
-    # The root logger is configured by whoever comes first, unless it has a handler.
+    # logging.basicConfig leaves the root logger alone if it has a handler.
     root, silence = logging.getLogger(), logging.NullHandler()
     with _writing_dicom:
         before = [vars(module).get(name, print) for module, name, _ in replaced]

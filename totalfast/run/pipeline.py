@@ -31,7 +31,7 @@ from totalfast.run.results import Results, save_report, write_results, writes_sk
 from totalfast.run.work import Work
 from totalfast.system.cores import usable_cores
 from totalfast.system.progress import Progress, timed
-from totalfast.upstream import check_license, store_license
+from totalfast.upstream import check_license, store_license, warn_of_untested_version
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -83,6 +83,7 @@ def run(
     began = time.perf_counter()
     task = options.resolved_task()
     _check_license(task, options)
+    warn_of_untested_version()
     scan = open_scan(source)  # before models are looked for, or even downloaded
     _log_task(task, options)
     with Progress(disable=options.quiet) as progress:
@@ -196,8 +197,8 @@ def _rough_labels(
     rough, task = context.rough(), crop.rough
     if task.crop is not None:
         label_map = segment(rough, image, task, plan)
-        labels: NDArray[np.uint8] = to_canonical(label_map.voxels, image.grid).transpose(2, 1, 0)
-        return labels
+        canonical = to_canonical(label_map.voxels, image.grid)
+        return np.asarray(canonical.transpose(2, 1, 0), dtype=np.uint8)
     model_image = resample(image, task, rough.options)
     labels = predict(rough, model_image, task, on_device=plan.on_device)
     return clean(rough, labels, model_image, task)

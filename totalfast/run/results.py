@@ -232,7 +232,7 @@ def save_report(
     path = results.options.report
     if path is None:
         return
-    from totalfast import __version__
+    from totalfast.about import version
 
     options, types = results.options, results.options.output_type
     facts = python_api().build_run_report(
@@ -248,7 +248,7 @@ def save_report(
         runtime_seconds=elapsed_s,
         save_lowres=options.lowres,
     )
-    facts["totalfast"] = {"version": __version__, "empty_classes": empty_classes.reasons}
+    facts["totalfast"] = {"version": version(), "empty_classes": empty_classes.reasons}
     _write_json(facts, path, indent=2)
     logger.info("Run report written to %s", path)
 
