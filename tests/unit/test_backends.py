@@ -20,7 +20,8 @@ import totalfast
 from tests.mapped_files import resident_kb
 from totalfast import OptionError
 from totalfast.engine import backends
-from totalfast.engine.backends import choose_backend, resolve_backend, store
+from totalfast.engine.backends import cache as disk_cache
+from totalfast.engine.backends import choose_backend, resolve_backend
 from totalfast.engine.backends.forward import run_by_torch
 from totalfast.engine.backends.norms import normalised_in_place
 from totalfast.engine.loading import load_model
@@ -38,7 +39,7 @@ needs_openvino = pytest.mark.skipif(
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     folder = tmp_path / "cache"
-    monkeypatch.setenv(store.FOLDER_VARIABLE, str(folder))
+    monkeypatch.setenv(disk_cache.FOLDER_VARIABLE, str(folder))
     return folder
 
 
@@ -162,28 +163,31 @@ def test_what_cannot_run_is_refused_before_anything_is_done(installed):
 
 
 def test_cache_is_the_users_or_where_the_environment_says(cache, monkeypatch, tmp_path):
-    assert store.cache_folder() == cache
-    monkeypatch.delenv(store.FOLDER_VARIABLE)
+    assert disk_cache.cache_folder() == cache
+    monkeypatch.delenv(disk_cache.FOLDER_VARIABLE)
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert store.cache_folder() == tmp_path / "xdg/totalfast"
+    assert disk_cache.cache_folder() == tmp_path / "xdg/totalfast"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert store.cache_folder() == tmp_path / "home/.cache/totalfast"
+    assert disk_cache.cache_folder() == tmp_path / "home/.cache/totalfast"
 
 
 def test_key_is_of_weights_layers_and_what_else_matters():
     network = made_network()
-    key = store.content_key(network, {"shape": TILE})
-    assert store.content_key(copy.deepcopy(network), {"shape": TILE}) == key
-    assert store.content_key(network, {"shape": (1, 1, 16, 16, 32)}) != key
+    key = disk_cache.content_key(network, {"shape": TILE})
+    assert disk_cache.content_key(copy.deepcopy(network), {"shape": TILE}) == key
+    assert disk_cache.content_key(network, {"shape": (1, 1, 16, 16, 32)}) != key
     other = copy.deepcopy(network)
     other.decoder.seg_layers[0].bias.data[0] += 1e-6
     steeper = copy.deepcopy(network)
     for module in steeper.modules():
         if isinstance(module, torch.nn.LeakyReLU):
             module.negative_slope = 0.02
-    keys = {key, *(store.content_key(changed, {"shape": TILE}) for changed in (other, steeper))}
+    keys = {
+        key,
+        *(disk_cache.content_key(changed, {"shape": TILE}) for changed in (other, steeper)),
+    }
     assert len(keys) == 3
 
 
@@ -195,18 +199,18 @@ def test_entries_are_made_once_and_damaged_ones_anew(cache):
         (folder / "weights").write_bytes(b"1234")
 
     for _ in range(2):
-        assert (store.entry("key", make) / "weights").read_bytes() == b"1234"
+        assert (disk_cache.cached_folder("key", make) / "weights").read_bytes() == b"1234"
     assert len(made) == 1
     for damage in (
         lambda: (cache / "key/weights").write_bytes(b"1235"),
         lambda: (cache / "key/weights").unlink(),
-        lambda: (cache / "key" / store.SUMS).write_text("[1]"),
-        lambda: (cache / "key" / store.SUMS).write_text('{"weights'),
-        lambda: (cache / "key" / store.SUMS).unlink(),
+        lambda: (cache / "key" / disk_cache.CHECKSUMS).write_text("[1]"),
+        lambda: (cache / "key" / disk_cache.CHECKSUMS).write_text('{"weights'),
+        lambda: (cache / "key" / disk_cache.CHECKSUMS).unlink(),
     ):
         damage()
-        assert (store.entry("key", make) / "weights").read_bytes() == b"1234"
-        assert (cache / "key" / store.SUMS).exists()
+        assert (disk_cache.cached_folder("key", make) / "weights").read_bytes() == b"1234"
+        assert (cache / "key" / disk_cache.CHECKSUMS).exists()
     assert len(made) == 6
     assert [path.name for path in cache.iterdir()] == ["key"]
 
@@ -219,12 +223,12 @@ def test_entry_that_fails_leaves_nothing_and_an_unwritable_cache_is_done_without
         raise RuntimeError("conversion failed")
 
     with pytest.raises(RuntimeError, match="conversion failed"):
-        store.entry("key", fail)
+        disk_cache.cached_folder("key", fail)
     assert not list(cache.iterdir())
     (tmp_path / "file").touch()
-    monkeypatch.setenv(store.FOLDER_VARIABLE, str(tmp_path / "file"))
+    monkeypatch.setenv(disk_cache.FOLDER_VARIABLE, str(tmp_path / "file"))
     with caplog.at_level(logging.INFO, logger="totalfast"):
-        assert store.entry("key", fail) is None
+        assert disk_cache.cached_folder("key", fail) is None
     assert "can't be kept" in caplog.text
 
 
@@ -237,7 +241,7 @@ def test_compiled_network_agrees(caplog):
     torch._dynamo.reset()
     expected, found = answers(choose_backend("compile", CPU), network, tile)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    assert "is run uncompiled" not in caplog.text
+    assert "runs uncompiled" not in caplog.text
 
 
 def test_a_session_may_compile_more_networks_than_torch_would(monkeypatch):
@@ -260,7 +264,7 @@ def test_without_a_compiler_a_network_is_run_as_it_is(monkeypatch, caplog):
     torch._dynamo.reset()
     expected, found = answers(choose_backend("compile", CPU), network, torch.ones(TILE))
     assert torch.equal(found, expected)
-    assert len([m for m in caplog.messages if "is run uncompiled" in m]) == 1
+    assert len([m for m in caplog.messages if "runs uncompiled" in m]) == 1
 
 
 class Unheard(torch.nn.Module):
@@ -340,7 +344,9 @@ def test_labels_are_torchs_and_a_second_load_converts_nothing(folder, cache, mon
 
     torchs = load_model(folder, folds=(0,), device=CPU)
     first = load_model(folder, folds=(0,), device=CPU, backend=choose_backend("openvino", CPU))
-    monkeypatch.setattr(openvino, "converted", lambda *_, **__: pytest.fail("converted again"))
+    monkeypatch.setattr(
+        openvino, "convert_network", lambda *_, **__: pytest.fail("converted again")
+    )
     second = load_model(folder, folds=(0,), device=CPU, backend=choose_backend("openvino", CPU))
     assert len(list(cache.iterdir())) == 1
     image = torch.randn((1, 90, 60, 70), generator=torch.Generator().manual_seed(0))

@@ -4,7 +4,7 @@ import gzip
 import zlib
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from totalfast.files.gzip_member import ZERO_RUN, compress, join, member, zeros
@@ -12,6 +12,7 @@ from totalfast.files.gzip_member import ZERO_RUN, compress, join, member, zeros
 PIECES = st.lists(st.one_of(st.binary(max_size=300), st.integers(0, 3 * ZERO_RUN)), max_size=6)
 
 
+@settings(deadline=None)  # compressing long runs takes longer on busy machines
 @given(PIECES)
 def test_any_mixture_is_one_member_with_the_right_checksum(parts):
     pieces = [zeros(part) if isinstance(part, int) else compress(part) for part in parts]

@@ -1,7 +1,7 @@
-"""How this process asks the system for memory, which hands out fresh pages slowly.
+"""How this process gets memory from the system, which hands out fresh pages slowly.
 
-Knows the C library, torch's switch for it and Python's collector of cycles; knows nothing of what
-the memory is for. Asks the system on Linux only, and for most of it where the C library is glibc.
+Sets up the C library's allocator, torch's use of huge pages and Python's garbage collector. Most of
+it works with glibc on Linux only; on other systems it does nothing.
 """
 
 from __future__ import annotations
@@ -12,30 +12,34 @@ import gc
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-"""Names of mallopt's options (malloc.h)."""
+"""mallopt's options (malloc.h)."""
 
 MADV_DONTNEED = 4
-"""Name of madvise's option (linux/mman.h)."""
+"""madvise's option (linux/mman.h)."""
 
 LARGE_BYTES = 32 << 20
-"""From this size on memory comes from the system and goes back to it: the most that glibc takes."""
+"""Blocks of this size or larger come directly from the system and return to it. It is the largest
+value that glibc accepts."""
 
 KEPT_BYTES = 2 * LARGE_BYTES
-"""Free memory that is kept for the next who asks. Glibc comes to both by itself, as it sees what is
-freed; until then a run clears the same pages again and again."""
+"""Free memory that the process keeps. glibc adapts these values over time; until then a run clears
+the same pages again and again."""
 
 OBJECTS_PER_COLLECTION = 10_000
-"""New Python objects after which cycles are looked for; by default 700 or 2000. Imports alone make
-hundreds of thousands, hardly any of them garbage."""
+"""Number of new Python objects that starts a search for cycles; the default is 700 or 2000. Imports
+alone create hundreds of thousands of objects, and almost none of them is garbage."""
 
 
 def prepare_process() -> None:
-    """Set up a process of our own. To be called before torch is imported."""
-    # Torch then asks for huge pages: a run spends a third less time on page faults. It reads this
-    # when it allocates first.
+    """Set up the memory of a command's process. Call it before torch is imported."""
+    # With huge pages a run spends a third less time on page faults. Torch reads the variable at its
+    # first allocation.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     gc.set_threshold(OBJECTS_PER_COLLECTION, 10, 10)
     mallopt = _libc("mallopt")
@@ -44,18 +48,18 @@ def prepare_process() -> None:
         mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
-def give_back() -> None:
-    """Return to the system what is free, cycles of Python's objects included."""
+def release_free_memory() -> None:
+    """Collect cycles of Python objects, then return free memory to the system."""
     gc.collect()
     trim = _libc("malloc_trim")
     if trim is not None:
         trim(0)
 
 
-def drop_mapped(folder: Path) -> None:
-    """Take what was read of files below a folder, mapped for reading, out of this process's memory.
+def release_mapped_files(folder: Path) -> None:
+    """Remove read-only mapped files below a folder from this process's resident memory.
 
-    It stays valid, and in the system's cache: who reads it again has it mapped again.
+    The mappings stay valid: the next access maps the pages again from the system's cache.
     """
     advise = _libc("madvise")
     if advise is None:
@@ -69,6 +73,6 @@ def drop_mapped(folder: Path) -> None:
                 advise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), MADV_DONTNEED)
 
 
-def _libc(name: str) -> Any:  # noqa: ANN401 - a C function
-    """A function of the C library that is not in all of them, or None."""
+def _libc(name: str) -> Callable[..., Any] | None:
+    """A function of the C library, or None if this system's library lacks it."""
     return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None

@@ -1,7 +1,6 @@
-"""What runs a model's networks: torch as it is, torch's compiler, or OpenVINO.
+"""Backends that run a model's networks: plain torch, torch's compiler, or OpenVINO.
 
-Chooses by name and device, and knows nothing of images or of how tiles are laid. A backend turns a
-network into a ``Forward``; whoever calls that need not know which backend it came from.
+A backend turns a network into a ``Forward``. All backends are called the same way.
 """
 
 from __future__ import annotations
@@ -24,31 +23,34 @@ if TYPE_CHECKING:
     from totalfast.engine.backends.forward import Forward
 
     Backend: TypeAlias = Callable[[nn.Module, tuple[int, ...]], Forward]
-    """From a network, in eval mode and on its device, and the shape of its tiles, (1, channels, z,
-    y, x) or of a 2-D model (1, channels, y, x)."""
+    """A function of a network, in eval mode and on its device, and of the shape of its tiles:
+    (1, channels, z, y, x), or (1, channels, y, x) for a 2-D model."""
 
 logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "torch", "compile", "openvino")
-"""OpenVINO on CPUs if it is installed, else torch; torch as it is, the only one that gives
-TotalSegmentator's voxels to the last; torch's compiler; OpenVINO."""
+"""- auto: OpenVINO on CPUs if it is installed, else torch
+- torch: plain torch, the only backend with exactly TotalSegmentator's voxels
+- compile: torch's compiler
+- openvino: OpenVINO
+"""
 
 DEFAULT_VARIABLE = "TOTALFAST_BACKEND"
-"""Environment variable with the backend that "auto" stands for."""
+"""Environment variable with the backend that "auto" means."""
 
 
 def openvino_is_installed() -> bool:
-    """Whether there is an OpenVINO to import."""
+    """Whether OpenVINO can be imported."""
     return importlib.util.find_spec("openvino") is not None
 
 
 def resolve_backend(name: str) -> str:
-    """Return the backend that a name stands for, the environment being asked for "auto".
+    """Check a backend's name; replace "auto" by the environment variable's value, if it is set.
 
     Raises
     ------
     OptionError
-        If there is no such backend, or it is not installed.
+        If the backend does not exist or is not installed.
     """
     if name == "auto":
         name = os.environ.get(DEFAULT_VARIABLE) or name
@@ -63,23 +65,24 @@ def resolve_backend(name: str) -> str:
 
 
 def choose_backend(name: str, device: torch.device) -> Backend:
-    """Return the backend of that name for a device; says so if "auto" is not torch.
+    """Return the backend for a device; log a message if "auto" selects OpenVINO.
 
     Raises
     ------
     OptionError
-        If it is unknown, not installed, or does not run on the device.
+        If the backend is unknown, not installed, or does not run on the device.
     """
-    name, asked = resolve_backend(name), name
+    is_auto = name == "auto"
+    name = resolve_backend(name)
     if name == "auto":
         name = "openvino" if device.type == "cpu" and openvino_is_installed() else "torch"
     if name == "openvino":
         if device.type != "cpu":
             raise OptionError(f"backend 'openvino' runs on device 'cpu' only, not {device.type}.")
-        if asked == "auto":
+        if is_auto:
             logger.info(
-                "Backend OpenVINO %s, as it is installed: faster, but single voxels may differ "
-                "from TotalSegmentator's; --backend torch gives the same ones.",
+                "Using OpenVINO %s because it is installed: it is faster, but single voxels may "
+                "differ from TotalSegmentator's. --backend torch gives identical voxels.",
                 importlib.metadata.version("openvino"),
             )
         from totalfast.engine.backends.openvino import run_by_openvino

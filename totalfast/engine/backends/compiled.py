@@ -1,7 +1,6 @@
 """Networks compiled by torch itself, for CPUs and CUDA devices.
 
-The first tile of a model waits for the compiler, half a minute or so; torch keeps what it compiles
-in a cache of its own.
+A model's first tile waits about half a minute for the compiler. Torch caches the compiled code.
 """
 
 from __future__ import annotations
@@ -18,15 +17,15 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 NETWORKS = 256
-"""Networks of one class that are compiled in a process, at most. Torch takes each for one more try
-at the same code, and gives up after eight: a session of two tasks would have more."""
+"""Maximum number of compiled networks of one class per process. Torch's default is eight, because
+it counts each network as a recompilation of the same code; a session with two tasks needs more."""
 
 
 def run_compiled(network: nn.Module, shape: tuple[int, ...]) -> Forward:
-    """Compile a network for tiles of one shape when it gets its first one.
+    """Return a network that is compiled at its first tile, for tiles of one shape.
 
-    On a CPU its weights are frozen, and so laid out as convolutions read them; its last layer stays
-    apart, to be run slice by slice.
+    On a CPU its weights are frozen, so that the compiler can store them in the layout that
+    convolutions read. Its last layer stays separate and runs slice by slice.
     """
     if next(network.parameters()).device.type != "cpu":
         return Forward(body=_Compiled(network, frozen=False))
@@ -35,7 +34,7 @@ def run_compiled(network: nn.Module, shape: tuple[int, ...]) -> Forward:
 
 
 class _Compiled:
-    """A compiled network; what can't be compiled is run as it is."""
+    """A compiled network, or the uncompiled network if it can't be compiled."""
 
     def __init__(self, network: nn.Module, *, frozen: bool) -> None:
         import torch
@@ -50,19 +49,19 @@ class _Compiled:
         from torch._inductor import config as inductor
 
         try:
-            # Not as an option of torch.compile: the step before inductor reads it too, and without
-            # it hands over the weights as inputs, which then are not frozen.
+            # Not an option of torch.compile: the step before inductor reads it too. Without it that
+            # step passes the weights as inputs, and inputs are not frozen.
             with (
                 inductor.patch(freezing=self._frozen),
                 dynamo.patch(recompile_limit=NETWORKS),
             ):
-                answer: torch.Tensor = self._run(tile)
+                output: torch.Tensor = self._run(tile)
         except TorchDynamoException as error:
             logger.warning(
-                "%s can't be compiled, so it is run uncompiled: %s",
+                "%s can't be compiled, so it runs uncompiled: %s",
                 type(self._network).__name__,
                 str(error).strip().partition("\n")[0],
             )
             self._run = self._network
-            answer = self._run(tile)
-        return answer
+            output = self._run(tile)
+        return output

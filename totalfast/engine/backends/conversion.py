@@ -1,7 +1,6 @@
-"""What OpenVINO is made to run of a network: traced by torch, converted, and rearranged.
+"""Convert networks to OpenVINO models: trace with torch, convert, and rearrange the graph.
 
-Knows networks and OpenVINO's graphs, and how to import OpenVINO so that it reports to nobody;
-knows nothing of running them.
+Imports OpenVINO without its telemetry.
 """
 
 from __future__ import annotations
@@ -16,32 +15,36 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from totalfast.engine.backends.forward import is_nnunets
-from totalfast.system.process_memory import give_back
+from totalfast.system.process_memory import release_free_memory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from typing import TypeAlias
 
     from torch import nn
 
+    Untyped: TypeAlias = Any
+    """OpenVINO's module and models: OpenVINO may be absent, so it has no types here."""
+
 CONVERTER = 3
-"""Version of what this module makes of a network; to be raised when that changes."""
+"""Version of this module's output; raise it when the output changes."""
 
 TRACED_CELLS = 2
-"""Cells, at a U-Net's coarsest stage, of the tile that it is traced with: its operations are the
-same for all sizes, and instance normalisation needs more than one."""
+"""Number of voxels at a U-Net's coarsest stage, for the tile that it is traced with. Its operations
+are the same for all sizes, and instance normalisation needs more than one voxel."""
 
 
 @functools.cache
-def import_openvino() -> Any:  # noqa: ANN401 - may be absent, so untyped
+def import_openvino() -> Untyped:
     """Import OpenVINO without its telemetry package, which reports each import and conversion.
 
-    OpenVINO does without that package where it is not installed. If OpenVINO has been imported
-    before, by someone else, it is left as it is.
+    OpenVINO also works where that package is not installed. If other code has imported OpenVINO
+    before, this function changes nothing.
     """
     name = "openvino_telemetry"
     before = sys.modules.get(name)
     modules: dict[str, Any] = sys.modules
-    modules[name] = None  # an import of it then fails
+    modules[name] = None  # makes an import of it fail
     try:
         import openvino
     finally:
@@ -51,7 +54,7 @@ def import_openvino() -> Any:  # noqa: ANN401 - may be absent, so untyped
     return openvino
 
 
-def converted(network: nn.Module, shape: tuple[int, ...], *, channels_last: bool) -> Any:  # noqa: ANN401
+def convert_network(network: nn.Module, shape: tuple[int, ...], *, channels_last: bool) -> Untyped:
     """Convert a network to an OpenVINO model.
 
     Parameters
@@ -59,9 +62,13 @@ def converted(network: nn.Module, shape: tuple[int, ...], *, channels_last: bool
     network
         On the CPU, in eval mode.
     shape
-        Of its tiles, (1, channels, z, y, x) or (1, channels, y, x).
+        Shape of its tiles, (1, channels, z, y, x) or (1, channels, y, x).
     channels_last
-        Whether to answer (1, z, y, x, features) instead of (1, features, z, y, x).
+        Whether the output is (1, z, y, x, features) instead of (1, features, z, y, x).
+
+    Returns
+    -------
+        An ``openvino.Model``.
     """
     import torch
 
@@ -69,7 +76,7 @@ def converted(network: nn.Module, shape: tuple[int, ...], *, channels_last: bool
 
     openvino = import_openvino()
     with warnings.catch_warnings(), _root_logger_kept(), torch.no_grad():
-        # Torch calls its tracer deprecated. OpenVINO would have it trace a second time, to compare.
+        # Torch's tracer is deprecated. OpenVINO would trace a second time, to compare.
         warnings.simplefilter("ignore")
         traced = torch.jit.trace(  # type: ignore[no-untyped-call]
             summed_by_axis(network),
@@ -80,17 +87,17 @@ def converted(network: nn.Module, shape: tuple[int, ...], *, channels_last: bool
         model = openvino.convert_model(traced, input=[(list(shape), openvino.Type.f32)])
     _split_joins(model)
     if channels_last:
-        _answer_channels_last(model)
-    # Torch's trace refers to itself and to the weights: hundreds of megabytes.
+        _move_channels_last(model)
+    # Torch's trace is a reference cycle that holds the weights: hundreds of megabytes.
     del traced
-    give_back()
+    release_free_memory()
     return model
 
 
-def _split_joins(model: Any) -> None:  # noqa: ANN401
-    """Convolve joined features apart and add up the answers, so that they need not be copied.
+def _split_joins(model: Untyped) -> None:
+    """Convolve joined features separately and add the results, to avoid a copy of the features.
 
-    At full resolution the copy was a quarter of a forward pass's memory.
+    At full resolution the copy takes a quarter of a forward pass's memory.
     """
     from openvino import op, opset8
     from openvino.utils import replace_node
@@ -104,17 +111,17 @@ def _split_joins(model: Any) -> None:  # noqa: ANN401
         attributes = convolution.get_attributes()
         if join.get_attributes()["axis"] != 1 or weights.get_type_name() != "Constant":
             continue
-        first, answers = 0, []
+        first, results = 0, []
         for features in join.input_values():
             count = features.get_shape()[1]
             own = op.Constant(np.ascontiguousarray(weights.data[:, first : first + count]))
-            answers.append(opset8.convolution(features, own, **attributes))
+            results.append(opset8.convolution(features, own, **attributes))
             first += count
-        replace_node(convolution, functools.reduce(opset8.add, answers))
+        replace_node(convolution, functools.reduce(opset8.add, results))
 
 
-def _answer_channels_last(model: Any) -> None:  # noqa: ANN401
-    """Have features answered in the order that OpenVINO computes them in, for nothing."""
+def _move_channels_last(model: Untyped) -> None:
+    """Return features in the order in which OpenVINO computes them, which avoids a copy."""
     from openvino import opset8
 
     (result,) = model.get_results()
@@ -125,7 +132,7 @@ def _answer_channels_last(model: Any) -> None:  # noqa: ANN401
 
 @contextlib.contextmanager
 def _root_logger_kept() -> Iterator[None]:
-    """Undo what a conversion does to everybody's logging, and leaves so if it fails."""
+    """Restore the root logger, which a conversion changes, and leaves changed if it fails."""
     root = logging.getLogger()
     level, filters, handlers = root.level, root.filters[:], root.handlers[:]
     try:
@@ -136,7 +143,7 @@ def _root_logger_kept() -> Iterator[None]:
 
 
 def _example_shape(network: nn.Module, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A tile to trace a network with: for nnU-Net's own a small one, which takes no time."""
+    """Shape of a tile to trace a network with: a small one for nnU-Net's networks, to save time."""
     if not is_nnunets(network):
         return shape
     encoder: Any = network.encoder

@@ -1,7 +1,4 @@
-"""What every backend makes of a network, and the plainest one: torch, as it is.
-
-Knows nnU-Net's networks; knows nothing of tiles' places or of files.
-"""
+"""``Forward``, the form in which every backend runs a network, and the plain torch backend."""
 
 from __future__ import annotations
 
@@ -11,46 +8,48 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import TypeAlias
 
     import torch
     from torch import nn
 
+    Index: TypeAlias = Any
+    Item: TypeAlias = Any
+    """An index or slice of a list, and the list's item or items."""
 
-def _nothing() -> None:
-    """Give back nothing, as nothing is kept."""
+
+def _no_release() -> None:
+    """Do nothing: plain torch keeps no memory between tiles."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Forward:
-    """A network that is ready to answer tiles, in two steps.
+    """A network that is ready to run on tiles, in two steps.
 
     Parameters
     ----------
     body
-        All but the last layer. float32, (1, channels, z, y, x), to (1, features, z, y, x), on the
-        network's device; without z for networks of 2-D images. Features are valid until the next
-        tile's.
+        All layers but the last. Maps float32 (1, channels, z, y, x) to (1, features, z, y, x), on
+        the network's device; 2-D networks have no z. The features are valid until the next call.
     head
-        The last layer, in torch: a 1x1x1 convolution of the features to logits; or None, if what
-        the body answers, each time in a new tensor, are the logits.
+        The last layer, in torch: a 1x1x1 convolution of the features to logits. None if the body
+        returns logits, in a new tensor per call.
     release
-        Gives back memory that is only kept from one tile to the next.
+        Frees memory that is kept between tiles.
     """
 
     body: Callable[[torch.Tensor], torch.Tensor]
     head: nn.Module | None = None
-    release: Callable[[], None] = _nothing
+    release: Callable[[], None] = _no_release
 
     def __call__(self, tile: torch.Tensor) -> torch.Tensor:
-        """Both steps at once: a tile's logits, (1, classes, z, y, x)."""
-        answer = self.body(tile)
-        if self.head is not None:
-            answer = self.head(answer)
-        return answer
+        """Run both steps on a tile; return its logits, (1, classes, z, y, x)."""
+        features = self.body(tile)
+        return features if self.head is None else self.head(features)
 
 
 def run_by_torch(network: nn.Module, shape: tuple[int, ...]) -> Forward:
-    """Run a network as nnU-Net does: the same operations, hence the same bits."""
+    """Run a network with nnU-Net's operations, which gives identical bits."""
     from totalfast.engine.backends.norms import normalised_in_place
 
     body, head = split_head(network)
@@ -61,44 +60,45 @@ def run_by_torch(network: nn.Module, shape: tuple[int, ...]) -> Forward:
 
 
 def _with_skips_read_once(encoder: nn.Module) -> nn.Module:
-    """Return an encoder whose feature maps, the decoder's skip connections, can be read once each.
+    """Return an encoder whose feature maps, the decoder's skip connections, can be read only once.
 
-    The decoder copies them into its next input and needs them no more. The finest is a sixth of
-    what a forward pass takes at its peak, which comes after.
+    The decoder copies each map into its next input and does not need it again. The finest map takes
+    a sixth of a forward pass's peak memory, which occurs later.
     """
     other = copy.copy(encoder)
     other._forward_hooks = encoder._forward_hooks.copy()
-    other.register_forward_hook(lambda module, inputs, answers: _ReadOnce(answers))
+    other.register_forward_hook(lambda module, inputs, outputs: _ReadOnce(outputs))
     return other
 
 
 class _ReadOnce(list[Any]):
-    """A list that forgets what was taken from it."""
+    """A list that drops each item when it is read by its index."""
 
-    def __getitem__(self, index: Any) -> Any:  # noqa: ANN401 - as the list's
-        value = super().__getitem__(index)
+    def __getitem__(self, index: Index) -> Item:
+        item = super().__getitem__(index)
         if isinstance(index, int):
             self[index] = None
-        return value
+        return item
 
 
 def is_nnunets(network: nn.Module) -> bool:
-    """Whether it is one of nnU-Net's two U-Nets itself."""
+    """Whether a network is one of nnU-Net's two U-Nets, and not a subclass."""
     from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
 
     return type(network) in (PlainConvUNet, ResidualEncoderUNet)
 
 
 def split_head(network: nn.Module) -> tuple[nn.Module, nn.Conv3d | None]:
-    """Split nnU-Net's U-Nets before their last layer, if that is a 1x1x1 convolution.
+    """Split nnU-Net's U-Nets before their last layer, if that layer is a 1x1x1 convolution.
 
-    Its answer, hundreds of channels, is by far the largest array of a run. Each voxel of it depends
-    on that voxel's features alone, so that it can be had slice by slice, with the same bits.
+    The layer's output, with one channel per class, is by far the largest array of a run. Each of
+    its voxels depends only on the same voxel's features. So it can be computed slice by slice, with
+    identical bits.
 
     Returns
     -------
         A network that shares the weights and ends before that layer, and the layer; or the
-        network as it is, and None.
+        unchanged network and None.
     """
     from torch import nn
 
@@ -113,7 +113,7 @@ def split_head(network: nn.Module) -> tuple[nn.Module, nn.Conv3d | None]:
 
 
 def _with_module(module: nn.Module, name: str, part: nn.Module) -> nn.Module:
-    """Return a copy of a module, all parts shared, but one replaced."""
+    """Return a copy of a module that shares all parts but one, which is replaced."""
     other = copy.copy(module)
     other._modules = {**module._modules, name: part}
     return other

@@ -1,7 +1,4 @@
-"""Instance normalisation as torch does it, but in place; and with sums taken axis by axis.
-
-Knows torch's modules and nothing of who runs them.
-"""
+"""Instance normalisation, in two variants: torch's in place, and one that sums axis by axis."""
 
 from __future__ import annotations
 
@@ -13,57 +10,61 @@ from torch import nn
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import TypeAlias
+
+    Norm: TypeAlias = Any
+    """One of ``NORMS``; mypy sees all attributes of a module as tensors or modules."""
 
 NORMS = (nn.InstanceNorm2d, nn.InstanceNorm3d)
 
 
 def normalised_in_place(network: nn.Module) -> nn.Module:
-    """Return a network of the same weights and bits that normalises over its convolutions' answers.
+    """Return a network with the same weights and bits that normalises in its convolutions' output.
 
-    For networks that read these nowhere else. A fifth of the memory that a forward pass asks for,
-    and that the system clears for it, was for normalised copies.
+    For networks that read this output nowhere else. Normalised copies would be a fifth of the
+    memory that a forward pass allocates and that the system clears for it.
     """
     return _with_norms(network, _InPlace)
 
 
 def summed_by_axis(network: nn.Module) -> nn.Module:
-    """Return a network of the same weights for backends that sum naively.
+    """Return a network with the same weights for backends that sum naively.
 
-    OpenVINO's own normalisation adds up a channel's million voxels in one float32 number. Where a
-    scan is constant, as air is, each of these additions is rounded the same way: 0.7 % of the
-    labels of a phantom changed.
+    OpenVINO's normalisation sums a channel's million voxels in one float32 number. In constant
+    regions of a scan, such as air, all these additions are rounded in the same direction: 0.7 % of
+    a phantom's labels changed.
     """
     return _with_norms(network, _ByAxis)
 
 
-def _with_norms(network: nn.Module, replacement: Callable[[Any], nn.Module]) -> nn.Module:
-    """Return a network of the same weights, with each instance normalisation replaced."""
+def _with_norms(network: nn.Module, replacement: Callable[[Norm], nn.Module]) -> nn.Module:
+    """Return a network with the same weights in which each instance normalisation is replaced."""
     shared = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
     other = copy.deepcopy(network, shared)
-    found = [
+    norms = [
         (module, name, child)
         for module in other.modules()
         for name, child in module.named_children()
         if type(child) in NORMS and not child.track_running_stats
     ]
-    for module, name, norm in found:
+    for module, name, norm in norms:
         setattr(module, name, replacement(norm))
     return other
 
 
 class _InPlace(nn.Module):
-    """What torch's instance normalisation computes, with the same bits, in its input's memory."""
+    """Torch's instance normalisation, with identical bits, in its input's memory."""
 
-    def __init__(self, norm: nn.Module) -> None:
+    def __init__(self, norm: Norm) -> None:
         super().__init__()
-        self.norm: Any = norm
+        self.norm = norm
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """Normalise (1, channels, z, y, x) or (1, channels, y, x)."""
         if image.device.type != "cpu" or len(image) > 1 or not image.is_contiguous():
-            answer: torch.Tensor = self.norm(image)
-            return answer
-        # This is what torch.nn.functional.instance_norm calls for one image (2.14).
+            normalised: torch.Tensor = self.norm(image)
+            return normalised
+        # torch.nn.functional.instance_norm makes this call for one image (2.14).
         weight, bias, eps = self.norm.weight, self.norm.bias, self.norm.eps
         mean, scale = image.new_empty(2, image.shape[1])
         torch.native_batch_norm(
@@ -73,9 +74,9 @@ class _InPlace(nn.Module):
 
 
 class _ByAxis(nn.Module):
-    """What an instance normalisation computes, in another order."""
+    """Instance normalisation that sums in another order."""
 
-    def __init__(self, norm: Any) -> None:  # noqa: ANN401 - an instance normalisation
+    def __init__(self, norm: Norm) -> None:
         super().__init__()
         self.eps = norm.eps
         self.weight, self.bias = norm.weight, norm.bias
@@ -83,20 +84,20 @@ class _ByAxis(nn.Module):
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """Normalise (1, channels, z, y, x) or (1, channels, y, x)."""
         centred = image - _mean(image.mean(-1, keepdim=True))
-        # Lengths of lines, as squares of all voxels would take memory and time.
+        # Lengths of lines, because squares of all voxels would take memory and time.
         lengths = torch.linalg.vector_norm(centred, dim=-1, keepdim=True)
         scale = torch.rsqrt(_mean(lengths * lengths) / image.shape[-1] + self.eps)
         if self.weight is None:
             return centred * scale
         shape = (-1, *[1] * (image.dim() - 2))
-        answer: torch.Tensor = centred * (scale * self.weight.view(shape)) + self.bias.view(shape)
-        return answer
+        image = centred * (scale * self.weight.view(shape)) + self.bias.view(shape)
+        return image
 
 
 def _mean(lines: torch.Tensor) -> torch.Tensor:
     """Mean of each channel of (1, channels, z, y, 1) or (1, channels, y, 1).
 
-    Sums and means take turns, as OpenVINO joins two of a kind.
+    Sums and means alternate because OpenVINO would join two operations of the same kind.
     """
     planes = lines.sum(-2, keepdim=True)
     volumes = planes.mean(2, keepdim=True) if lines.dim() == 5 else planes

@@ -1,7 +1,7 @@
 """Networks run by OpenVINO, on CPUs.
 
-Knows what of OpenVINO must be told: to compute in float32, also where the CPU has faster and
-coarser formats. What it is made to run is ``conversion``'s, which is kept in ``store``.
+Computes in float32, also on CPUs with faster and coarser formats. ``conversion`` converts the
+networks; ``cache`` keeps the result on disk.
 """
 
 from __future__ import annotations
@@ -14,15 +14,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from totalfast.engine.backends.conversion import CONVERTER, converted, import_openvino
+from totalfast.engine.backends.cache import cache_folder, cached_folder, content_key
+from totalfast.engine.backends.conversion import CONVERTER, convert_network, import_openvino
 from totalfast.engine.backends.forward import Forward, run_by_torch, split_head
-from totalfast.engine.backends.store import cache_folder, content_key, entry
 from totalfast.system.cores import network_threads
-from totalfast.system.process_memory import drop_mapped
+from totalfast.system.process_memory import release_mapped_files
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+    from typing import TypeAlias
+
+    Untyped: TypeAlias = Any
+    """OpenVINO's objects: OpenVINO may be absent, so it has no types here."""
 
 logger = logging.getLogger(__name__)
 
@@ -30,27 +34,28 @@ SETTINGS = {
     # The default on CPUs with AMX or bfloat16 is bfloat16, which changes labels.
     "INFERENCE_PRECISION_HINT": "f32",
     "NUM_STREAMS": "1",
-    # A thread that is bound to a core keeps off others what the rest of the process starts.
+    # Pinned threads would pin the threads that the rest of the process starts, too.
     "ENABLE_CPU_PINNING": "NO",
-    # Float16 subnormals decide ties at tile edges; no thread may be left flushing them.
+    # Float16 subnormals decide ties at tile edges, so no thread may flush them to zero.
     "CPU_DENORMALS_OPTIMIZATION": "NO",
 }
-"""How OpenVINO is to run any network."""
+"""OpenVINO's settings for every network."""
 
 KNOWN_CODE = ("torch.", "dynamic_network_architectures.")
-"""Packages whose modules do what they do by their version: networks of theirs alone are stored."""
+"""Packages whose version determines how their modules compute. Only networks that consist of such
+modules are cached."""
 
 
 def run_by_openvino(network: nn.Module, shape: tuple[int, ...]) -> Forward:
-    """Convert a network for tiles of one shape, or find it converted; torch runs its last layer.
+    """Convert a network for tiles of one shape, or read it from the cache.
 
-    A network that OpenVINO can't run is run by torch, and a warning says so.
+    Torch runs the last layer. It also runs networks that OpenVINO can't run; a warning is logged.
     """
     openvino = import_openvino()
     body, head = split_head(network)
-    convert = functools.partial(converted, body, shape, channels_last=head is not None)
+    convert = functools.partial(convert_network, body, shape, channels_last=head is not None)
     try:
-        model = _stored(body, shape, convert) if _is_storable(body) else convert()
+        model = _through_cache(body, shape, convert) if _is_cacheable(body) else convert()
         compiled = _core().compile_model(
             model, "CPU", SETTINGS | {"INFERENCE_NUM_THREADS": network_threads()}
         )
@@ -69,60 +74,60 @@ def run_by_openvino(network: nn.Module, shape: tuple[int, ...]) -> Forward:
             " ".join(str(error).split()),
         )
         return run_by_torch(network, shape)
-    drop_mapped(cache_folder())  # the compiled model has weights of its own, in another order
+    release_mapped_files(cache_folder())  # the compiled model has its own weights, in another order
     run = Compiled(compiled)
     if head is None:
-        return Forward(body=functools.partial(_new_answer, run), release=run.release)
+        return Forward(body=functools.partial(_copied_output, run), release=run.release)
     return Forward(
         body=functools.partial(_channels_first, run), head=LastLayer(head), release=run.release
     )
 
 
 @functools.cache
-def _core() -> Any:  # noqa: ANN401 - may be absent, so untyped
+def _core() -> Untyped:
     return import_openvino().Core()
 
 
-def _new_answer(run: Compiled, tile: torch.Tensor) -> torch.Tensor:
+def _copied_output(run: Compiled, tile: torch.Tensor) -> torch.Tensor:
     return run(tile).clone()
 
 
 def _channels_first(run: Compiled, tile: torch.Tensor) -> torch.Tensor:
-    """Features (1, features, z, y, x), a view of what lies channels last in memory."""
+    """Features (1, features, z, y, x), a view of features that are channels last in memory."""
     return run(tile).permute(0, 4, 1, 2, 3)
 
 
 class Compiled:
-    """A compiled model, whose answers to one tile after another take the same memory."""
+    """A compiled model whose outputs for all tiles use the same memory."""
 
-    def __init__(self, compiled: Any) -> None:  # noqa: ANN401
+    def __init__(self, compiled: Untyped) -> None:
         self.compiled = compiled
-        self._request: Any = None
-        self._answer = torch.empty(0)
+        self._request: Untyped = None
+        self._output = torch.empty(0)
 
     def __call__(self, tile: torch.Tensor) -> torch.Tensor:
-        """Run the model on a tile; the answer is valid until the next call."""
+        """Run the model on a tile; the output is valid until the next call."""
         if self._request is None:
-            self._answer = torch.empty(tuple(self.compiled.output(0).shape))
-            memory = import_openvino().Tensor(self._answer.numpy(), shared_memory=True)
+            self._output = torch.empty(tuple(self.compiled.output(0).shape))
+            memory = import_openvino().Tensor(self._output.numpy(), shared_memory=True)
             self._request = self.compiled.create_infer_request()
             self._request.set_output_tensor(memory)
         self._request.infer([tile.numpy()], share_inputs=True, share_outputs=True)
-        return self._answer
+        return self._output
 
     def release(self) -> None:
-        """Give back what is only kept from one tile to the next."""
+        """Free the memory that is kept between tiles."""
         self._request = None
-        self._answer = torch.empty(0)
+        self._output = torch.empty(0)
         self.compiled.release_memory()
 
 
 class LastLayer(nn.Module):
-    """A 1x1x1 convolution of features that lie channels last in memory."""
+    """A 1x1x1 convolution of features that are channels last in memory."""
 
     def __init__(self, layer: nn.Conv3d) -> None:
         super().__init__()
-        # Copies, so that the checkpoint is not kept in memory for their sake.
+        # Copies, so that they do not keep the whole checkpoint in memory.
         self.weight = layer.weight.detach().flatten(1).clone()
         self.bias = self.weight.new_zeros(len(self.weight), 1)
         if layer.bias is not None:
@@ -134,14 +139,16 @@ class LastLayer(nn.Module):
         return torch.addmm(self.bias, self.weight, voxels).view(1, -1, *features.shape[2:])
 
 
-def _is_storable(network: nn.Module) -> bool:
-    """Whether a network's layers, weights and our versions say all that there is to it."""
+def _is_cacheable(network: nn.Module) -> bool:
+    """Whether layers, weights and package versions fully determine how a network computes."""
     return all(type(module).__module__.startswith(KNOWN_CODE) for module in network.modules())
 
 
-def _stored(network: nn.Module, shape: tuple[int, ...], convert: Callable[[], Any]) -> Any:  # noqa: ANN401
-    """Read a converted network from the store, where it is put if need be."""
-    made_with = {
+def _through_cache(
+    network: nn.Module, shape: tuple[int, ...], convert: Callable[[], Untyped]
+) -> Untyped:
+    """Read a converted network from the cache; convert it and store it there if it is missing."""
+    settings = {
         "converter": CONVERTER,
         "shape": shape,
         **{
@@ -150,13 +157,13 @@ def _stored(network: nn.Module, shape: tuple[int, ...], convert: Callable[[], An
         },
     }
 
-    def make(folder: Path) -> None:
+    def write(folder: Path) -> None:
         model = convert()
         try:
             import_openvino().save_model(model, folder / "model.xml", compress_to_fp16=False)
         except RuntimeError as error:
-            raise OSError(f"OpenVINO can't write there: {error}") from error
+            raise OSError(f"OpenVINO can't write to {folder}: {error}") from error
 
-    place = entry(f"openvino-{content_key(network, made_with)}", make)
+    folder = cached_folder(f"openvino-{content_key(network, settings)}", write)
     # OpenVINO maps the weights from the file.
-    return convert() if place is None else _core().read_model(place / "model.xml")
+    return convert() if folder is None else _core().read_model(folder / "model.xml")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.mapped_files import resident_kb
-from totalfast.system.process_memory import drop_mapped
+from totalfast.system.process_memory import release_mapped_files
 
 COUNTED = """
 import resource, sys
@@ -32,16 +32,16 @@ print(faults() - before)
 @pytest.mark.skipif(
     sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc"
 )
-def test_a_command_uses_freed_memory_again_from_the_start():
+def test_a_prepared_process_reuses_freed_memory():
     def count(how: str) -> int:
         words = [sys.executable, "-c", COUNTED, how]
         return int(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
 
-    assert count("prepared") < 100 < count("as it is")
+    assert count("prepared") < 100 < count("unprepared")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
-def test_what_was_read_of_mapped_files_leaves_the_memory_and_stays_valid(tmp_path):
+def test_mapped_files_leave_resident_memory_and_stay_valid(tmp_path):
     inside, outside = tmp_path / "inside", tmp_path / "inside too"
     mapped = []
     for folder in (inside, outside):
@@ -53,7 +53,7 @@ def test_what_was_read_of_mapped_files_leaves_the_memory_and_stays_valid(tmp_pat
     total = int(mapped[0].sum())
     assert int(mapped[1].sum()) == total
     assert min(resident_kb(inside), resident_kb(outside)) > 8000
-    drop_mapped(inside)
+    release_mapped_files(inside)
     assert resident_kb(inside) == 0
     assert resident_kb(outside) > 8000
     assert int(mapped[0].sum()) == total
