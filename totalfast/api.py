@@ -1,7 +1,4 @@
-"""``totalfast.segment``: upstream's Python call.
-
-Only the signature is here; the work is done by the default ``Session``.
-"""
+"""``totalfast.segment``: upstream's Python call, run by the default ``Session``."""
 
 from __future__ import annotations
 
@@ -69,8 +66,8 @@ def segment(
     """Segment one scan with one of TotalSegmentator's tasks.
 
     Arguments, their order, meanings and defaults are those of
-    ``totalsegmentator.python_api.totalsegmentator`` (2.18.0); those that can only be named are
-    ours. The first call loads the models, later ones with the same task reuse them.
+    ``totalsegmentator.python_api.totalsegmentator`` (2.18.0); the keyword-only ones are ours. The
+    first call loads the models; later calls of the same task reuse them.
 
     Parameters
     ----------
@@ -79,14 +76,14 @@ def segment(
         ``.mhd``) file, of a folder or zip file of one DICOM series, or of a multi-frame DICOM
         file; a NIfTI file open for reading bytes; or a nibabel image.
     output
-        Directory for one mask a class, or with ``ml`` the ``.nii.gz`` file of the label map, or
+        Directory for one mask per class, or with ``ml`` the ``.nii.gz`` file of the label map, or
         with a DICOM ``output_type`` its file. None writes nothing.
     ml
-        Write one label map instead of one mask a class.
+        Write one label map instead of one mask per class.
     nr_thr_resamp
-        Accepted for upstream's sake; all cores are used.
+        Accepted for compatibility; all cores are used.
     nr_thr_saving
-        Files that are written at a time, at most; the cores are the limit too.
+        Most files written at a time; also limited by the number of cores.
     fast, fastest
         Use the 3 mm or the 6 mm model; ``fast`` wins.
     preview
@@ -94,7 +91,7 @@ def segment(
     task
         Task name; ``totalfast --list-tasks`` shows them.
     force_split
-        Predict in three pieces along z, as upstream does for very large images.
+        Predict in three pieces along z, like upstream for very large images.
     output_type
         "nifti", "dicom_rtstruct", "dicom_seg", or several of them, as a list or with commas; the
         latter two for DICOM input. Several are written as ``{base}.nii.gz`` (a label map),
@@ -105,7 +102,7 @@ def segment(
     skip_saving
         Write no masks and no label map even if ``output`` is given.
     device
-        "gpu", "cpu", "mps" or "gpu:X"; an absent GPU becomes the CPU.
+        "gpu", "cpu", "mps" or "gpu:X"; the CPU if there is no GPU.
     no_derived_masks
         Do not write the body and skin masks of task "body".
     save_lowres
@@ -115,12 +112,11 @@ def segment(
     plans
         nnU-Net plans identifier.
     robust_crop
-        For tasks that look at a region: find it with the 3 mm model instead of the 6 mm model.
+        For tasks with a region: find it with the 3 mm model instead of the 6 mm model.
     higher_order_resampling
-        Let nnU-Net's own resampling go all the way from the scan to the model's spacing and, for
-        the logits, back, for smooth masks.
+        Let nnU-Net resample the scan to the model's spacing and the logits back, for smooth masks.
     higher_order_resampling_LEGACY
-        Resample each label's mask linearly to the scan's grid, as TotalSegmentator once did.
+        Resample each label's mask linearly to the scan's grid, like older TotalSegmentator.
     save_probabilities
         File for the probabilities of all classes (``.npz``, key "probabilities", float32,
         (classes, z, y, x)) of the last model at its resolution; a ``.pkl`` beside it describes the
@@ -128,49 +124,47 @@ def segment(
     statistics
         Measure each class: volume in mm3, mean intensity. Written to the file given, or with True
         to ``statistics.json`` in ``output``, or beside it with ``ml``. With ``fast`` on the
-        model's grid, as upstream does.
+        model grid, like upstream.
     statistics_exclude_masks_at_border
-        Give classes that the image's edge may have cut zeros.
+        Report zeros for classes that the image's edge may cut.
     stats_aggregation
         "mean" or "median" of the intensities.
     statistics_extra
         Also number of voxels, spread and range of the intensities, centroid and bounding box; not
         with ``fast``.
     statistics_normalized_intensities
-        Map intensities to 0..1 by the lowest and the highest of the image before.
+        Map intensities to 0..1 by the image's lowest and highest, before measuring.
     remove_small_blobs
         Remove blobs of up to this volume in mm3; True is 200.
     v1_order
-        Task "total": number the labels of the label map as version 1 did. Single masks stay all
-        that ``task`` has.
+        Task "total": number the labels of the label map like version 1. Masks stay those of
+        ``task``.
     radiomics
         Also write ``statistics_radiomics.json`` beside the masks; needs the package pyradiomics.
     report
-        File for a report of the run: versions, options, classes and files, and why classes are
-        empty.
+        File for a report of the run: versions, options, classes, files, and why classes are empty.
     nora_tag
         Project of the viewer Nora that files are added to; "None" adds none.
     license_number
         Let TotalSegmentator check this number online and keep it in its configuration file.
     crop_path, test
-        Accepted for upstream's sake: no effect, and 0 only.
+        Accepted for compatibility: no effect, and 0 only.
     export
-        Not upstream's. How labels come to the scan's grid: "auto" or "nearest" as upstream does,
+        Not upstream's. How labels get to the scanner grid: "auto" or "nearest" like upstream,
         "linear" from interpolated logits, for smooth masks.
     backend
-        Not upstream's. What runs the networks: "torch" gives upstream's voxels; "openvino" (needs
-        ``pip install 'totalfast[cpu]'``) and "compile" are faster, and single voxels may differ;
-        "auto" is "openvino" on a CPU if it is installed, else "torch", unless the environment
-        variable TOTALFAST_BACKEND names another.
+        Not upstream's. The library that runs the networks: "torch" gives upstream's voxels;
+        "openvino" (needs ``pip install 'totalfast[cpu]'``) and "compile" are faster, and single
+        voxels may differ. "auto" is "openvino" on a CPU if it is installed, else "torch"; the
+        environment variable TOTALFAST_BACKEND changes it.
     tile_step_size
-        Not upstream's. Distance of the network's tiles, at most, as a share of their size, above 0
-        and up to 1: 0.8 lets neighbours overlap by at least a fifth. None takes upstream's, 0.8
-        for the total tasks and 0.5 for others. A larger step means fewer tiles, less time and
-        other labels. Rough models that look for a region keep theirs.
+        Not upstream's. Largest distance between neighbouring tiles, as a share of the tile size,
+        above 0 and up to 1: with 0.8 neighbours overlap by at least a fifth. None is upstream's,
+        0.8 for the total tasks and 0.5 for others. A larger step means fewer tiles, less time and
+        other labels. Rough models keep their own step.
     max_memory_gb
-        Not upstream's. Raise an error before the scan is read if the run needs more memory than
-        this, in 10**9 bytes; of a GPU's memory what is free is taken. None warns if more is needed
-        than is free.
+        Not upstream's. Raise an error before the scan is read if the run needs more main memory
+        than this, in 10**9 bytes. None warns if the run needs more than the free memory.
 
     ``test`` other than 0, for upstream's own tests, raises ``UnsupportedError``.
 
@@ -178,12 +172,12 @@ def segment(
     -------
         uint8 label map, (x, y, z) of the input's grid, 0 is background; its header is the
         input's, with upstream's table of class names as an extension. With ``statistics`` a pair:
-        the label map, and class name to the figures of each class.
+        the label map, and class name to the statistics of each class.
 
     Raises
     ------
     TotalfastError
-        One of its kinds: the input, an option, the output path, or a model can't be used.
+        A subclass, if the input, an option, the output path or a model can't be used.
     """
     return default_session().segment(
         input,

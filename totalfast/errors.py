@@ -1,25 +1,25 @@
-"""Every error that totalfast raises on purpose.
+"""The errors of totalfast.
 
 The tree::
 
     TotalfastError
     ├── InputError            the image can't be used: missing, damaged, wrong shape (a ValueError)
-    ├── OptionError           an option, or a pair of options, makes no sense (also a ValueError)
+    ├── OptionError           an option, or a pair of options, is not valid (a ValueError)
     │   └── UnsupportedError  upstream has it, totalfast does not yet
-    ├── OutputError           the result can't be written where it was asked for
-    ├── LicenseError          TotalSegmentator asks for a licence number for the task
+    ├── OutputError           the result can't be written to the given path
+    ├── LicenseError          the task needs a TotalSegmentator licence number
     ├── WeightsError          a model is missing, damaged or holds more than weights
     ├── MemoryLimitError      the run needs more memory than the user allows
-    └── PredictionError       the network's answer can't be used
+    └── PredictionError       the network's output can't be used
 
-All derive from ``TotalfastError``; a message gives what was found, what was expected, what to do.
+All derive from ``TotalfastError``. A message gives the value, what was expected and what to do.
 """
 
 from __future__ import annotations
 
 
 class TotalfastError(Exception):
-    """Base class: catching it catches everything that totalfast raises on purpose."""
+    """Base class of all errors that totalfast raises on purpose."""
 
 
 class InputError(TotalfastError, ValueError):
@@ -27,7 +27,7 @@ class InputError(TotalfastError, ValueError):
 
 
 class OptionError(TotalfastError, ValueError):
-    """An option, or a combination of options, makes no sense."""
+    """An option, or a combination of options, is not valid."""
 
 
 class UnsupportedError(OptionError):
@@ -35,7 +35,7 @@ class UnsupportedError(OptionError):
 
 
 class OutputError(TotalfastError):
-    """The result can't be written to the place that was asked for."""
+    """The result can't be written to the given path."""
 
 
 class LicenseError(TotalfastError):
@@ -47,7 +47,7 @@ class WeightsError(TotalfastError):
 
 
 class MemoryLimitError(TotalfastError):
-    """The run would need more memory than ``max_memory_gb`` allows; nothing was begun."""
+    """The run needs more memory than ``max_memory_gb`` allows; it was not started."""
 
 
 class PredictionError(TotalfastError):

@@ -1,7 +1,6 @@
 """Voxel grids and the exact index maps between them.
 
-Knows shapes, affines and orientations; knows nothing of labels, files or torch. Axis order is
-nibabel's (x, y, z) unless a name says otherwise.
+Axis order is nibabel's (x, y, z) unless a name has another suffix.
 """
 
 from __future__ import annotations
@@ -73,9 +72,7 @@ class Grid:
         return Grid(shape=(shape[0], shape[1], shape[2]), affine=affine)
 
     def resampled(self, target_mm: Sequence[float]) -> Grid:
-        """Return the grid that TotalSegmentator's ``change_spacing`` makes of this one.
-
-        TotalSegmentator 2.18.0, resampling.py.
+        """Return the grid after TotalSegmentator's ``change_spacing`` (2.18.0, resampling.py).
 
         Raises
         ------
@@ -99,7 +96,7 @@ class Grid:
         return Grid(shape=(sizes[0], sizes[1], sizes[2]), affine=affine)
 
     def has_spacing(self, target_mm: Sequence[float]) -> bool:
-        """Whether upstream takes the grid as it is: equal as float32 and float64 numbers."""
+        """Whether upstream leaves the grid alone: float32 spacing equals the float64 target."""
         return bool(np.array_equal(self.spacing_mm, np.asarray(target_mm, dtype=np.float64)))
 
     def cropped(self, box: Box) -> Grid:
@@ -122,9 +119,9 @@ def to_canonical(array: NDArray[np.generic], grid: Grid) -> NDArray[np.generic]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearWeights:
-    """Where each target sample of one axis lies between its two source samples.
+    """The two source samples of each target sample of one axis, and their weights.
 
-    ``corners`` is 1 if only the lower one counts: nearest-neighbour along this axis.
+    ``corners`` is 1 for nearest neighbour: only the lower sample is used.
     """
 
     lower: NDArray[np.intp]
@@ -135,8 +132,8 @@ class LinearWeights:
 
 
 CORNERS, CENTERS = "corners", "centers"
-"""Who resamples: scipy.ndimage.zoom makes the corner voxels coincide (TotalSegmentator); with
-grid_mode, as in skimage, the outer edges of the corner voxels do (nnU-Net)."""
+"""What coincides on both grids: the centres of the corner voxels (scipy.ndimage.zoom,
+TotalSegmentator), or the outer edges of the corner voxels (skimage, nnU-Net)."""
 
 
 def sample_positions(

@@ -1,7 +1,4 @@
-"""Models kept loaded between calls, and the default session behind ``totalfast.segment``.
-
-Knows devices and loaded models; the steps of a run are in ``pipeline``.
-"""
+"""``Session``: calls that share loaded models, and the default session of ``totalfast.segment``."""
 
 from __future__ import annotations
 
@@ -34,15 +31,14 @@ class Session:
     Parameters
     ----------
     device
-        "gpu", "cpu", "mps" or "gpu:X"; "gpu" falls back to the CPU. What ``segment`` uses unless
-        its own ``device`` says otherwise.
+        "gpu", "cpu", "mps" or "gpu:X"; "gpu" falls back to the CPU. The default for ``segment``.
     keep_models
-        False lets each model go when it has been used, for a program that makes one call: two are
-        in memory at a time, one that predicts and the next, instead of all that a task has.
+        False frees each model after use, for programs with a single call. Two models are then in
+        memory at a time, the current one and the next, instead of all of a task's models.
 
     Notes
     -----
-    May be used from several threads; predictions then take turns.
+    Safe to use from several threads; predictions then take turns.
     """
 
     def __init__(self, *, device: str = "gpu", keep_models: bool = True) -> None:
@@ -73,17 +69,20 @@ class Session:
                     "image as input."
                 )
             return _result(run(input, target, options=options, store=self.models))
-        options.resolved_task()  # before a series is converted for a task that makes no sense
+        options.resolved_task()  # an invalid task is refused before a series is converted
         check_packages(options.dicom_types)
         with open_series(Path(input)) as series:
             check_series(series, options.dicom_types)
-            found = run(series.image, target, options=options, store=self.models, series=series)
-            return _result(found)
+            return _result(
+                run(series.image, target, options=options, store=self.models, series=series)
+            )
 
 
-def _result(found: Segmentation) -> nib.Nifti1Image | tuple[nib.Nifti1Image, Statistics]:
-    """What upstream's call returns: the label map, and the figures if they were asked for."""
-    return found.image if found.statistics is None else (found.image, found.statistics)
+def _result(segmentation: Segmentation) -> nib.Nifti1Image | tuple[nib.Nifti1Image, Statistics]:
+    """Return what upstream returns: the label map, with ``statistics`` a pair of it and them."""
+    if segmentation.statistics is None:
+        return segmentation.image
+    return segmentation.image, segmentation.statistics
 
 
 @functools.cache

@@ -1,8 +1,4 @@
-"""What a task means: models, spacing, classes and clean-up, read from upstream's tables.
-
-Knows names and numbers; knows nothing of arrays. Nothing here is copied: a task that upstream
-changes changes here.
-"""
+"""Tasks: models, spacing, classes and region, read from upstream's tables and not copied."""
 
 from __future__ import annotations
 
@@ -24,23 +20,23 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
 BROKEN_TASKS = frozenset({"test"})
-"""In upstream's table, but of no use there either (2.18.0)."""
+"""In upstream's table, but broken there too (2.18.0)."""
 
 ROUGH_MARGIN_MM = (20.0, 20.0, 20.0)
-"""Around what the rough model found; what upstream's table says instead is only used where another
-task than the rough total one finds the region (2.18.0)."""
+"""Margin around the structures of the rough total task. Upstream uses the margins of its table only
+where another task finds the region (2.18.0)."""
 
 BODY_MARGIN_MM = (3.0, 3.0, 3.0)
-"""Around the body, for ``body_seg``."""
+"""Margin around the body, for ``body_seg``."""
 
 BODY_REGIONS = frozenset({"body_trunc", "body_extremities"})
-"""Classes that the rough body model finds, and the one of ``total`` does not."""
+"""Classes of the rough body model that the rough total model lacks."""
 
 SMALL_PLANS = "nnUNetResEncUNetLPlans_8"
-"""Of the smaller models of ``total_v3``."""
+"""Plans of the smaller models of ``total_v3``."""
 
 COARSE_STEP_TASKS = frozenset({"total", "total_v3", "total_mr"})
-"""Tasks whose tiles overlap by a fifth instead of a half (TotalSegmentator 2.18.0, nnunet.py)."""
+"""Tasks whose tiles overlap by a fifth, not by half (TotalSegmentator 2.18.0, nnunet.py)."""
 
 TILE_STEP, COARSE_TILE_STEP = 0.5, 0.8
 
@@ -56,20 +52,20 @@ class Part:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Crop:
-    """Where a task looks: around structures that a rough model finds first."""
+    """The region of a task: around structures that a rough task finds first."""
 
     rough: Task
     labels: frozenset[int]
-    """Of the rough task: what the box is drawn around."""
+    """Labels of the rough task that the box encloses."""
     margin_mm: tuple[float, float, float]
     robust: bool = False
-    """Whether the finer of the rough models is used, at 3 mm."""
+    """Whether the rough model is the 3 mm one."""
     outside: frozenset[int] | None = None
-    """Of the rough task: where else nothing is kept; None keeps all."""
+    """Labels of the rough task; voxels far from them are removed. None removes none."""
     outside_mm: float = 0.0
-    """How far around those something is kept."""
+    """Distance from those labels up to which voxels are kept."""
     announced: str = "Generating rough segmentation for cropping..."
-    """What upstream tells users when it begins."""
+    """Upstream's message at the start of the rough pass."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,23 +83,23 @@ class Task:
     configuration: str
     folds: tuple[int, ...] | None
     classes: Mapping[int, str]
-    """Label to class name, in upstream's order; only those that were asked for."""
+    """Label to class name, in upstream's order; only the selected classes."""
     several_models: bool
-    """Whether upstream treats the task as a list of models, even a list of one."""
+    """Whether upstream's table has a list of models, even a list of one."""
     selected: bool = False
-    """Whether only some classes were asked for, and others must not be kept."""
+    """Whether only some classes were selected; others are removed."""
     crop: Crop | None = None
-    """None looks at the whole scan."""
+    """None segments the whole scan."""
     refined_by: Task | None = None
-    """Whose first class the result is cut to, at the scan's resolution."""
+    """Task whose first class masks the result, at the scan's resolution."""
     licensed: bool = False
-    """Whether TotalSegmentator asks for a licence number."""
+    """Whether the task needs a licence number."""
     hint: str | None = None
-    """What upstream tells users of the task."""
+    """Upstream's message for users of the task."""
     coarse_mm: int | None = None
-    """With a coarser resolution than the default: the spacing that upstream tells users of."""
+    """Spacing in upstream's message, if the resolution is coarser than the default."""
     tile_step: float
-    """Distance of neighbouring tiles, at most, as a share of the tile size."""
+    """Largest distance between neighbouring tiles, as a share of the tile size."""
 
 
 def resolve_task(
@@ -132,9 +128,9 @@ def resolve_task(
     robust_crop
         Find the region with the 3 mm model instead of the 6 mm model.
     roi_subset
-        Classes of a ``total`` task: only these, and only the models and the region that they need.
+        Selected classes of a ``total`` task; only their models and region are used.
     body_seg
-        Look at the body only, if the task looks at no region yet.
+        Segment only the body, if the task has no region of its own.
 
     Raises
     ------
@@ -215,7 +211,7 @@ def _check_classes(task: str, roi_subset: Sequence[str]) -> None:
 def _parts(
     name: str, task_id: int | list[int], roi_subset: Sequence[str] | None
 ) -> tuple[Part, ...]:
-    """The models of a task; of several, those that know one of the classes asked for."""
+    """The models of a task that have at least one of the selected classes."""
     if not isinstance(task_id, list):
         return (Part(model_id=task_id, labels=None),)
     if roi_subset is not None:
@@ -238,7 +234,7 @@ def _crop(
     roi_subset: Sequence[str] | None,
     body_seg: bool,
 ) -> Crop | None:
-    """Choose region and rough model as upstream does (2.18.0, python_api.py)."""
+    """Choose region and rough model like upstream (2.18.0, python_api.py)."""
     regions = config["crop"] if config["crop"] is not None else roi_subset
     if regions is None:
         return _body_crop() if body_seg and not name.endswith("_mr") else None
@@ -252,7 +248,7 @@ def _crop(
         if structure not in label_of:
             raise OptionError(
                 f"roi_subset does not work with class '{structure}' of task '{name}': the region "
-                f"is found by the models of task '{rough.name}', which do not know it."
+                f"is found by the models of task '{rough.name}', which lack this class."
             )
     outside = config["remove_outside"]
     x, y, z = (float(mm) for mm in margin_mm)
@@ -269,7 +265,7 @@ def _crop(
 def _rough_task(
     name: str, config: dict[str, Any], regions: Collection[str], *, robust: bool
 ) -> Task:
-    """The coarse ``total`` or ``body`` task that a region is found with."""
+    """The coarse ``total`` or ``body`` task that finds a region."""
     if not BODY_REGIONS.isdisjoint(regions):
         return _single_model("body", 300, spacing_mm=6.0, trainer="nnUNetTrainer")
     of_mr = name.endswith("_mr")
@@ -298,7 +294,7 @@ def _vertebral_bodies() -> Task:
 
 
 def _single_model(name: str, model_id: int, *, spacing_mm: float, trainer: str) -> Task:
-    """A task that upstream spells out in its code instead of its table."""
+    """A task that is in upstream's code, not in its table."""
     return Task(
         name=name,
         resolution="fast" if spacing_mm == 3.0 else "fastest",

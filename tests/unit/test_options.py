@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import typing
 
 import pytest
@@ -13,9 +14,7 @@ from totalfast.options import Options, SegmentKeywords
 def test_session_and_segment_have_the_same_keywords_of_the_same_types():
     parameters = list(inspect.signature(segment).parameters.values())[2:]
     ours = {parameter.name: parameter.annotation for parameter in parameters}
-    shared = {
-        name: kind.__forward_arg__ for name, kind in SegmentKeywords.__annotations__.items()
-    }
+    shared = {name: kind.__forward_arg__ for name, kind in SegmentKeywords.__annotations__.items()}
     assert shared == ours
 
 
@@ -66,6 +65,7 @@ def test_options_that_do_not_go_together_are_refused(keywords, error, message):
 
 
 def test_a_newer_minor_version_of_totalsegmentator_is_warned_of_once(monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger("totalfast"), "propagate", True)
     upstream.warn_of_untested_version.cache_clear()
     monkeypatch.setattr(upstream, "version", lambda: "2.19.1")
     for _ in range(2):

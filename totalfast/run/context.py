@@ -1,4 +1,4 @@
-"""What one run has at hand at every step."""
+"""Options, models, progress and memory of one run, for every step."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class RunContext:
     Parameters
     ----------
     options
-        What was asked for.
+        The user's options.
     store
         Where models are loaded.
     progress, work
-        The progress bar, and how much work each stage is.
+        The progress bar, and the expected work of each stage.
     scan
         The scan as its header describes it.
     budget

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 NOT_FOUND = "not found"
-NO_REGION = "the region to look at was not found"
+NO_REGION = "the region was not found"
 CLEANED = "removed by the task's clean-up"
-TOO_SMALL = "removed as too small"
-NOT_RESTORED = "smaller than the distance of the scan's voxels"
-OUTSIDE = "removed as outside of the region"
+TOO_SMALL = "removed because it was too small"
+NOT_RESTORED = "smaller than the scan's voxel spacing"
+OUTSIDE = "removed because it was outside of the region"
 REFINED = "removed by the refinement"
 
 

@@ -1,7 +1,4 @@
-"""Say aloud what upstream passes over in silence: scans that its models can't do justice to.
-
-Knows intensities and grids; changes nothing.
-"""
+"""Warnings for scans that the models were not made for; upstream gives none."""
 
 from __future__ import annotations
 
@@ -19,36 +16,36 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FEWEST_INTENSITIES = 10.0
-"""Range of intensities below which cutting them to whole numbers leaves next to nothing. The
-windows that radiologists look through are 80 and more; images scaled to 0-1 or to a standard
-deviation of 1 lie below."""
+"""Range of intensities below which rounding to whole numbers destroys the image. Radiologists'
+windows are 80 HU and wider; images scaled to 0-1 or to a standard deviation of 1 are below."""
 
 COARSEST_MM = 5.0
-"""Spacing above which structures begin to fall between the slices; TotalSegmentator advises against
+"""Spacing above which small structures lie between the slices; TotalSegmentator advises against
 it."""
 
 LARGEST_TURN_DEGREES = 30.0
-"""Angle between the scan's axes and the body's above which anatomy looks unlike what the models,
-whose input is only flipped and permuted, were trained on. Ours: a gantry tilts by up to 30."""
+"""Largest angle between the scan's axes and the body's without a warning. A model's input is flipped
+and permuted, never rotated. The limit is ours: a gantry tilts by up to 30 degrees."""
 
 
 def warn_of_unusual(
     image: ScannerImage, *, spacing_mm: Sequence[float] | None, crops: bool
 ) -> None:
-    """Log one line for each unusual thing about a scan.
+    """Log one warning for each unusual property of a scan.
 
     Parameters
     ----------
     image
         The scan.
     spacing_mm
-        What it will be resampled to; None: it will not be.
+        The spacing that it will be resampled to; None if it will not be resampled.
     crops
-        Whether only a region of it will be looked at.
+        Whether only a region of it will be segmented.
 
     Notes
     -----
-    As upstream does, intensities are cut to whole numbers where a scan is cropped or resampled.
+    Like upstream, totalfast truncates intensities to whole numbers if a scan is cropped or
+    resampled.
     """
     keeps_spacing = spacing_mm is None or image.grid.canonical().has_spacing(spacing_mm)
     if crops or not keeps_spacing:
@@ -63,14 +60,14 @@ def warn_of_unusual(
     header = image.header
     if isinstance(header, nib.Nifti1Header) and header["sform_code"] == header["qform_code"] == 0:
         logger.warning(
-            "WARNING: the scan's header says nothing of its orientation (sform and qform codes are "
-            "0); left and right may be swapped."
+            "WARNING: the scan's header has no orientation (sform and qform codes are 0); left and "
+            "right may be swapped."
         )
     turn = _turn_degrees(image)
     if turn > LARGEST_TURN_DEGREES:
         logger.warning(
-            "WARNING: the scan is turned by %.0f degrees against the body's axes, which the models "
-            "have hardly seen.",
+            "WARNING: the scan is rotated by %.0f degrees against the body's axes; the models were "
+            "hardly trained on such scans.",
             turn,
         )
 
@@ -80,14 +77,14 @@ def _warn_of_fractions(image: ScannerImage) -> None:
         return
     ends = np.asarray([image.stored.min(), image.stored.max()])
     low, high = sorted(image.scale(ends).tolist())
-    # A comparison with NaN is false: then nothing is known, and nothing said.
+    # A comparison with NaN is false: no warning then.
     if not high - low < FEWEST_INTENSITIES:
         return
     planes = (image.scale(image.stored[:, :, plane]) for plane in range(image.grid.shape[2]))
     if any(np.any(plane != np.trunc(plane)) for plane in planes):
         logger.warning(
-            "WARNING: the scan's intensities lie between %.3g and %.3g; TotalSegmentator cuts them "
-            "to whole numbers, which leaves nothing to see. Give the scan as it came from the "
+            "WARNING: the scan's intensities lie between %.3g and %.3g; TotalSegmentator truncates "
+            "them to whole numbers, which destroys the image. Give the scan as it came from the "
             "scanner (CT: Hounsfield units).",
             low,
             high,

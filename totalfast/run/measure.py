@@ -1,7 +1,4 @@
-"""Which figures of the classes are taken where: on the scan's grid, or on the model's.
-
-Knows options and grids; how a label map is measured is known to ``stages.statistics`` alone.
-"""
+"""Measure the classes' statistics on the scanner grid or on the model grid."""
 
 from __future__ import annotations
 
@@ -32,31 +29,33 @@ def measure_model_image(
     classes: Mapping[int, str],
     options: Options,
 ) -> Statistics:
-    """Measure where the model works, as upstream does with ``fast``: never with extra figures.
+    """Measure on the model grid, like upstream with ``fast``: without the extra statistics.
 
     Parameters
     ----------
     labels
         (z, y, x), RAS+ axes, model grid.
     model_image, image
-        What the model saw, and the part of the scan that it was made from.
+        The model's input, and the part of the scan that it was resampled from.
     classes
         Label to class name.
     options
-        Which figures are wanted.
+        Which statistics to compute.
     """
     grid = model_image.grid
     if grid is model_image.canonical:
-        # Not resampled: upstream has float64 intensities, some of which float32 rounds up to the
-        # next whole number.
-        seen = image.on_grid(to_canonical(image.stored, image.grid), grid)
+        # Upstream measures float64 intensities here; float32 would round some up to the next
+        # whole number.
+        measured = image.on_grid(to_canonical(image.stored, image.grid), grid)
     else:
         stored = model_image.voxels.transpose(2, 1, 0)
-        seen = ScannerImage(stored=stored, slope=1.0, intercept=0.0, grid=grid, header=image.header)
+        measured = ScannerImage(
+            stored=stored, slope=1.0, intercept=0.0, grid=grid, header=image.header
+        )
     with timed("Calculating statistics fast...", "  calculated in"):
         return measure(
             labels.transpose(2, 1, 0),
-            seen,
+            measured,
             classes,
             voxel_mm3=np.prod(grid.spacing_mm),
             wanted=_wanted(options, extra=False),
@@ -69,7 +68,7 @@ def measure_scan(
     classes: Mapping[int, str],
     options: Options,
 ) -> Statistics:
-    """Measure on the scan's own grid; volumes are by the spacing that its header tells."""
+    """Measure on the scanner grid; volumes use the spacing of the scan's header."""
     with timed("Calculating statistics...", "  calculated in"):
         return measure(
             np.asfortranarray(labels.dataobj),

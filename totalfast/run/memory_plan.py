@@ -1,8 +1,7 @@
-"""What a run will need of memory, before it takes any.
+"""Estimate the memory of a run from the scan's header and the models' plans.
 
-Knows headers, tasks and model folders' plans; knows nothing of arrays, and allocates none. The
-figures are upper estimates of what a run holds at a time; ``scripts/benchmark_scaling.py``
-compares them with measured peaks.
+Nothing is allocated. The estimates are upper bounds; ``scripts/benchmark_scaling.py`` compares them
+with measured peaks.
 """
 
 from __future__ import annotations
@@ -20,8 +19,6 @@ from totalfast.system.memory import GB, free_device_bytes, free_host_bytes
 if TYPE_CHECKING:
     from totalfast.geometry import Grid
     from totalfast.options import Options
-
-    pass
     from totalfast.tasks import Task
 
 logger = logging.getLogger(__name__)
@@ -30,25 +27,25 @@ PROGRAM_BYTES = int(0.45 * GB)
 """Python with nnU-Net and torch 2.14 imported."""
 
 LIBRARY_BYTES = int(0.4 * GB)
-"""Pages of a CUDA build of torch that are mapped from its files: up to 0.7 GB, as the system likes,
-which takes them back where memory is short."""
+"""Pages of a CUDA build of torch that are mapped from its files: up to 0.7 GB. The system frees them
+where memory is short."""
 
 COMPILER_BYTES = int(0.1 * GB)
-"""Numba, where logits or cubic splines are interpolated."""
+"""Numba, if logits or cubic splines are interpolated."""
 
 SLAB_BYTES = 100_000_000
 CUBIC_SLAB_BYTES = 200_000_000
-"""What a thread resamples at a time, in float64 (stages.resample, cubic)."""
+"""Memory of one thread that resamples in float64 (resampling.model_grid, resampling.cubic)."""
 
 SPLINE_SLICES = 160
-"""Of the scan, at most, that a thread holds three times for splines of orders 2, 4 and 5."""
+"""Most slices of the scan that a thread holds three times, for splines of orders 2, 4 and 5."""
 
 
 MARGIN = 1.05
-"""Of the estimate, for what allocators keep."""
+"""Factor on the estimate, for memory that allocators keep."""
 
 DEVICE_SHARE = 0.9
-"""Of a device's free memory that a plan takes: the rest is the allocator's loss."""
+"""Share of a device's free memory that a plan may use; the allocator loses the rest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,28 +69,31 @@ class StoredScan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPlan:
-    """What a run needs at most, in bytes, and where it sums up logits."""
+    """Memory of a run at most, in bytes, and whether the GPU holds the sums of logits."""
 
     host: float
     device: float
     on_device: bool
 
     def check(self, budget: Budget) -> None:
-        """Say what was planned.
+        """Log the plan, and compare it with the budget.
 
         Raises
         ------
         MemoryLimitError
-            If the user's limit is lower. Less free memory than planned is only warned of, as the
-            plan is an upper estimate, and other programs come and go.
+            If the user's limit is lower. Too little free memory is only a warning, because the plan
+            is an upper estimate and other programs start and end.
         """
         text = f"about {self.host / GB:.1f} GB"
         if budget.device is not None:
             where = "GPU" if self.on_device else "CPU"
             logger.info(
                 "Memory: %s; GPU: about %.1f of %.1f GB; logits are summed up on the %s",
-                text, self.device / GB, budget.device / GB, where,
-            )  # fmt: skip
+                text,
+                self.device / GB,
+                budget.device / GB,
+                where,
+            )
         elif budget.host is not None:
             logger.info("Memory: %s of %.1f GB", text, budget.host / GB)
         if budget.host is None or self.host <= budget.host:
@@ -106,8 +106,10 @@ class MemoryPlan:
             )
         logger.warning(
             "WARNING: this run needs %s of memory, and %.1f GB are free. %s, if it fails.",
-            text, budget.host / GB, advice,
-        )  # fmt: skip
+            text,
+            budget.host / GB,
+            advice,
+        )
 
 
 def plan_memory(
@@ -119,22 +121,22 @@ def plan_memory(
     budget: Budget,
     keeps_models: bool = True,
 ) -> MemoryPlan:
-    """Estimate what labelling a region of a scan takes, and decide where logits are summed up.
+    """Estimate the memory for labelling a region of a scan, and decide where logits are summed up.
 
     Parameters
     ----------
     scan
         The whole scan.
     region
-        The grid that is labelled: the scan's, or that of the part that the task looks at.
+        The grid to label: the scan's, or the region's.
     task
-        Its crop, if any, counts as done.
+        The task; its crop is not counted.
     options
-        What else is asked for.
+        The run's options.
     budget
-        What there is.
+        The memory that the run may take.
     keeps_models
-        Whether all of the task's models are in memory in the end, or two at a time.
+        Whether all of the task's models stay in memory, or two at a time.
     """
     native, threads = math.prod(scan.shape), usable_cores()
     canonical = region.canonical()
@@ -179,11 +181,11 @@ class Budget:
     Parameters
     ----------
     host
-        None if the system does not tell.
+        Bytes of main memory; None if unknown.
     device
-        Free on the CUDA device that networks run on; None: they run on the CPU.
+        Free bytes of the CUDA device that networks run on; None if they run on the CPU.
     is_limit
-        Whether the user has set ``host``, so that needing more is an error.
+        Whether the user set ``host``; needing more is then an error.
     """
 
     host: float | None
@@ -192,7 +194,7 @@ class Budget:
 
     @classmethod
     def of(cls, options: Options) -> Budget:
-        """Take the user's limit, or else what is free now."""
+        """Take the user's limit, or the free memory."""
         limit = options.max_memory_gb
         return cls(
             host=free_host_bytes() if limit is None else limit * GB,

@@ -1,4 +1,4 @@
-"""The region that a task looks at: its box, and the way back into the whole scan."""
+"""The region that a task segments: its box, and the way back into the whole scan."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 def find_region(rough_labels: NDArray[np.uint8], crop: Crop, image: ScannerImage) -> Box | None:
-    """Return the box of the scanner grid around what the rough task found; None if nothing was.
+    """Return the box of the scanner grid around the rough structures; None if there are none.
 
     ``rough_labels`` are (z, y, x), RAS+ axes.
     """
@@ -41,7 +41,7 @@ def find_region(rough_labels: NDArray[np.uint8], crop: Crop, image: ScannerImage
 
 
 def empty_result(image: ScannerImage, task: Task) -> LabelMap:
-    """Return a label map without labels; like upstream's, its header is a fresh one."""
+    """Return an empty label map; like upstream's, it has a fresh header."""
     voxels = np.zeros(image.grid.shape, dtype=np.uint8, order="F")
     affine = image.grid.affine
     return LabelMap(image=label_image(voxels, affine=affine, header=None, names=task.classes))

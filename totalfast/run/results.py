@@ -1,4 +1,4 @@
-"""What a run leaves behind: masks, figures, a picture, a report, each in its place."""
+"""Write the results of a run: masks or label map, statistics, preview, radiomics, report."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Results:
-    """The label map of a scan, and what to write of it where."""
+    """The label map of a scan, and all that is needed to write results of it."""
 
     label_map: LabelMap
     """In the task's own numbering."""
     image: ScannerImage
     """The scan; its voxels may have been dropped."""
     source: str | Path | nib.Nifti1Image
-    """What the user named, or the image that was given."""
+    """The user's path, or the image."""
     series: Series | None
     """The DICOM series that the scan was converted from, if it was."""
     output: Path | None
@@ -57,16 +57,16 @@ class Results:
 
     @property
     def folder(self) -> Path | None:
-        """Where files are that lie beside the label map, or among the masks."""
+        """Folder of the files beside the label map, or among the masks."""
         return None if self.output is None else report_folder(self.output, self.options)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Segmentation:
-    """What the caller of a run gets."""
+    """The label map and statistics that a run returns."""
 
     image: nib.Nifti1Image
-    """uint8 label map, in the numbering that was asked for."""
+    """uint8 label map, in the numbering of the options."""
     statistics: Statistics | None
     """Statistics of the classes, if they were asked for."""
     saved: tuple[str, ...]
@@ -74,7 +74,7 @@ class Segmentation:
 
 
 def write_results(results: Results, progress: Progress) -> Segmentation:
-    """Write all that was asked for, but the report of the run."""
+    """Write all results except the report of the run."""
     options, output = results.options, results.output
     renumbered_map = in_wanted_order(results)
     saved = []
@@ -98,9 +98,9 @@ def write_results(results: Results, progress: Progress) -> Segmentation:
 
 
 def in_wanted_order(results: Results) -> nib.Nifti1Image:
-    """Return the label map as it is, or with ``v1_order`` in the numbering of version 1.
+    """Return the label map, with ``v1_order`` in the numbering of version 1.
 
-    Classes that only version 2 has are lost then, and those that only version 1 had stay empty.
+    Classes of version 2 only are then lost, and classes of version 1 only are empty.
     """
     labels, task = results.label_map.image, results.task
     if not results.options.v1_order or task.name != "total":
@@ -115,19 +115,19 @@ def in_wanted_order(results: Results) -> nib.Nifti1Image:
 
 
 def save(results: Results, result: nib.Nifti1Image, output: Path) -> None:
-    """Write the label map, or one mask a class and those derived from them.
+    """Write the label map, or one mask per class and the derived masks.
 
-    Masks are made from labels in the task's own numbering, so that none is lost to another one.
+    Masks come from labels in the task's own numbering, so that no class is lost to renumbering.
     """
     options, task = results.options, results.task
     threads = min(usable_cores(), options.nr_thr_saving)
-    says_each = not task.name.startswith("total")
+    names_each = not task.name.startswith("total")
     with PendingFiles() as files:
         with timed("Saving segmentations...", "  Saved in"):
             if options.multilabel:
                 _write_label_maps(results, result, output, files=files, threads=threads)
             else:
-                for name in task.classes.values() if says_each else ():
+                for name in task.classes.values() if names_each else ():
                     logger.info("Creating %s.nii.gz", name)
                 write_masks(
                     results.label_map.image,
@@ -138,7 +138,7 @@ def save(results: Results, result: nib.Nifti1Image, output: Path) -> None:
                 )
         if writes_skin(task, options):
             _write_body_and_skin(results, output, files=files, threads=threads)
-    # As upstream: Nora gets NIfTI files, and none where DICOM is written.
+    # Like upstream: Nora gets NIfTI files, and none if DICOM is written.
     if options.nora_tag is not None and not options.dicom_types:
         if options.ml:
             add_to_nora(
@@ -152,7 +152,7 @@ def save(results: Results, result: nib.Nifti1Image, output: Path) -> None:
 def _write_label_maps(
     results: Results, result: nib.Nifti1Image, output: Path, *, files: PendingFiles, threads: int
 ) -> None:
-    """Write one file of all classes for each output type; DICOM has names instead of numbers."""
+    """Write one file per output type, each with all classes."""
     labels = results.label_map.voxels
     for kind, path in output_files(output, results.options).items():
         if kind == "nifti":
@@ -164,14 +164,14 @@ def _write_label_maps(
 
 
 def writes_skin(task: Task, options: Options) -> bool:
-    """Whether masks of body and skin are derived, for which the scan itself is needed."""
+    """Whether masks of body and skin are derived, which needs the scan's voxels."""
     return task.name == "body" and not options.multilabel and not options.no_derived_masks
 
 
 def _write_body_and_skin(
     results: Results, output: Path, *, files: PendingFiles, threads: int
 ) -> None:
-    """Write the masks that upstream derives from those of the task body, with fresh headers."""
+    """Write the masks that upstream derives for the task body, with fresh headers."""
     body = np.asfortranarray(results.label_map.image.dataobj) > 0
     logger.info("Creating body.nii.gz")
     logger.info("Creating skin.nii.gz")
@@ -197,7 +197,7 @@ def save_preview(results: Results) -> None:
 
 
 def measure_classes(results: Results) -> Statistics:
-    """Return the figures that there are, or measure on the scan's own grid."""
+    """Return the statistics of the model grid, or measure on the scanner grid."""
     if results.label_map.statistics is not None:
         return results.label_map.statistics
     return measure_scan(
@@ -206,7 +206,7 @@ def measure_classes(results: Results) -> Statistics:
 
 
 def save_statistics(results: Results, statistics: Statistics) -> Path | None:
-    """Write the figures to the file that was named, or into the folder of the results."""
+    """Write the statistics to the user's file, or into the folder of the results."""
     path = results.options.statistics
     if isinstance(path, bool):
         if results.folder is None:
@@ -217,7 +217,7 @@ def save_statistics(results: Results, statistics: Statistics) -> Path | None:
 
 
 def save_radiomics(results: Results, folder: Path) -> None:
-    """Let upstream compute radiomics features of all masks in a folder, one file for all."""
+    """Let upstream compute radiomics features of all masks in a folder into one file."""
     with timed("Calculating radiomics...", "  calculated in"), PendingFiles() as files:
         source = (
             results.source if isinstance(results.source, nib.Nifti1Image) else Path(results.source)

@@ -46,7 +46,7 @@ class Work:
         if task.crop is not None:
             model *= TYPICAL_REGION
         read, resample, restore = 1e-8 * native, 1e-7 * model, 5e-9 * native
-        # Tiles overlap, so that they visit each voxel more than once.
+        # Tiles overlap: each voxel is predicted 1.7 times.
         part = 1.7 * network_s_per_voxel * model
         rough = 0.0
         if task.crop is not None:
@@ -61,4 +61,4 @@ class Work:
 
 
 TYPICAL_REGION = 0.2
-"""Share of a scan that tasks look at which look for a region first; a guess for the bar."""
+"""Share of a scan that a task with a region segments; an estimate for the progress bar."""
