@@ -6,15 +6,12 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from totalfast import ArgmaxPredictor, PredictionError
 from totalfast.engine.backends.forward import split_head
+from totalfast.engine.fold_networks import logits_by_slices
 from totalfast.engine.loading import load_model
-from totalfast.engine.sliding_window import (
-    WindowMemory,
-    _logits,
-    first_maximum,
-    predict_labels,
-    predict_logits,
-)
+from totalfast.engine.rolling_window import WindowMemory
+from totalfast.engine.sliding_window import predict_labels, predict_logits
 from totalfast.engine.tiles import Tiling, plan_tiles
+from totalfast.export.nearest import first_maximum
 
 SHAPES = [(32, 24, 40), (21, 33, 80), (100, 30, 70)]
 """Of images of one tile, of two, and of two along the axis that the window rolls along and more."""
@@ -181,7 +178,7 @@ def test_last_layer_by_itself_gives_the_same_bits(classes, shape, threads):
     try:
         with torch.inference_mode():
             expected = head(features)[0]
-            parts = list(_logits(head, features))
+            parts = list(logits_by_slices(head, features))
     finally:
         torch.set_num_threads(before)
     assert (parts[0][0].start, parts[-1][0].stop) == (0, shape[1])

@@ -1,4 +1,4 @@
-"""Where tiles lie on an image: nnU-Net's positions."""
+"""Positions of nnU-Net's tiles on an image, and the weights of their voxels."""
 
 from __future__ import annotations
 
@@ -9,22 +9,24 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import torch
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tiling:
-    """How an image is predicted tile by tile: nnU-Net's options of the same meaning.
+    """How an image is predicted tile by tile; equal to nnU-Net's options.
 
     Parameters
     ----------
     step
-        Tile step as a share of the tile size.
+        Tile step as a fraction of the tile size.
     gaussian
-        Whether the middle of a tile counts more than its rim.
+        Whether the centre of a tile has more weight than its border.
     mirror_axes
-        Spatial axes along which each tile is also predicted mirrored, in every combination, and
-        averaged; TotalSegmentator's tiles are not.
+        Spatial axes for test-time mirroring: each tile is also predicted mirrored, in every
+        combination of these axes, and averaged. TotalSegmentator uses none.
     on_device
-        Whether logits are summed up on the CUDA device that the network runs on, or on the CPU.
+        Whether logits are summed up on the network's CUDA device; else on the CPU.
     """
 
     step: float
@@ -35,18 +37,18 @@ class Tiling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tiles:
-    """Where the tiles of one image start, axis by axis, and how the image is padded for them.
+    """Start positions of one image's tiles, per axis, and the image's padding.
 
     Parameters
     ----------
     patch
         Tile size (z, y, x).
     starts
-        Start of the tiles along z, y and x, in the padded image.
+        Start positions of the tiles along z, y and x, in the padded image.
     shape
         Shape (z, y, x) of the image, before padding.
     below, above
-        Zeros added before and after the image, per axis.
+        Number of zeros that are added before and after the image, per axis.
     """
 
     patch: tuple[int, ...]
@@ -68,15 +70,15 @@ class Tiles:
 
     @property
     def inside(self) -> tuple[slice, tuple[slice, slice]]:
-        """Where the image lies in the padded one: its slices, and its rows and columns."""
+        """The image's box in the padded image: z, and (y, x)."""
         z, y, x = (slice(b, b + n) for b, n in zip(self.below, self.shape, strict=True))
         return z, (y, x)
 
 
 def plan_tiles(shape: tuple[int, ...], patch: tuple[int, ...], step: float) -> Tiles:
-    """Lay nnU-Net's tiles over an image of ``shape`` (z, y, x).
+    """Place nnU-Net's tiles on an image of ``shape`` (z, y, x).
 
-    A patch of two axes (y, x) is laid over every slice.
+    A 2-D ``patch`` (y, x) is placed on every slice.
     """
     from nnunetv2.inference.sliding_window_prediction import compute_steps_for_sliding_window
 
@@ -101,8 +103,18 @@ def plan_tiles(shape: tuple[int, ...], patch: tuple[int, ...], step: float) -> T
     )
 
 
+def gaussian_weights(patch: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Weights of a tile's voxels, float16, of shape ``patch``; nnU-Net caches the last ones."""
+    from nnunetv2.inference.sliding_window_prediction import compute_gaussian
+
+    weights: torch.Tensor = compute_gaussian(
+        patch, sigma_scale=1.0 / 8, value_scaling_factor=10, device=device
+    )
+    return weights
+
+
 def mirrorings(axes: Sequence[int]) -> list[tuple[int, ...]]:
-    """All combinations of spatial axes, as axes of a batch, in nnU-Net's order."""
+    """All combinations of spatial axes, as axes of (1, channels, z, y, x), in nnU-Net's order."""
     shifted = [axis + 2 for axis in axes]
     return [
         some

@@ -1,0 +1,158 @@
+"""The networks of a model, one per fold, run on one tile after another.
+
+The order of every float16 operation is nnU-Net's (2.8.1, inference/predict_from_raw_data.py).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from totalfast.engine.tiles import Tiles, Tiling, gaussian_weights, mirrorings
+from totalfast.errors import PredictionError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    import torch
+    from torch import nn
+
+    from totalfast.engine.model import Model
+
+ONEDNN_SIZE = 20480
+"""Torch convolves a batch of one without oneDNN, and with other last bits, if the product of its
+first four sizes is at most this (2.14, Convolution.cpp, use_mkldnn)."""
+
+ONEDNN_FEATURES = 32
+"""Up to this number of features oneDNN computes a 1x1x1 convolution in one sum, so that the last
+bits do not depend on the number of voxels. nnU-Net's last layer has 32 features."""
+
+
+class FoldNetworks:
+    """The networks of a model, and the weights of a tile's voxels in the sum of logits.
+
+    Parameters
+    ----------
+    model
+        A loaded model.
+    tiles
+        Where the image's tiles lie.
+    tiling
+        Whether tiles are weighted, and along which axes they are mirrored.
+    device
+        Where logits are summed up.
+    """
+
+    def __init__(self, model: Model, tiles: Tiles, tiling: Tiling, device: torch.device) -> None:
+        import torch
+
+        self.model = model
+        self.count = len(model.forwards)
+        plain = model.device.type == "cpu" and not tiling.mirror_axes and len(model.patch_size) == 3
+        self._networks = [
+            (forward.body, forward.head) if plain else (forward, None) for forward in model.forwards
+        ]
+        self._mirrorings = mirrorings(tiling.mirror_axes)
+        self.weights = torch.ones(tiles.patch, dtype=torch.half, device=device)
+        if tiling.gaussian:
+            self.weights = gaussian_weights(model.patch_size, device).reshape(tiles.patch)
+
+    def run(self, tile: torch.Tensor) -> Iterator[Iterator[tuple[slice, torch.Tensor]]]:
+        """Run one network after another on a tile (channels, z, y, x).
+
+        Yields per network its float32 logits, in the form of ``logits_by_slices``.
+        """
+        import torch
+
+        batch = torch.clone(tile[None], memory_format=torch.contiguous_format).to(self.model.device)
+        for network, head in self._networks:
+            yield logits_by_slices(head, self._mirrored_mean(network, batch))
+
+    def logits_of_one_tile(
+        self, image: torch.Tensor, tiles: Tiles
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield the logits of an image of one tile, for one network, without a rolling window.
+
+        Yields (first slice, float16 logits (classes, slices, y, x)).
+        """
+        rows, inside = tiles.inside
+        tile_logits = next(self.run(image))
+        self.release()
+        for slices, logits in tile_logits:
+            for row in range(max(rows.start, slices.start), min(rows.stop, slices.stop)):
+                own, other = row - slices.start, (slice(row, row + 1), *inside)
+                place = (slice(None), slice(own, own + 1), *inside)
+                total = (logits[place] * self.weights[other]).half()
+                yield row - rows.start, self.mean([total], self.weights[other])
+
+    def release(self) -> None:
+        """Free the memory that is kept between tiles."""
+        for forward in self.model.forwards:
+            forward.release()
+
+    def mean(self, sums: Iterable[torch.Tensor], weight: torch.Tensor) -> torch.Tensor:
+        """Divide each fold's sums by the weights and average the folds, all in float16.
+
+        Raises
+        ------
+        PredictionError
+            If a logit is infinite.
+        """
+        import torch
+
+        folds = []
+        for total in sums:
+            logits = torch.div(total, weight)
+            # A finite sum means that all logits are finite, and takes a tenth of the time.
+            finite = torch.isfinite(logits.sum(dtype=torch.float32))
+            if not finite and torch.any(torch.isinf(logits)):
+                raise PredictionError(
+                    f"a logit of {self.model.folder.parent.name} overflowed float16. "
+                    "The image's intensities may be far outside of the range that the model was "
+                    "trained on."
+                )
+            folds.append(logits)
+        mean = folds[0]
+        for logits in folds[1:]:
+            mean += logits
+        if len(folds) > 1:
+            mean /= len(folds)
+        return mean
+
+    def _mirrored_mean(
+        self, network: Callable[..., torch.Tensor], batch: torch.Tensor
+    ) -> torch.Tensor:
+        """The network's output for (1, channels, z, y, x), averaged over mirrored tiles.
+
+        A 2-D network gets the single slice of its tiles.
+        """
+        import torch
+
+        slices = len(self.model.patch_size) == 2
+        tile = batch[:, :, 0] if slices else batch
+        output: torch.Tensor = network(tile)
+        for axes in self._mirrorings:
+            output += torch.flip(network(torch.flip(tile, axes)), axes)
+        if self._mirrorings:
+            output /= len(self._mirrorings) + 1
+        return output[:, :, None] if slices else output
+
+
+def logits_by_slices(
+    head: nn.Module | None, features: torch.Tensor
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Apply the last layer to features (1, features, z, y, x), a few slices at a time.
+
+    Yields (slices along z, logits (classes, slices, y, x)) with the same bits as for the whole
+    tile. The slices are few enough to stay in the cache, and their memory is reused.
+    """
+    _, count, depth, height, width = features.shape
+    if head is None or count > ONEDNN_FEATURES or count * depth * height <= ONEDNN_SIZE:
+        yield slice(0, depth), (features if head is None else head(features))[0]
+        return
+    least = ONEDNN_SIZE // (count * height * width) + 1
+    bounds = np.linspace(0, depth, max(depth // least, 1) + 1).astype(int)
+    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+        line = features[:, :, start:stop].reshape(1, count, 1, -1, 1)
+        yield slice(int(start), int(stop)), head(line).view(-1, stop - start, height, width)
