@@ -8,9 +8,9 @@ does.
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
+from totalfast.about import version as _version
 from totalfast.errors import (
     InputError,
     LicenseError,
@@ -46,7 +46,7 @@ __all__ = [
     "unpatch_totalsegmentator",
 ]
 
-__version__ = importlib.metadata.version("totalfast")
+__version__ = _version()
 
 _LAZY = {
     "ArgmaxPredictor": "totalfast.nnunet.predictor",

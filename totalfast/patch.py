@@ -1,4 +1,4 @@
-"""``python -m totalfast.patch program.py``: a short name for ``totalfast.compat.patch``."""
+"""``python -m totalfast.patch program.py``: short name of ``totalfast.compat.patch``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``python -m totalfast.shim``: a short name for ``totalfast.compat.shim``."""
+"""``python -m totalfast.shim``: short name of ``totalfast.compat.shim``."""
 
 from __future__ import annotations
 

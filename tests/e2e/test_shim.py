@@ -127,6 +127,6 @@ def test_shim_is_written_again_but_never_over_another_file(tmp_path, capsys):
     assert os.access(path, os.X_OK)
     path.write_text("#!/usr/bin/python\n# upstream's\n")
     assert main(["shim", str(path.parent)]) == 1
-    assert "is no shim of totalfast's; move it away" in capsys.readouterr().err
+    assert "was not written by totalfast; move it away" in capsys.readouterr().err
     assert path.read_text().endswith("upstream's\n")
     assert [found.name for found in path.parent.iterdir()] == ["TotalSegmentator"]

@@ -1,6 +1,6 @@
-"""``totalfast demo``: the main job on a made scan, with a model that ships with the package.
+"""``totalfast demo``: segments a synthetic scan with a model that is part of the package.
 
-Knows what to show, and in which order; the segmentation is the ordinary command.
+The segmentation and the picture are those of the ordinary commands.
 """
 
 from __future__ import annotations
@@ -13,27 +13,35 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from totalfast import demo
+from totalfast.cli import preview
+from totalfast.cli.exit_codes import INTERRUPTED, run_to_exit_code
+from totalfast.cli.parser import build_parser as build_main_parser
+from totalfast.cli.segment import run_main_command
 from totalfast.errors import OutputError, TotalfastError
+from totalfast.upstream import CLASS_MAPS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from nibabel import Nifti1Image
+
+    from totalfast.demo.phantom import Phantom
     from totalfast.demo.score import Score
 
 MODEL = Path(demo.__file__).with_name("model")
-"""Folder of the demonstration model, as TOTALSEG_WEIGHTS_PATH names it."""
+"""Folder of the demonstration model, a value for TOTALSEG_WEIGHTS_PATH."""
 SEED = 7
-"""The phantom that is shown; the model was trained on others."""
+"""Seed of the default phantom; the model was trained on other seeds."""
 
 ABOUT = """\
-Make a CT of a phantom, segment it, and show the result: nothing is downloaded.
+Create a synthetic CT, segment it, and show the result. Nothing is downloaded.
 
-The model ships with totalfast and was trained on phantoms like this one. It is a demonstration, not
-one of TotalSegmentator's models, and of no use for patients."""
+The model is part of totalfast and was trained on similar synthetic scans. It is a demonstration,
+not one of TotalSegmentator's models. Do not use it for patients."""
 
 CLOSING = """\
-This was a demonstration model on a made scan. For a real one, with TotalSegmentator's models
-(1.5 mm: five models, 700 MB, downloaded once; --fast: the 3 mm model, 120 MB):
+This was a demonstration model on a synthetic scan. For your own scan, with TotalSegmentator's
+models, which are downloaded once (1.5 mm: five models, 700 MB; --fast: one 3 mm model, 120 MB):
 
     totalfast -i ct.nii.gz -o segmentations --fast --preview"""
 
@@ -52,31 +60,23 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="directory",
         type=Path,
         default=Path("totalfast-demo"),
-        help="Where the scan, the masks and the picture go (default: totalfast-demo).",
+        help="Folder for the scan, the masks and the picture (default: totalfast-demo).",
     )
-    add("--seed", type=int, default=SEED, help=f"Another phantom (default: {SEED}).")
+    add("--seed", type=int, default=SEED, help=f"Seed of the synthetic scan (default: {SEED}).")
     add("--debug", action="store_true", help="Show the traceback of an error.")
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
-    """Make a scan, segment it with the ordinary command, and show what came of it."""
+    """Create a scan, segment it with the ordinary command, and print how good the result is."""
     import nibabel as nib
-    import numpy as np
 
     from totalfast.demo.phantom import make_phantom
-    from totalfast.demo.score import score
-    from totalfast.files.write import write_masks
-    from totalfast.system.cores import usable_cores
-    from totalfast.system.pending_files import PendingFiles
-    from totalfast.upstream import CLASS_MAPS
 
     began = time.perf_counter()
     folder: Path = args.output
-    scan, masks, label_map = (
-        folder / name for name in ("ct.nii.gz", "segmentations", "segmentation.nii.gz")
-    )
-    print(f"Making a CT of a phantom (seed {args.seed}) ...", flush=True)
+    scan, label_map = folder / "ct.nii.gz", folder / "segmentation.nii.gz"
+    print(f"Creating a synthetic CT (seed {args.seed}) ...", flush=True)
     phantom = make_phantom(args.seed)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -85,23 +85,38 @@ def run(args: argparse.Namespace) -> int:
         raise OutputError(f"can't write to {folder}: {error}") from error
 
     with _demonstration_model():
-        # One tile: to convert the network for OpenVINO would take longer than to run it.
-        _totalfast(
+        # The scan is one tile: converting the network for OpenVINO takes longer than running it.
+        _segment(
             "-i", scan, "-o", label_map, "-ml", "--fast", "--export", "linear", "--backend", "torch"
         )
     result = nib.load(label_map)
-    names = CLASS_MAPS["total"]
-    print(f"\nOne mask a structure, as the command writes them without -ml: {masks}{os.sep}")
-    with PendingFiles() as files:
-        write_masks(result, names, folder=masks, files=files, threads=usable_cores())
-    _totalfast("preview", scan, label_map, folder / "preview.png")
-
-    labels = np.asarray(result.dataobj)
-    voxel_ml = float(np.prod(np.diag(phantom.affine)[:3])) / 1000
-    scores = score(labels, phantom.labels, names, voxel_ml=voxel_ml)
-    print_table(scores)
+    _write_masks(result, folder / "segmentations")
+    _preview(scan, label_map, folder / "preview.png")
+    print_table(_scores(result, phantom))
     print(f"\nFiles: {folder}{os.sep}. {time.perf_counter() - began:.0f} s in all.\n\n{CLOSING}")
     return 0
+
+
+def _write_masks(label_map: Nifti1Image, folder: Path) -> None:
+    from totalfast.files.write import write_masks
+    from totalfast.system.cores import usable_cores
+    from totalfast.system.pending_files import PendingFiles
+
+    print(f"\nOne mask per structure, as the command writes them without -ml: {folder}{os.sep}")
+    with PendingFiles() as files:
+        write_masks(
+            label_map, CLASS_MAPS["total"], folder=folder, files=files, threads=usable_cores()
+        )
+
+
+def _scores(label_map: Nifti1Image, phantom: Phantom) -> list[Score]:
+    import numpy as np
+
+    from totalfast.demo.score import score
+
+    labels = np.asarray(label_map.dataobj)
+    voxel_ml = float(np.prod(np.diag(phantom.affine)[:3])) / 1000
+    return score(labels, phantom.labels, CLASS_MAPS["total"], voxel_ml=voxel_ml)
 
 
 def print_table(scores: list[Score]) -> None:
@@ -119,13 +134,25 @@ def print_table(scores: list[Score]) -> None:
     print(f"{len(scores)} structures of 1 ml or more, mean Dice {mean:.3f}")
 
 
-def _totalfast(*arguments: str | Path) -> None:
-    """Run the command as a user types it."""
-    from totalfast.cli.main import INTERRUPTED, main
+def _segment(*arguments: str | Path) -> None:
+    """Run the main command as a user types it."""
+    words = _announce(*arguments)
+    _check(run_main_command(build_main_parser(), words))
 
+
+def _preview(*arguments: str | Path) -> None:
+    """Run the subcommand ``preview`` as a user types it."""
+    words = _announce("preview", *arguments)
+    _check(run_to_exit_code(preview.run, preview.build_parser().parse_args(words[1:])))
+
+
+def _announce(*arguments: str | Path) -> list[str]:
     words = [str(argument) for argument in arguments]
     print("\n$ totalfast", *words, flush=True)
-    code = main(words)
+    return words
+
+
+def _check(code: int) -> None:
     if code == INTERRUPTED:
         raise KeyboardInterrupt
     if code != 0:
@@ -134,14 +161,14 @@ def _totalfast(*arguments: str | Path) -> None:
 
 @contextmanager
 def _demonstration_model() -> Iterator[None]:
-    """Let the command find the demonstration model instead of TotalSegmentator's."""
+    """Replace TotalSegmentator's models by the demonstration model within the context."""
     name = "TOTALSEG_WEIGHTS_PATH"
-    before = os.environ.get(name)
+    previous = os.environ.get(name)
     os.environ[name] = str(MODEL)
     try:
         yield
     finally:
-        if before is None:
+        if previous is None:
             del os.environ[name]
         else:
-            os.environ[name] = before
+            os.environ[name] = previous

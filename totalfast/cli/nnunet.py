@@ -1,6 +1,6 @@
-"""``totalfast nnunet``: the flags and files of nnUNetv2_predict and its sister for model folders.
+"""``totalfast nnunet``: flags and files of nnUNetv2_predict and nnUNetv2_predict_from_modelfolder.
 
-Reads arguments, prints and times; the work is ``ArgmaxPredictor``'s.
+``ArgmaxPredictor`` does the work.
 """
 
 from __future__ import annotations
@@ -24,59 +24,103 @@ FOLDS = ("0", "1", "2", "3", "4")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Build the parser of the subcommand."""
+    """Build the parser of the subcommand; the flags are those of nnUNetv2_predict."""
     parser = argparse.ArgumentParser(
         prog="totalfast nnunet",
-        description="Predict a folder of images with a trained nnU-Net v2 model: the files of "
-        "nnUNetv2_predict, from one process and without its memory.",
+        description="Predict a folder of images with a trained nnU-Net v2 model. The flags and "
+        "files are those of nnUNetv2_predict; one process does everything, with less memory.",
         epilog="examples:\n"
         "  totalfast nnunet -i imagesTs -o labels -m Dataset004/nnUNetTrainer__nnUNetPlans__2d\n"
         "  totalfast nnunet -i imagesTs -o labels -d 4 -c 3d_fullres -f 0\n\n"
         "Please cite nnU-Net: Isensee et al., Nature Methods 18, 203-211 (2021).",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = parser.add_argument
-    add("-i", required=True, metavar="FOLDER", help="Images, one file a channel: CASE_0000.nii.gz.")
-    add("-o", required=True, metavar="FOLDER", help="Where the segmentations go.")
-    model = parser.add_argument_group("the model: -m, or -d and -c")
-    model.add_argument("-m", metavar="FOLDER", help="Folder of the trained model, with fold_X.")
-    model.add_argument("-d", metavar="DATASET", help="Dataset, by name or number.")
-    model.add_argument("-p", default="nnUNetPlans", help="Plans (default: %(default)s).")
-    model.add_argument("-tr", default="nnUNetTrainer", help="Trainer (default: %(default)s).")
-    model.add_argument("-c", metavar="CONFIGURATION", help="2d, 3d_fullres, ...")
-    model.add_argument("-f", nargs="+", default=FOLDS, help="Folds (default: 0 1 2 3 4), or all.")
-    model.add_argument("-chk", default="checkpoint_final.pth", help="Checkpoint to load.")
-    add("-step_size", type=float, default=0.5, help="Tile step as a share of the tile.")
-    add("--disable_tta", action="store_true", help="Do not average over mirror images.")
-    add("--export", choices=EXPORTS, default="auto",
-        help="How labels come to the image's resolution. auto: nnU-Net's labels, the cheapest way; "
-        "nearest: the fastest; linear: from interpolated logits, whatever the plans say; plans: as "
-        "the plans say, class by class.")  # fmt: skip
-    add("--backend", choices=BACKENDS, default="torch",
-        help="What runs the networks. torch (default): as nnU-Net, to the last bit; compile: "
-        "torch's compiler; openvino: for CPUs, needs the extra totalfast[cpu]; auto: openvino on a "
-        "CPU if it is installed.")  # fmt: skip
-    add("--save_probabilities", action="store_true", help="Also write .npz and .pkl.")
-    add("--continue_prediction", "--c", action="store_true", help="Leave files that exist.")
-    add("-prev_stage_predictions", metavar="FOLDER", help="For a cascade: its first stage's files.")
-    add("-num_parts", type=int, default=1, help="Calls among which the cases are divided.")
-    add("-part_id", type=int, default=0, help="Which of them this one is, from 0.")
-    add("-device", choices=DEVICES, help="Default: cuda or mps if there is one, else cpu.")
-    add("--not_on_device", action="store_true", help="Sum up logits in the computer's memory.")
-    add("--disable_progress_bar", action="store_true", help="Show no bar.")
-    add("--verbose", action="store_true", help="Print what nnU-Net prints.")
-    for flag in ("-npp", "-nps"):
-        add(flag, type=int, default=3, help="Taken and not used: there are threads instead.")
-    add("--debug", action="store_true", help="Show the traceback of an error.")
+    _add_file_flags(parser)
+    _add_model_flags(parser)
+    _add_prediction_flags(parser)
+    _add_other_flags(parser)
     return parser
 
 
+def _add_file_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("input and output").add_argument
+    add(
+        "-i",
+        required=True,
+        metavar="FOLDER",
+        help="Folder of images, one file per channel: CASE_0000.nii.gz.",
+    )
+    add("-o", required=True, metavar="FOLDER", help="Folder for the segmentations.")
+    add("--save_probabilities", action="store_true", help="Also write .npz and .pkl files.")
+    add("--continue_prediction", "--c", action="store_true", help="Skip cases whose output exists.")
+    add(
+        "-prev_stage_predictions",
+        metavar="FOLDER",
+        help="For the second stage of a cascade: folder of the first stage's predictions.",
+    )
+    add("-num_parts", type=int, default=1, help="Number of commands that share the cases.")
+    add("-part_id", type=int, default=0, help="Number of this command, counted from 0.")
+
+
+def _add_model_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("the model: -m, or -d and -c").add_argument
+    add("-m", metavar="FOLDER", help="Folder of the trained model, which contains fold_X.")
+    add("-d", metavar="DATASET", help="Dataset, by name or number.")
+    add("-p", default="nnUNetPlans", help="Plans (default: %(default)s).")
+    add("-tr", default="nnUNetTrainer", help="Trainer (default: %(default)s).")
+    add("-c", metavar="CONFIGURATION", help="2d, 3d_fullres, ...")
+    add("-f", nargs="+", default=FOLDS, help="Folds (default: 0 1 2 3 4), or all.")
+    add("-chk", default="checkpoint_final.pth", help="Checkpoint (default: %(default)s).")
+
+
+def _add_prediction_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("prediction").add_argument
+    add(
+        "-step_size",
+        type=float,
+        default=0.5,
+        help="Maximum distance between tiles, as a share of their size (default: %(default)s).",
+    )
+    add("--disable_tta", action="store_true", help="Do not average over mirrored images.")
+    add(
+        "--export",
+        choices=EXPORTS,
+        default="auto",
+        help="How labels are resampled to the image. auto (default): nnU-Net's labels, in the "
+        "cheapest way; nearest: by nearest neighbour, the fastest; linear: from linearly "
+        "interpolated logits, for any plans; plans: as the plans specify, class by class.",
+    )
+    add(
+        "--backend",
+        choices=BACKENDS,
+        default="torch",
+        help="Library that runs the networks. torch (default): results identical to nnU-Net's; "
+        "compile: torch's compiler; openvino: for CPUs, needs pip install 'totalfast[cpu]'; auto: "
+        "openvino on a CPU if it is installed, else torch.",
+    )
+    add("-device", choices=DEVICES, help="Default: cuda or mps if available, else cpu.")
+    add(
+        "--not_on_device",
+        action="store_true",
+        help="Sum the logits in main memory instead of the device's memory.",
+    )
+
+
+def _add_other_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("messages and compatibility").add_argument
+    add("--disable_progress_bar", action="store_true", help="Show no progress bar.")
+    add("--verbose", action="store_true", help="Print nnU-Net's messages.")
+    add("--debug", action="store_true", help="Show the traceback of an error.")
+    for flag in ("-npp", "-nps"):
+        add(flag, type=int, default=3, help="No effect: totalfast uses threads, not processes.")
+
+
 def run(args: argparse.Namespace) -> int:
-    """Load the model, predict all cases."""
+    """Check the flags, predict all cases, print the time."""
     if bool(args.m) == bool(args.d):
-        raise OptionError("name the model by -m FOLDER, or by -d DATASET and -c CONFIGURATION.")
+        raise OptionError("give the model by -m FOLDER, or by -d DATASET and -c CONFIGURATION.")
     if args.d and not args.c:
-        raise OptionError("-d needs -c: which configuration of the dataset, such as 3d_fullres?")
+        raise OptionError("-d needs -c, a configuration of the dataset, such as 3d_fullres.")
     if not 0 <= args.part_id < args.num_parts:
         raise OptionError(f"-part_id must be from 0 to {args.num_parts - 1}, not {args.part_id}.")
     if not 0 < args.step_size <= 1:
@@ -91,7 +135,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def predict_folder(args: argparse.Namespace) -> int:
-    """Predict all cases of a folder; return how many there were to do."""
+    """Predict all cases of a folder; return the number of predicted cases."""
     from totalfast.nnunet.predictor import ArgmaxPredictor
 
     predictor = ArgmaxPredictor(
@@ -130,7 +174,7 @@ def predict_folder(args: argparse.Namespace) -> int:
 
 
 def model_folder(args: argparse.Namespace) -> str:
-    """The folder that -m names, or nnU-Net finds by its environment variable."""
+    """Return the folder of the model: -m, or the folder of -d, -tr, -p and -c in nnUNet_results."""
     if args.m:
         return str(args.m)
     from nnunetv2.paths import nnUNet_results
@@ -142,13 +186,13 @@ def model_folder(args: argparse.Namespace) -> str:
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device of that name, or the best there is."""
+    """Return the device of that name; for None, the fastest that is available."""
     import torch
 
     if name == "cuda" and not torch.cuda.is_available():
-        raise OptionError("no CUDA device is there; use -device cpu.")
+        raise OptionError("no CUDA device is available; use -device cpu.")
     if name == "mps" and not torch.backends.mps.is_available():
-        raise OptionError("no MPS device is there; use -device cpu.")
+        raise OptionError("no MPS device is available; use -device cpu.")
     if name is None and torch.cuda.is_available():
         name = "cuda"
     elif name is None:

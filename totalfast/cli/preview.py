@@ -1,7 +1,4 @@
-"""``totalfast preview``: a picture of a scan and its labels, of whatever program made them.
-
-Reads and writes files; the drawing is ``draw_preview``'s.
-"""
+"""``totalfast preview``: a picture of a scan and its labels, from any program."""
 
 from __future__ import annotations
 
@@ -20,28 +17,28 @@ if TYPE_CHECKING:
     from totalfast.geometry import Grid
 
 LARGEST_LABEL = 1000
-"""Above this it is no label map: a scan, perhaps, given in the wrong place."""
+"""A file with larger values is not accepted as a label map; it may be a scan."""
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of the subcommand."""
     parser = argparse.ArgumentParser(
         prog="totalfast preview",
-        description="Draw a scan with its labels: axial, coronal and sagittal slices, a view of "
-        "the surfaces, and the list of structures with their volumes.",
+        description="Draw a scan and its labels: axial, coronal and sagittal slices, a view of the "
+        "surfaces, and a list of the structures with their volumes.",
         epilog="example:\n  totalfast preview ct.nii.gz seg.nii.gz preview.png",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("scan", type=Path, help="The scan: a .nii or .nii.gz file.")
     add("labels", type=Path, help="Its label map, or the folder of its masks.")
-    add("output", type=Path, help="The picture to write: .png or .jpg.")
+    add("output", type=Path, help="The picture file to write: .png or .jpg.")
     add("--debug", action="store_true", help="Show the traceback of an error.")
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
-    """Read, draw, write."""
+    """Read the scan and its labels, draw them, write the picture."""
     if args.output.suffix.lower() not in (".png", ".jpg", ".jpeg"):
         raise OptionError(f"{args.output} must end in .png or .jpg.")
     from totalfast.files.read import read_image
@@ -58,7 +55,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 def read_label_map(path: Path) -> tuple[NDArray[Any], Grid, dict[int, str]]:
-    """Read a label map: labels (x, y, z), their grid, and the names that its header has."""
+    """Read a label map.
+
+    Returns
+    -------
+        Labels, unsigned integers, (x, y, z); their grid; label to class name, from the header.
+
+    Raises
+    ------
+    InputError
+        If the values are not whole numbers from 0 to ``LARGEST_LABEL``.
+    """
     import numpy as np
 
     from totalfast.files.read import read_image
@@ -70,12 +77,12 @@ def read_label_map(path: Path) -> tuple[NDArray[Any], Grid, dict[int, str]]:
         values = image.scale(values)
     if values.dtype != np.uint8:
         nearest = values if values.dtype.kind in "iub" else np.rint(values)
-        # A slope of many digits leaves 4.99998 where 5 was meant.
+        # Scaling by a slope with many digits can give 4.99998 for 5.
         whole = nearest is values or bool(np.all(np.abs(values - nearest) < 0.01))
         values = nearest
         if not whole or float(values.min()) < 0 or float(values.max()) > LARGEST_LABEL:
             raise InputError(
-                f"{path.name} is no label map: it must hold whole numbers from 0 to "
+                f"{path.name} is no label map: it must contain whole numbers from 0 to "
                 f"{LARGEST_LABEL}. Is it the scan?"
             )
         values = values.astype(np.uint16)
@@ -83,7 +90,17 @@ def read_label_map(path: Path) -> tuple[NDArray[Any], Grid, dict[int, str]]:
 
 
 def read_masks(folder: Path) -> tuple[NDArray[Any], Grid, dict[int, str]]:
-    """Read a folder of masks as one label map; where masks overlap, the later name wins."""
+    """Read a folder of masks as one label map; where masks overlap, the last one is used.
+
+    Returns
+    -------
+        Labels, uint16, (x, y, z); their grid; label to class name, from the file names.
+
+    Raises
+    ------
+    InputError
+        If the folder has no masks, or masks of different shapes.
+    """
     import numpy as np
 
     from totalfast.files.read import read_image
@@ -98,8 +115,8 @@ def read_masks(folder: Path) -> tuple[NDArray[Any], Grid, dict[int, str]]:
         mask = read_image(path)
         if mask.stored.shape != labels.shape:
             raise InputError(
-                f"{path.name} has {mask.stored.shape} voxels, {paths[0].name} {labels.shape}; "
-                "masks of one scan are needed."
+                f"{path.name} has the shape {mask.stored.shape}, {paths[0].name} {labels.shape}; "
+                "all masks must belong to one scan."
             )
         labels[mask.stored > 0] = label
         names[label] = path.name.partition(".nii")[0]

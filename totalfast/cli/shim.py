@@ -1,4 +1,4 @@
-"""``totalfast shim``: write the ``TotalSegmentator`` command that runs totalfast."""
+"""``totalfast shim``: writes a ``TotalSegmentator`` command that runs totalfast."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from totalfast.errors import OutputError
 
 MARK = "Written by 'totalfast shim'"
-"""In the first lines of every shim, so that no other file is overwritten."""
+"""Text in the first lines of every shim. A file without it is never overwritten."""
 
 POSIX = f"""\
 #!/bin/sh
@@ -22,8 +22,8 @@ import runpy
 
 runpy.run_module("totalfast.shim", run_name="__main__")
 """
-"""A shell's script and a Python script in one, as pip writes them: 3D Slicer's extension gives the
-file to its Python, others execute it, and the path of Python may have any length and spaces."""
+"""A shell script and a Python script in one, as pip writes them. 3D Slicer's extension runs the
+file with its Python; other programs execute it. The path of Python may be long and have spaces."""
 
 WINDOWS = f"""\
 @rem {MARK}: TotalSegmentator's command, run by totalfast.
@@ -36,17 +36,19 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="totalfast shim",
         description="Write a TotalSegmentator command that runs totalfast, for programs that start "
-        "TotalSegmentator: same flags, files, lines and exit codes.",
+        "TotalSegmentator. Flags, files, printed lines and exit codes are the same.",
         epilog="example:\n  totalfast shim ~/shim && export PATH=~/shim:$PATH",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("directory", type=Path, help="Where to write it; put it first on PATH.")
+    parser.add_argument(
+        "directory", type=Path, help="Folder for the command. Put it first on PATH."
+    )
     parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the command."""
+    """Write the command and print how to use it."""
     path = write_shim(args.directory)
     print(f"{path} runs totalfast. Put {path.parent} first on PATH.")
     return 0
@@ -58,7 +60,7 @@ def write_shim(directory: Path) -> Path:
     Raises
     ------
     OutputError
-        If it can't be written, or another file has its name.
+        If it can't be written, or if another file has its name.
     """
     from totalfast.system.pending_files import PendingFiles
 
@@ -66,7 +68,7 @@ def write_shim(directory: Path) -> Path:
     path = directory.absolute() / ("TotalSegmentator.bat" if windows else "TotalSegmentator")
     if path.exists() and not _is_shim(path):
         raise OutputError(
-            f"{path} is no shim of totalfast's; move it away or give another directory."
+            f"{path} was not written by totalfast; move it away or give another directory."
         )
     python = sys.executable if windows else shlex.quote(sys.executable)
     text = (WINDOWS if windows else POSIX).format(python=python)

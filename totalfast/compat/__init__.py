@@ -1,1 +1,1 @@
-"""Programs that call or start TotalSegmentator, run on totalfast."""
+"""Lets programs that call or start TotalSegmentator use totalfast."""

@@ -1,7 +1,7 @@
-"""Programs that call TotalSegmentator's Python API in their own process, run on totalfast.
+"""Lets programs that call TotalSegmentator's Python API use totalfast.
 
-Knows the names that modules have for upstream's function; knows nothing of what it does.
-``python -m totalfast.patch script.py`` runs a whole program that way.
+``patch_totalsegmentator`` does so for the running process; ``python -m totalfast.patch script.py``
+for a whole program.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import runpy
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from totalfast.errors import UnsupportedError
 from totalfast.upstream import python_api
@@ -21,66 +21,69 @@ from totalfast.upstream import python_api
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+Untyped: TypeAlias = Any
+"""An argument or the result of upstream's function, which has no types."""
+
 logger = logging.getLogger(__name__)
 
 _installed: list[Callable[..., Any]] = []
-"""The replacement, while it is in place; in a list, where ``_exchange`` does not look for it."""
+"""The replacement while it is installed. ``_rebind`` skips it because it is inside a list."""
 
 
 def patch_totalsegmentator() -> None:
     """Let every caller of ``totalsegmentator.python_api.totalsegmentator`` call totalfast.
 
-    Replaces the function there and wherever a module that is already imported has a name for it;
-    modules that are imported later find the replacement. What totalfast does not support is handed
-    on to TotalSegmentator, and the reason is logged, once.
+    Replaces the function there and in all modules that have already imported it; modules that are
+    imported later import the replacement. A call that totalfast does not support runs on
+    TotalSegmentator, and each reason is logged once.
 
     Notes
     -----
-    Names in modules are replaced; a function that sits in a class, a closure or a container stays.
-    Processes that the program starts are not patched.
+    Only names in modules are replaced. References in classes, closures and containers remain, and
+    processes that the program starts are not patched.
     """
     if _installed:
         return
     original = python_api().totalsegmentator
-    replacement = _on_totalfast(original)
+    replacement = _with_totalfast_first(original)
     _installed.append(replacement)
-    _exchange(original, replacement)
+    _rebind(original, replacement)
 
 
 def unpatch_totalsegmentator() -> None:
-    """Undo ``patch_totalsegmentator``, also in modules that were imported since."""
+    """Undo ``patch_totalsegmentator``, also in modules that were imported after it."""
     if not _installed:
         return
     replacement: Any = _installed.pop()
-    _exchange(replacement, replacement.__wrapped__)
+    _rebind(replacement, replacement.__wrapped__)
 
 
-def _on_totalfast(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Make the function that tries totalfast first; its name and signature are the original's."""
-    told: set[str] = set()
+def _with_totalfast_first(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that tries totalfast first, with the name and signature of the original."""
+    logged_reasons: set[str] = set()
 
     @functools.wraps(original)
-    def totalsegmentator(*arguments: Any, **keywords: Any) -> Any:  # noqa: ANN401
+    def totalsegmentator(*arguments: Untyped, **keywords: Untyped) -> Untyped:
         from totalfast.api import segment
 
         try:
             return segment(*arguments, **keywords)
         except UnsupportedError as error:
             reason = str(error)
-        if reason not in told:
-            told.add(reason)
+        if reason not in logged_reasons:
+            logged_reasons.add(reason)
             logger.warning("TotalSegmentator runs instead of totalfast: %s", reason)
         return original(*arguments, **keywords)
 
     return totalsegmentator
 
 
-def _exchange(old: object, new: object) -> None:
-    """Let every name in every module that means ``old`` mean ``new``."""
+def _rebind(old: object, new: object) -> None:
+    """In every imported module, bind each name that refers to ``old`` to ``new``."""
     for module in list(sys.modules.values()):
         if not isinstance(module, ModuleType):
             continue
-        # Asked for like this, a module that is imported lazily is not imported now.
+        # Plain attribute access would import modules that are loaded lazily.
         names = object.__getattribute__(module, "__dict__")
         for name, value in list(names.items()):
             if value is old:
@@ -88,14 +91,25 @@ def _exchange(old: object, new: object) -> None:
 
 
 def main(words: Sequence[str]) -> None:
-    """Run a script or a module as Python would, patched; its exit code is the process's."""
+    """Run a script or a module as Python does, after the patch.
+
+    Parameters
+    ----------
+    words
+        The command line without the program's name: ``-m module`` or a script, and its arguments.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m totalfast.patch",
         usage="%(prog)s [-h] (-m module | script.py) ...",
-        description="Run a program that calls TotalSegmentator's Python API on totalfast.",
+        description="Run a Python program; its calls of TotalSegmentator's Python API use "
+        "totalfast.",
     )
-    parser.add_argument("-m", dest="module", nargs=argparse.REMAINDER, help="module, its arguments")
-    parser.add_argument("script", nargs=argparse.REMAINDER, help="script, its arguments")
+    parser.add_argument(
+        "-m", dest="module", nargs=argparse.REMAINDER, help="Module to run, and its arguments."
+    )
+    parser.add_argument(
+        "script", nargs=argparse.REMAINDER, help="Script to run, and its arguments."
+    )
     args = parser.parse_args(words)
     program: list[str] = args.module or args.script
     if not program:

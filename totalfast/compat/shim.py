@@ -1,16 +1,18 @@
-"""What the written command runs: upstream's flags, version and exit codes, on totalfast."""
+"""The ``TotalSegmentator`` command on totalfast: upstream's flags, version and exit codes."""
 
 from __future__ import annotations
 
 import sys
 
 from totalfast import upstream
-from totalfast.cli.main import WRONG_OPTION, answer, build_parser
+from totalfast.cli.exit_codes import WRONG_OPTION
+from totalfast.cli.parser import build_parser
+from totalfast.cli.segment import run_main_command
 
 
 def main() -> int:
     """Run as ``TotalSegmentator`` would; return its exit code."""
     parser = build_parser(program="TotalSegmentator", version=upstream.version())
-    code = answer(parser, sys.argv[1:])
-    # Upstream's parser knows flags only; options that make no sense end it with an exception.
+    code = run_main_command(parser, sys.argv[1:])
+    # Upstream raises an exception, exit code 1, for options that only its parser accepts.
     return 1 if code == WRONG_OPTION else code

@@ -1,1 +1,1 @@
-"""Made data to try totalfast with: no patient, no download."""
+"""Synthetic data to try totalfast without a scan and without a download."""

@@ -1,7 +1,4 @@
-"""How well labels agree with the truth, structure by structure.
-
-Knows label maps; knows nothing of files or models.
-"""
+"""How well predicted labels agree with the true labels, per structure."""
 
 from __future__ import annotations
 
@@ -16,12 +13,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 SMALLEST_ML = 1.0
-"""Structures of which less is in view are not scored: a slice of a rib at the edge is no rib."""
+"""Structures with a smaller true volume are not scored, such as a slice of a rib at the edge."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
-    """One structure's result: class name, volumes in ml, and Dice (0 to 1)."""
+    """Result of one structure: class name, true and predicted volume in ml, Dice (0 to 1)."""
 
     name: str
     true_ml: float
@@ -30,27 +27,39 @@ class Score:
 
 
 def score(
-    found: NDArray[np.uint8],
+    labels: NDArray[np.uint8],
     truth: NDArray[np.uint8],
     names: Mapping[int, str],
     *,
     voxel_ml: float,
 ) -> list[Score]:
-    """Compare two label maps of one shape; structures of ``SMALLEST_ML`` or more, by label.
+    """Compare predicted labels with true labels.
 
-    Dice is 2 |A and B| / (|A| + |B|) of the voxels with the label.
+    Parameters
+    ----------
+    labels, truth
+        Predicted and true labels, of one shape; 0 is background.
+    names
+        Label to class name.
+    voxel_ml
+        Volume of one voxel in ml.
+
+    Returns
+    -------
+        One score per structure of at least ``SMALLEST_ML``, in order of labels. Dice is
+        2 |A and B| / (|A| + |B|), with A and B the voxels of the label in ``labels`` and ``truth``.
     """
-    size = max(max(names), int(found.max()), int(truth.max())) + 1
-    of_found = np.bincount(found.ravel(order="K"), minlength=size)
-    of_truth = np.bincount(truth.ravel(order="K"), minlength=size)
-    both = np.bincount(truth[found == truth], minlength=size)
+    size = max(max(names), int(labels.max()), int(truth.max())) + 1
+    predicted_counts = np.bincount(labels.ravel(order="K"), minlength=size)
+    true_counts = np.bincount(truth.ravel(order="K"), minlength=size)
+    common_counts = np.bincount(truth[labels == truth], minlength=size)
     return [
         Score(
             name=names[label],
-            true_ml=float(of_truth[label] * voxel_ml),
-            found_ml=float(of_found[label] * voxel_ml),
-            dice=float(2 * both[label] / (of_found[label] + of_truth[label])),
+            true_ml=float(true_counts[label] * voxel_ml),
+            found_ml=float(predicted_counts[label] * voxel_ml),
+            dice=float(2 * common_counts[label] / (predicted_counts[label] + true_counts[label])),
         )
         for label in sorted(names)
-        if of_truth[label] * voxel_ml >= SMALLEST_ML
+        if true_counts[label] * voxel_ml >= SMALLEST_ML
     ]

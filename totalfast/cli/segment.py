@@ -1,0 +1,94 @@
+"""The main command: segment one scan, or list tasks and classes.
+
+Imports neither torch nor nibabel until a scan is segmented, so that lists and errors in the
+options appear without delay.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from totalfast import upstream
+from totalfast.cli.console import configure_output
+from totalfast.cli.exit_codes import run_to_exit_code
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Sequence
+    from pathlib import Path
+
+CITATION = "If you use this tool please cite: https://pubs.rsna.org/doi/10.1148/ryai.230024"
+
+logger = logging.getLogger("totalfast")
+
+
+def run_main_command(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
+    """Parse the flags, print a list or segment a scan, and return the exit code.
+
+    Parameters
+    ----------
+    parser
+        From ``totalfast.cli.parser.build_parser``.
+    words
+        The command line without the program's name.
+    """
+    args = parser.parse_args(words)
+    if args.list_tasks:
+        print(upstream.format_tasks_table())
+        return 0
+    if args.list_classes is not None:
+        if args.list_classes not in upstream.TASKS:
+            parser.error(
+                f"unknown task '{args.list_classes}' for --list-classes. "
+                "Run --list-tasks to see all options."
+            )
+        print(upstream.format_classes_table(args.list_classes))
+        return 0
+    missing = [flag for flag, value in (("-i", args.input), ("-o", args.output)) if value is None]
+    if missing:
+        parser.error(f"the following arguments are required for segmentation: {', '.join(missing)}")
+    configure_output(quiet=args.quiet, verbose=args.verbose)
+    return run_to_exit_code(segment_scan, args)
+
+
+def segment_scan(args: argparse.Namespace) -> int:
+    """Segment the scan; the parsed flags become the keywords of ``Session.segment``."""
+    from totalfast.session import Session
+
+    logger.info("\n%s\n", CITATION)
+    keywords = vars(args).copy()
+    for name in ("list_tasks", "list_classes"):
+        del keywords[name]
+    keywords["statistics_exclude_masks_at_border"] = not keywords.pop("stats_include_incomplete")
+    keywords["output_type"] = keywords["output_type"] or "nifti"
+    scan, output = keywords.pop("input"), keywords.pop("output")
+    keywords["task"] = task_of_modality(keywords["task"], scan)
+    Session(keep_models=False).segment(scan, output, **keywords)
+    return 0
+
+
+def task_of_modality(task: str, scan: Path) -> str:
+    """Return the task for a scan: total for DICOM CT, total_mr for DICOM MR, as upstream.
+
+    Tasks other than these two, and files other than DICOM, keep ``task``.
+    """
+    if task not in ("total", "total_mr") or not scan.exists() or not _is_dicom(scan):
+        return task
+    modality = (upstream.dicom_modality(scan) or "").upper()
+    swapped = {("total_mr", "CT"): "total", ("total", "MR"): "total_mr"}.get((task, modality))
+    if swapped is None:
+        return task
+    logger.warning(
+        "WARNING: you tried to run %s model, but input modality is %s. Will run %s model instead.",
+        "MR" if task == "total_mr" else "CT",
+        modality,
+        modality,
+    )
+    return swapped
+
+
+def _is_dicom(scan: Path) -> bool:
+    from totalfast.files.read import is_dicom
+
+    return is_dicom(scan)
