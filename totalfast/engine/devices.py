@@ -1,21 +1,15 @@
-"""Devices by their TotalSegmentator names."""
+"""TotalSegmentator's names of devices."""
 
 from __future__ import annotations
 
 import logging
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from totalfast.errors import OptionError
 
 if TYPE_CHECKING:
-    from typing import TypeAlias
-
     import torch
-
-    ModelKey: TypeAlias = tuple[Path, tuple[int, ...] | None, str, str]
-    """Folder, folds, and the names of device and backend."""
 
 logger = logging.getLogger(__name__)
 
@@ -23,12 +17,12 @@ DEVICE_PATTERN = re.compile(r"^(gpu|cpu|mps|gpu:\d+)$")
 
 
 def select_device(name: str) -> torch.device:
-    """Turn upstream's device names into torch's; an absent GPU becomes the CPU.
+    """Return torch's device for one of upstream's names; the CPU if a GPU is missing.
 
     Raises
     ------
     OptionError
-        If "mps" is asked for where there is none.
+        If the name is invalid, or is "mps" and the machine has no MPS device.
     """
     import torch
 
@@ -53,12 +47,12 @@ def select_device(name: str) -> torch.device:
 
 
 def validate_device(value: str) -> str:
-    """Return ``value`` if it names a device as upstream does.
+    """Return ``value`` if it is one of upstream's device names.
 
     Raises
     ------
     OptionError
-        If it does not.
+        If it is not.
     """
     if not DEVICE_PATTERN.match(value):
         raise OptionError(

@@ -1,7 +1,7 @@
-"""Find, check and load a model folder, without running anything that it contains.
+"""Find, check and load a model folder, without running code that it contains.
 
-Knows nnU-Net's folder layout and its plans; knows nothing of images. Checkpoints are read with
-``weights_only=True``: a file that asks for more than tensors and plain numbers is refused.
+Checkpoints are read with ``weights_only=True``: a file with objects other than tensors, containers
+and plain numbers is refused.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import re
 import threading
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from totalfast import upstream
 from totalfast.engine.backends.forward import run_by_torch
@@ -27,17 +27,21 @@ from totalfast.errors import WeightsError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import TypeAlias
 
     import torch
     from torch import nn
 
     from totalfast.engine.backends import Backend
 
+    Untyped: TypeAlias = Any
+    """nnU-Net's classes and objects, which have no types."""
+
 logger = logging.getLogger(__name__)
 
 
 _LOADING = threading.Lock()
-"""Torch's list of safe types and Python's warning filters belong to the whole process."""
+"""Loading changes torch's list of safe types and Python's warning filters, which are global."""
 
 
 def load_model(
@@ -53,20 +57,20 @@ def load_model(
     Parameters
     ----------
     folder
-        Holds plans.json, dataset.json and ``fold_N/checkpoint_final.pth``.
+        A folder with plans.json, dataset.json and ``fold_N/checkpoint_final.pth``.
     folds
-        Which folds; None takes every ``fold_*`` but ``fold_all``.
+        Folds to load; None loads every ``fold_*`` except ``fold_all``.
     device
-        Where the weights go.
+        Device of the weights.
     checkpoint_name
         File in each fold's folder.
     backend
-        What runs the networks.
+        Backend that runs the networks.
 
     Raises
     ------
     WeightsError
-        If something is missing, unreadable, or holds more than weights.
+        If a file is missing or unreadable, or a checkpoint holds objects other than weights.
     """
     with _LOADING:
         return _load(folder, folds, device, checkpoint_name, backend)
@@ -87,64 +91,86 @@ def _load(
     ]
     first = checkpoints[0]
     try:
-        with warnings.catch_warnings():
-            # Nearly all official models have plans of the old format, which nnU-Net still reads.
-            warnings.filterwarnings("ignore", message="Detected old nnU-Net plans format")
-            configuration = plans.get_configuration(first["init_args"]["configuration"])
-        trainer_name = first["trainer_name"]
-        labels = plans.get_label_manager(dataset)
-        shape = tile_shape(plans, configuration, dataset)
-        networks = []
-        for checkpoint in checkpoints:
-            network = _empty_network(
-                trainer_name, plans, configuration, shape[1], labels.num_segmentation_heads
-            )
-            # Up to Python 3.11 pydoc.locate, which nnU-Net calls, leaves an error that refers to
-            # itself, and through the callers' frames to the network and the checkpoints.
-            gc.collect(1)
-            network.load_state_dict(_as_float32(checkpoint["network_weights"]), assign=True)
-            networks.append(network.to(device).eval())
+        architecture = _architecture(plans, dataset, first)
+        networks = tuple(_network(architecture, checkpoint, device) for checkpoint in checkpoints)
     except (KeyError, RuntimeError) as error:
         raise WeightsError(
             f"the checkpoint in {folder} does not fit its plans: {error}. "
-            "Delete the model's folder, so that it is downloaded again."
+            "Delete the model's folder, then it is downloaded again."
         ) from error
     axes = first.get("inference_allowed_mirroring_axes")
     return Model(
         folder=folder,
         plans=plans,
-        configuration=configuration,
-        labels=labels,
+        configuration=architecture.configuration,
+        labels=architecture.labels,
         dataset=dataset,
-        networks=tuple(networks),
-        forwards=tuple(backend(network, shape) for network in networks),
-        trainer_name=trainer_name,
+        networks=networks,
+        forwards=tuple(backend(network, architecture.tile_shape) for network in networks),
+        trainer_name=architecture.trainer_name,
         mirroring_axes=None if axes is None else tuple(axes),
         device=device,
     )
 
 
-def tile_shape(
-    plans: Any,  # noqa: ANN401 - nnU-Net is untyped
-    configuration: Any,  # noqa: ANN401
-    dataset: dict[str, Any],
-) -> tuple[int, ...]:
-    """What a model's network gets at a time: (1, channels, z, y, x), without z if it is 2-D."""
+class _Architecture(NamedTuple):
+    """Everything that determines a model's network, without its weights."""
+
+    trainer_name: str
+    plans: Untyped
+    configuration: Untyped
+    labels: Untyped
+    tile_shape: tuple[int, ...]
+
+
+def _architecture(
+    plans: Untyped, dataset: dict[str, Any], checkpoint: dict[str, Any]
+) -> _Architecture:
+    with warnings.catch_warnings():
+        # Nearly all official models have plans of the old format, which nnU-Net still reads.
+        warnings.filterwarnings("ignore", message="Detected old nnU-Net plans format")
+        configuration = plans.get_configuration(checkpoint["init_args"]["configuration"])
+    return _Architecture(
+        trainer_name=checkpoint["trainer_name"],
+        plans=plans,
+        configuration=configuration,
+        labels=plans.get_label_manager(dataset),
+        tile_shape=tile_shape(plans, configuration, dataset),
+    )
+
+
+def _network(
+    architecture: _Architecture, checkpoint: dict[str, Any], device: torch.device
+) -> nn.Module:
+    """Build one fold's network with the weights of its checkpoint, in eval mode."""
+    network = _empty_network(architecture)
+    # nnU-Net calls pydoc.locate. Up to Python 3.11 that leaves an error in a reference cycle, which
+    # holds the network and the checkpoints through the callers' frames.
+    gc.collect(1)
+    network.load_state_dict(_as_float32(checkpoint["network_weights"]), assign=True)
+    return network.to(device).eval()
+
+
+def tile_shape(plans: Untyped, configuration: Untyped, dataset: dict[str, Any]) -> tuple[int, ...]:
+    """Shape of a network's input: (1, channels, z, y, x), or (1, channels, y, x) if it is 2-D."""
     _, determine_num_input_channels = _import_nnunet()
     channels: int = determine_num_input_channels(plans, configuration, dataset)
     return (1, channels, *configuration.patch_size)
 
 
 def _as_float32(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Widen weights that were stored in half precision, as copying them into a network does."""
+    """Convert weights that are stored in half precision, like copying them into a network does."""
     return {
         name: tensor.float() if tensor.is_floating_point() else tensor
         for name, tensor in weights.items()
     }
 
 
-def _import_nnunet() -> tuple[Any, Any]:
-    """Import what reads plans; nnU-Net prints about unset environment variables meanwhile."""
+def _import_nnunet() -> tuple[Untyped, Untyped]:
+    """Import nnU-Net's PlansManager and determine_num_input_channels.
+
+    nnU-Net prints messages about unset environment variables, which are hidden here.
+    """
     with contextlib.redirect_stdout(io.StringIO()):
         from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
         from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -174,18 +200,18 @@ def _checkpoint_paths(
     if missing or not paths:
         raise WeightsError(
             f"{folder} has no {', '.join(missing) or checkpoint_name}. "
-            "Delete the model's folder, so that it is downloaded again."
+            "Delete the model's folder, then it is downloaded again."
         )
     return paths
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint's tensors and numbers, mapped from the file, running no code from it.
+    """Read a checkpoint's tensors and numbers, mapped from the file, without running its code.
 
     Raises
     ------
     WeightsError
-        If it is damaged, or asks for a type other than tensors, containers and numpy numbers.
+        If it is damaged, or holds types other than tensors, containers and numpy numbers.
     """
     import torch
 
@@ -194,31 +220,32 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             try:
                 checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             except RuntimeError as error:
-                # Files from before torch 1.6 are no zip archives and can't be mapped.
+                # Files written before torch 1.6 are not zip archives and can't be mapped.
                 if "mmap" not in str(error):
                     raise
                 checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
-            wanted = re.search(r"GLOBAL (\S+)", str(error))
+            forbidden = re.search(r"GLOBAL (\S+)", str(error))
             raise WeightsError(
                 f"{path} holds more than weights"
-                f"{f' ({wanted.group(1)})' if wanted else ''} and was not opened. "
-                "Official checkpoints need tensors and numbers only; get the file from its source."
+                f"{f' ({forbidden.group(1)})' if forbidden else ''} and was not opened. "
+                "Official checkpoints hold only tensors and numbers; download the file again from "
+                "its source."
             ) from error
         except (OSError, RuntimeError, EOFError, LookupError, ValueError) as error:
-            raise WeightsError(f"{path} is no checkpoint, or damaged: {error}") from error
+            raise WeightsError(f"{path} is not a checkpoint or is damaged: {error}") from error
     content: dict[str, Any] = checkpoint
     return content
 
 
 def _numpy_number_types() -> list[Any]:
-    """Types that nnU-Net's training log pickles: numpy scalars and their dtypes."""
+    """Types in nnU-Net's pickled training log: numpy scalars and their dtypes."""
     import numpy as np
     from numpy._core import multiarray
 
     numbers = ("Float64DType", "Float32DType", "Int64DType", "Int32DType", "BoolDType")
     dtypes = [getattr(np.dtypes, name) for name in numbers]
-    # Checkpoints written with NumPy 1 name the module without the underscore.
+    # Checkpoints written with NumPy 1 have the module's name without the underscore.
     return [
         (multiarray.scalar, "numpy.core.multiarray.scalar"),
         (multiarray.scalar, "numpy._core.multiarray.scalar"),
@@ -227,18 +254,14 @@ def _numpy_number_types() -> list[Any]:
     ]
 
 
-def _empty_network(
-    trainer_name: str,
-    plans: Any,  # noqa: ANN401 - nnU-Net is untyped
-    configuration: Any,  # noqa: ANN401
-    inputs: int,
-    outputs: int,
-) -> nn.Module:
-    """Build the network without allocating or initialising its weights."""
+def _empty_network(architecture: _Architecture) -> nn.Module:
+    """Build a network without allocating or initialising its weights."""
     import torch
 
+    plans, configuration = architecture.plans, architecture.configuration
+    inputs, outputs = architecture.tile_shape[1], architecture.labels.num_segmentation_heads
     with torch.device("meta"):
-        if builds_from_plans(trainer_name):
+        if builds_from_plans(architecture.trainer_name):
             from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
             network: nn.Module = get_network_from_plans(
@@ -251,11 +274,11 @@ def _empty_network(
                 deep_supervision=False,
             )
             return network
-        trainer: Any = upstream.custom_trainer(trainer_name)
+        trainer: Untyped = upstream.custom_trainer(architecture.trainer_name)
         if trainer is None:
             from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
-            trainer = recursive_find_trainer_class_by_name(trainer_name)
+            trainer = recursive_find_trainer_class_by_name(architecture.trainer_name)
         network = trainer.build_network_architecture(
             plans, configuration, inputs, outputs, enable_deep_supervision=False
         )
@@ -263,10 +286,10 @@ def _empty_network(
 
 
 def builds_from_plans(trainer_name: str) -> bool:
-    """Whether a trainer of nnU-Net leaves ``build_network_architecture`` to its base class.
+    """Whether one of nnU-Net's trainers inherits ``build_network_architecture`` from nnUNetTrainer.
 
-    Importing the trainers takes seconds and brings in the whole of training; whether one of them
-    overrides this method is read from their source instead. Unknown trainers count as overriding.
+    Reads the trainers' source code, because importing them takes seconds and imports all of
+    nnU-Net's training. Returns False for unknown trainers.
     """
     classes = _nnunet_trainers()
     name = trainer_name
@@ -279,7 +302,7 @@ def builds_from_plans(trainer_name: str) -> bool:
 
 
 def _nnunet_trainers() -> dict[str, tuple[str, bool]]:
-    """Class name to (first base, whether it defines its own architecture)."""
+    """Class name to (first base class, whether it overrides ``build_network_architecture``)."""
     import nnunetv2
 
     classes: dict[str, tuple[str, bool]] = {}

@@ -7,15 +7,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from typing import TypeAlias
+
     import torch
     from torch import nn
 
     from totalfast.engine.backends.forward import Forward
 
+    Untyped: TypeAlias = Any
+    """nnU-Net's objects, which have no types."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Model:
-    """A loaded nnU-Net model, its weights on the device.
+    """A loaded nnU-Net model with its weights on the device.
 
     Parameters
     ----------
@@ -26,19 +31,21 @@ class Model:
     dataset
         Content of dataset.json.
     networks
-        One network a fold, in eval mode; or none, as ``forwards`` are what runs.
+        One network per fold, in eval mode. Empty if only ``forwards`` are needed.
     forwards
-        The networks as a backend runs them.
+        The networks in the form in which a backend runs them.
     trainer_name
-        The trainer that the checkpoint names.
+        The trainer's name in the checkpoint.
     mirroring_axes
-        What the checkpoint allows; TotalSegmentator never mirrors.
+        Mirroring axes that the checkpoint allows; TotalSegmentator never mirrors.
+    device
+        Device of the weights.
     """
 
     folder: Path
-    plans: Any
-    configuration: Any
-    labels: Any
+    plans: Untyped
+    configuration: Untyped
+    labels: Untyped
     dataset: dict[str, Any]
     networks: tuple[nn.Module, ...]
     forwards: tuple[Forward, ...]
@@ -48,12 +55,12 @@ class Model:
 
     @property
     def patch_size(self) -> tuple[int, ...]:
-        """Tile size (z, y, x) in voxels."""
+        """Tile size (z, y, x) in voxels; (y, x) of a 2-D model."""
         return tuple(self.configuration.patch_size)
 
     @property
     def heads(self) -> int:
-        """Number of channels that the network returns."""
+        """Number of the network's output channels."""
         return int(self.labels.num_segmentation_heads)
 
     @property

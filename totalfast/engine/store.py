@@ -1,4 +1,4 @@
-"""Loaded models, kept between runs or only until they have been used."""
+"""Loaded models, kept between runs or only until their use."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ class _ModelKey(NamedTuple):
 
 
 class ModelStore:
-    """Loads models in threads, each once.
+    """Loads each model once, in a thread.
 
     Parameters
     ----------
     keep
-        Whether a model stays loaded after ``take``. Without it two are in memory at a time: the
-        one that predicts and the next.
+        Whether a model stays loaded after ``take``. If not, two models are in memory at a time: the
+        one that predicts and the next one.
 
     Notes
     -----
-    May be used from several threads. ``predicting`` is held while a network runs, so that
-    predictions take turns.
+    Thread-safe. ``predicting`` is a lock that is held while a network runs, so that only one
+    network runs at a time.
     """
 
     def __init__(self, *, keep: bool) -> None:
@@ -54,11 +54,11 @@ class ModelStore:
         self._placing = threading.Lock()
 
     def load(self, task: Task, part: Part, *, device: str, backend: str = "auto") -> Future[Model]:
-        """Start loading one of a task's models in a thread, unless that was started before."""
+        """Start to load one of a task's models in a thread, unless loading has already started."""
         return self._start(_model_key(task, part, device, backend))
 
     def take(self, task: Task, part: Part, *, device: str, backend: str = "auto") -> Model:
-        """Wait for one of a task's models; a store that keeps none forgets it."""
+        """Wait for one of a task's models; remove it from the store unless models are kept."""
         key = _model_key(task, part, device, backend)
         model = self._start(key).result()
         if not self.keep:
@@ -67,9 +67,9 @@ class ModelStore:
         return model
 
     def place(self, device: str, backend: str) -> tuple[torch.device, Backend]:
-        """Return the device and the backend that the names stand for; the choice is logged once.
+        """Return the device and the backend of these names; the choice is logged once.
 
-        Parameters and errors are those of ``select_device`` and ``choose_backend``.
+        The parameters and errors are those of ``select_device`` and ``choose_backend``.
         """
         with self._placing:
             if (device, backend) not in self._places:
@@ -79,16 +79,16 @@ class ModelStore:
 
     def _start(self, key: _ModelKey) -> Future[Model]:
         with self._lock:
-            known = self._models.get(key)
-            failed = known is not None and known.done() and known.exception() is not None
-            if known is None or failed:
-                known = self._models[key] = _in_thread(lambda: self._load(key))
-        return known
+            model = self._models.get(key)
+            failed = model is not None and model.done() and model.exception() is not None
+            if model is None or failed:
+                model = self._models[key] = _in_thread(lambda: self._load(key))
+        return model
 
     def _load(self, key: _ModelKey) -> Model:
         place, backend = self.place(key.device, key.backend)
         model = load_model(key.folder, folds=key.folds, device=place, backend=backend)
-        # The forward passes hold what they need; the rest of the networks is freed.
+        # The forwards hold all weights that they need; the rest of the networks is freed.
         return replace(model, networks=())
 
 
