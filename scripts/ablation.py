@@ -36,11 +36,11 @@ from benchmark_command import (
 )
 from readme import write_table
 
-AS_IT_IS = "as it is"
+BASELINE = "all optimisations on"
 
 ABLATIONS = {
-    AS_IT_IS: "",
-    "one thread outside of the network": """
+    BASELINE: "",
+    "one thread outside the network": """
 import totalfast.system.cores
 def one():
     used.append(1)
@@ -54,11 +54,11 @@ def inflate(path, proxy):
     return numpy.asanyarray(proxy.get_unscaled())
 read._inflate = inflate
 """,
-    "models loaded when they are needed": """
+    "each model loaded only when it is needed": """
 import totalfast.run.context as context
 context.RunContext.start_loading = lambda self, number: used.append(1)
 """,
-    "models kept to the end": """
+    "all models kept until the end": """
 import totalfast.engine.store as store
 begin = store.ModelStore.__init__
 def keep(self, **keywords):
@@ -66,7 +66,7 @@ def keep(self, **keywords):
     begin(self, **{**keywords, "keep": True})
 store.ModelStore.__init__ = keep
 """,
-    "checkpoints read instead of mapped": """
+    "checkpoints read instead of memory-mapped": """
 import totalfast.engine.loading as weights
 mapped = weights.read_checkpoint
 def read(path):
@@ -80,12 +80,12 @@ def read(path):
         torch.load = load
 weights.read_checkpoint = read
 """,
-    "imports as upstream's": """
+    "upstream's modules imported": """
 import totalsegmentator.python_api
 import nnunetv2.inference.predict_from_raw_data
 used.append(1)
 """,
-    "scan resampled by scipy, whole": """
+    "whole scan resampled by scipy": """
 import totalfast.resampling.model_grid as resample
 def whole(image, stored, shape, order):
     from scipy import ndimage
@@ -95,7 +95,7 @@ def whole(image, stored, shape, order):
     return lambda start, stop: out[:, :, start:stop].transpose(2, 1, 0)
 resample._RESAMPLERS[1] = whole
 """,
-    "skip connections kept to the end": """
+    "skip connections kept until the end": """
 import totalfast.engine.backends.forward as forward
 def keep(encoder):
     used.append(1)
@@ -109,23 +109,23 @@ def whole(network):
     return network, None
 forward.split_head = whole
 """,
-    "sums in fresh memory for each model": """
-import totalfast.engine.sliding_window as window
+    "new memory for the sums of each model": """
+import totalfast.engine.rolling_window as window
 def zeros(self, shape):
     used.append(1)
     return window.np.zeros(shape, dtype=window.np.float16)
 window.WindowMemory.zeros = zeros
 """,
     "sums also where one tile covers the image": """
-import totalfast.engine.sliding_window as window
+import totalfast.engine.fold_networks as networks, totalfast.engine.rolling_window as window
 def through_window(self, image, tiles):
     used.append(1)
     device = self.weights.device
-    rolling = window._RollingWindow(self, tiles, window.WindowMemory(), device)
+    rolling = window.RollingWindow(self, tiles, window.WindowMemory(), device)
     box = (slice(None), *(slice(0, size) for size in tiles.patch))
     rolling.add(image[box], box)
     yield from rolling.advance(tiles.padded_shape[0])
-window._Networks.logits_of_one_tile = through_window
+networks.FoldNetworks.logits_of_one_tile = through_window
 """,
     "normalisation into new memory": """
 import totalfast.engine.backends.norms as norms
@@ -134,13 +134,13 @@ def keep(network):
     return network
 norms.normalised_in_place = keep
 """,
-    "logits weighted and added without a slice's memory": """
-import totalfast.engine.sliding_window as window
+    "logits weighted and added per tile, not per slice": """
+import totalfast.engine.rolling_window as window
 def add_up(self, total, logits, weight):
     used.append(1)
     logits *= weight
     total += logits
-window._RollingWindow._add_up = add_up
+window.RollingWindow._add_up = add_up
 """,
     "first maximum by torch's max": """
 import totalfast.engine.sliding_window as window
@@ -154,19 +154,19 @@ import os
 os.environ["THP_MEM_ALLOC_ENABLE"] = "0"
 used.append(1)
 """,
-    "allocator left as it is": """
+    "default settings of glibc's allocator": """
 import totalfast.system.process_memory as allocator
 def none(name):
     used.append(1)
 allocator._libc = none
 """,
-    "cycles of objects looked for as often as Python does": """
+    "default thresholds of Python's garbage collector": """
 import gc
 def none(*thresholds):
     used.append(1)
 gc.set_threshold = none
 """,
-    "labels picked voxel by voxel": """
+    "nearest labels looked up per voxel": """
 import totalfast.export.nearest as nearest
 def gather(labels, indices, *, threads):
     used.append(1)
@@ -186,14 +186,14 @@ gzip_member.isal_zlib = types.SimpleNamespace(
     Z_SYNC_FLUSH=zlib.Z_SYNC_FLUSH, crc32=zlib.crc32, crc32_combine=isal.crc32_combine,
 )
 """,
-    "empty slices of masks compressed like others": """
+    "empty slices of masks compressed like other slices": """
 import totalfast.files.write as write
 def zeros(length):
     used.append(1)
     return write.compress(bytes(length))
 write.zeros = zeros
 """,
-    "each mask compressed whole": """
+    "every slice searched for every label": """
 import numpy, totalfast.files.write as write
 def everywhere(labels, threads):
     used.append(1)
@@ -215,7 +215,7 @@ def save(image, names, *, folder, files, threads):
 import totalfast.run.results
 totalfast.run.results.write_masks = save
 """,
-    "interpreter taken down at the end": """
+    "full shutdown of the interpreter": """
 import os, sys
 def leave(code):
     used.append(1)
@@ -283,10 +283,10 @@ def differences(row: str, expected: Path, actual: Path) -> int:
 
 def order(repeat: int, rows: list[str]) -> list[str]:
     """All rows in a round's own order, and the run as it is before, between and after them."""
-    others = [row for row in rows if row != AS_IT_IS]
+    others = [row for row in rows if row != BASELINE]
     random.Random(repeat).shuffle(others)  # noqa: S311 - so that no row always runs first
     some = [others[k : k + ROWS_BETWEEN] for k in range(0, len(others), ROWS_BETWEEN)]
-    return [row for part in some for row in (AS_IT_IS, *part)] + [AS_IT_IS]
+    return [row for part in some for row in (BASELINE, *part)] + [BASELINE]
 
 
 def ablate(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
@@ -308,7 +308,7 @@ def ablate(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
                 runs[row].append(figures)
             elif row not in runs:
                 runs[row] = []
-                differing[row] = differences(row, scratch / AS_IT_IS, target.parent)
+                differing[row] = differences(row, scratch / BASELINE, target.parent)
         print(f"round {repeat} of {options.repeats}", flush=True)
     medians = {
         row: {key: statistics.median(run[key] for run in some) for key in some[0]}
@@ -326,40 +326,44 @@ def ablate(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     }
 
 
+COLUMNS = {"wall_s": (1, "s", 1), "cpu_s": (1, "s", 1), "peak_bytes": (1e9, "GB", 2)}
+"""Per case: the key in the results to scale, unit and number of decimals."""
+
+
 def table(results: list[dict[str, Any]]) -> str:
-    """Seconds and memory of each row, above those of the run as it is; cases side by side."""
+    """Return time and memory of each variant minus those of the baseline, cases side by side."""
     first = results[0]["median"]
-    dearest = sorted(first, key=lambda row: -first[row]["wall_s"])
+    slowest_first = sorted(first, key=lambda row: -first[row]["wall_s"])
     others = [row for result in results for row in result["median"]]
-    rows = dict.fromkeys([AS_IT_IS, *dearest, *others])
+    rows = dict.fromkeys([BASELINE, *slowest_first, *others])
     names = [f"{result['name']}: wall | CPU | peak memory" for result in results]
-    lines = [f"| switched off | {' | '.join(names)} |", "|---" * (1 + 3 * len(names)) + "|"]
-    lines += [f"| {' | '.join([row, *(_cells(result, row) for result in results)])} |"
-              for row in rows]  # fmt: skip
+    lines = [f"| variant | {' | '.join(names)} |", "|---" * (1 + 3 * len(names)) + "|"]
+    rows_cells = [[row, *(_cells(result, row) for result in results)] for row in rows]
+    lines += [f"| {' | '.join(cells)} |" for cells in rows_cells]
     return "\n".join([*lines, "", *map(_footnote, results)]) + "\n"
 
 
 def _cells(result: dict[str, Any], row: str) -> str:
     if row not in result["median"]:
         return "- | - | -"
-    figures, base = result["median"][row], result["median"][AS_IT_IS]
+    median, baseline = result["median"][row], result["median"][BASELINE]
     cells = []
-    for key, scale, unit, digits in (
-        ("wall_s", 1, "s", 1), ("cpu_s", 1, "s", 1), ("peak_bytes", 1e9, "GB", 2),
-    ):  # fmt: skip
-        value, more = figures[key] / scale, (figures[key] - base[key]) / scale
-        text = f"{value:.{digits}f}" if row == AS_IT_IS else f"{more:+.{digits}f}"
+    for key, (scale, unit, digits) in COLUMNS.items():
+        if row == BASELINE:
+            text = f"{median[key] / scale:.{digits}f}"
+        else:
+            text = f"{(median[key] - baseline[key]) / scale:+.{digits}f}"
         cells.append(f"{text} {unit}")
     return " | ".join(cells)
 
 
 def _footnote(result: dict[str, Any]) -> str:
-    walls = sorted(figures["wall_s"] for figures in result["runs"][AS_IT_IS])
-    repeats = max(len(some) for row, some in result["runs"].items() if row != AS_IT_IS)
+    walls = sorted(run["wall_s"] for run in result["runs"][BASELINE])
+    repeats = max(len(runs) for row, runs in result["runs"].items() if row != BASELINE)
     return (
         f"{result['name']}: {result['scan']}, `{' '.join(result['flags'])}`, {result['weights']}; "
-        f"medians of {repeats}. As it is, {len(walls)} runs took {walls[0]:.1f} to "
-        f"{walls[-1]:.1f} s, so that smaller differences tell nothing."
+        f"medians of {repeats} runs. {len(walls)} runs with all optimisations took "
+        f"{walls[0]:.1f} to {walls[-1]:.1f} s, so smaller differences mean nothing."
     )
 
 

@@ -160,7 +160,7 @@ NAMES = {
 def table(result: dict[str, Any]) -> str:
     """Markdown of one run."""
     lines = [
-        "| export | time | times faster | memory above the logits |",
+        "| export | time | speed-up | memory in addition to the logits |",
         "|---|---|---|---|",
     ]
     faster = result["times_faster_than_nnunet_default"]
@@ -170,12 +170,14 @@ def table(result: dict[str, Any]) -> str:
         memory = "not measured" if estimated else f"{run['peak_bytes'] / 1e9:.2f} GB"
         lines.append(
             f"| {NAMES[name]} | {run['seconds']:.{0 if run['seconds'] > 10 else 1}f} s"
-            f"{' (estimated)' if estimated else ''} | {faster[name]:.0f} | {memory} |"
+            f"{' (estimated)' if estimated else ''} | {faster[name]:.0f}x | {memory} |"
         )
-    text = f"{result['case']} voxels, {result['boundary_cells']:.0%} of the cells at boundaries; "
+    text = (
+        f"{result['case']} voxels; {result['boundary_cells']:.0%} of the cells lie at boundaries. "
+    )
     if some is not None:
         classes = result["case"].split()[0]
-        text += f"nnU-Net's times are those of {some} classes times {classes}/{some}. "
+        text += f"nnU-Net's times are times of {some} classes, multiplied by {classes}/{some}. "
     where = result["machine"]
     text += f"{where['cores']} cores of {where['processor']}."
     return "\n".join(lines) + f"\n\n{text}\n"

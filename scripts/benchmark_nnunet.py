@@ -146,7 +146,7 @@ def table(result: dict[str, Any]) -> str:
     """Markdown of all runs."""
     runs = [run for run in result["runs"] if run["program"] != "compared"]
     lines = [
-        "| plans | shape | command | cases | seconds a case | times faster | peak memory "
+        "| plans | shape | command | cases | time per case | speed-up | peak memory "
         "| differing voxels |",
         "|---|---|---|---|---|---|---|---|",
     ]
@@ -159,15 +159,15 @@ def table(result: dict[str, Any]) -> str:
         faster = theirs["seconds_a_case"] / one["seconds_a_case"]
         cells = [one["plans"], "x".join(map(str, one["shape_zyx"])), one["program"]]
         cells += [str(one["cases"]), f"{one['seconds_a_case']:.0f} s"]
-        cells += ["" if theirs is one else f"{faster:.0f}", f"{one['peak_bytes'] / 1e9:.1f} GB"]
+        cells += ["" if theirs is one else f"{faster:.0f}x", f"{one['peak_bytes'] / 1e9:.1f} GB"]
         cells += ["" if theirs is one else str(compared.get("differing_voxels", ""))]
         lines.append(f"| {' | '.join(cells)} |")
     where = result["machine"]
     text = (
-        f"{facts['classes']} classes, tiny stand-in network (3 mm, tiles that overlap by half); "
-        f"{facts['classes_present']} classes in the label maps, {facts['boundary_cells']:.0%} of "
-        f"their cells at boundaries. {where['cores']} cores of {where['processor']}, "
-        f"{where['memory_gb']} GB. One run each, watched."
+        f"{facts['classes']} classes, tiny stand-in network (3 mm, tiles overlap by half); the "
+        f"label maps contain {facts['classes_present']} classes, and {facts['boundary_cells']:.0%} "
+        f"of their cells lie at boundaries. {where['cores']} cores of {where['processor']}, "
+        f"{where['memory_gb']} GB. One run each; memory was sampled during the timed run."
     )
     return "\n".join(lines) + f"\n\n{text}\n"
 

@@ -130,8 +130,8 @@ def table(result: dict[str, Any]) -> str:
     machine = result["machine"]
     lines += [
         "",
-        f"512x512 voxels a slice of {SPACING} mm, {result['weights']}; one run each. In brackets "
-        f"what totalfast said that it would need. {machine['cores']} cores of "
+        f"Slices of 512x512 voxels of {SPACING} mm, {result['weights']}; one run each. In "
+        f"brackets: totalfast's own estimate of the peak, in GB. {machine['cores']} cores of "
         f"{machine['processor']}, {machine['memory_gb']} GB.",
     ]
     return "\n".join(lines) + "\n"

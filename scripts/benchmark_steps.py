@@ -154,26 +154,26 @@ def second_call(repeats: int, scratch: Path) -> dict[str, Any]:
         wall, network = time.perf_counter() - began, sum(hook["spent"])
         rows.append({"wall_s": wall, "network_s": network, "outside_s": wall - network})
     return {
-        "what": f"calls of a session, fast, per class, {size_text(STATISTICS_SHAPE)}",
+        "what": f"`--fast`, one mask per class, {size_text(STATISTICS_SHAPE)}",
         "calls": rows,
     }
 
 
 def table(steps: dict[str, Any]) -> str:
     """Markdown of all steps, medians."""
-    lines = ["| step | upstream | totalfast | times faster |", "|---|---|---|---|"]
+    lines = ["| step | upstream | totalfast | speed-up |", "|---|---|---|---|"]
     for name in ("masks", "statistics"):
         step = steps[name]
         theirs, ours = (statistics.median(step["seconds"][who]) for who in WHO)
-        lines.append(f"| {step['what']} | {theirs:.1f} s | {ours:.2f} s | {theirs / ours:.0f} |")
+        lines.append(f"| {step['what']} | {theirs:.1f} s | {ours:.2f} s | {theirs / ours:.0f}x |")
     calls = steps["second call"]["calls"]
-    for title, some in (("the first", calls[:1]), ("another", calls[1:])):
+    for title, some in (("first call", calls[:1]), ("later call", calls[1:])):
         wall, outside = (
             statistics.median(call[key] for call in some) for key in ("wall_s", "outside_s")
         )
         lines.append(
-            f"| {title} of the {steps['second call']['what']} | "
-            f"| {wall:.1f} s, {outside:.1f} s of it outside the network | |"
+            f"| {title} of a session, {steps['second call']['what']} | "
+            f"| {wall:.1f} s, of which {outside:.1f} s outside the network | |"
         )
     return "\n".join(lines) + "\n"
 

@@ -1,6 +1,8 @@
-"""Write README's table of speed and memory from the figures in scripts/results/.
+"""Write the tables of speed and memory of whole commands from the stored results.
 
-python scripts/benchmark_table.py
+    python scripts/benchmark_table.py
+
+scripts/results/README.md gets all cases, README.md a short table of two cases.
 """
 
 from __future__ import annotations
@@ -11,69 +13,113 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from readme import write_table
+from readme import RESULTS, ROOT, write_table
 
 SAME = ("processor", "cores", "memory_gb", "versions")
-"""What of the machine must not differ between rows of one table."""
+"""Facts of the machine that must be equal in all rows of one table."""
 
-ROOT = Path(__file__).resolve().parents[1]
+SHORT = {
+    "command_fast_488x404x336": "`--fast` (3 mm)",
+    "command_total_488x404x336": "default (1.5 mm)",
+}
+"""The cases of the short table: name of the JSON file, and name in the table."""
 
 
 def rows(result: dict[str, Any]) -> Iterator[str]:
     """One case as lines of the table: upstream, then totalfast with each backend."""
-    for label, figures in result["median"].items():
+    for label, median in result["median"].items():
         first = result["runs"][label][0]["wall_s"]
         cells = [result["case"] if label == "upstream" else "", label.replace(" ", ", ")]
-        cells += [f"{figures['wall_s']:.0f} s", f"{first:.0f} s"]
-        cells += [f"{figures['network_s']:.0f} s", f"{figures['outside_network_s']:.1f} s"]
+        cells += [f"{median['wall_s']:.0f} s", f"{first:.0f} s"]
+        cells += [f"{median['network_s']:.0f} s", f"{median['outside_network_s']:.1f} s"]
         cells += [f"{result['peak_bytes'][label] / 1e9:.1f} GB"]
         if label == "upstream":
             cells += ["", "", ""]
         else:
-            gains, compared = result["ratios"][label], result["compared"][label]
-            cells += [f"{gains['wall']:.1f}x", f"{gains['peak_memory_share']:.0%}"]
+            ratios, compared = result["ratios"][label], result["compared"][label]
+            cells += [f"{ratios['wall']:.1f}x", f"{ratios['peak_memory_share']:.0%}"]
             cells += [differing(compared)]
         yield f"| {' | '.join(cells)} |"
 
 
+def short_rows(name: str, result: dict[str, Any]) -> Iterator[str]:
+    """One case as lines of the short table: one line per backend."""
+    upstream_s = result["median"]["upstream"]["wall_s"]
+    upstream_gb = result["peak_bytes"]["upstream"] / 1e9
+    for label, ratios in result["ratios"].items():
+        cells = [name, label.partition(" ")[2], f"{upstream_s:.0f} s"]
+        cells += [f"{result['median'][label]['wall_s']:.0f} s", f"{ratios['wall']:.1f}x"]
+        cells += [f"{ratios['peak_memory_share']:.0%} of {upstream_gb:.1f} GB"]
+        cells += [differing(result["compared"][label])]
+        yield f"| {' | '.join(cells)} |"
+
+
 def differing(compared: dict[str, Any]) -> str:
-    """Differing voxels and, where there are any, how far that goes."""
+    """Number of differing voxels and, unless it is 0, their share and the lowest Dice."""
     count, voxels = compared["differing_voxels"], compared["voxels"]
     if not count:
         return "0"
-    least = math.floor(1e4 * compared["lowest_dice_of_large"]) / 1e4  # a bound is not rounded up
-    return f"{count} ({count / voxels:.1g}), Dice at least {least:.4f}"
+    lowest = math.floor(1e4 * compared["lowest_dice_of_large"]) / 1e4  # a lower bound
+    return f"{count} ({count / voxels:.1g}), Dice at least {lowest:.4f}"
+
+
+def machine_text(results: list[dict[str, Any]]) -> str:
+    """Describe the machine and the versions.
+
+    Raises
+    ------
+    ValueError
+        If the results come from different machines or versions.
+    """
+    machine = results[0]["machine"]
+    for result in results:
+        if any(result["machine"][key] != machine[key] for key in SAME):
+            raise ValueError(f"{result['case']} and {results[0]['case']} have other machines.")
+    versions = machine["versions"]
+    return (
+        f"{machine['cores']} cores of {machine['processor']}, {machine['memory_gb']} GB, CPU only; "
+        f"TotalSegmentator {versions['TotalSegmentator']}, nnU-Net {versions['nnunetv2']}, "
+        f"torch {versions['torch']}"
+    )
 
 
 def table() -> str:
-    """The whole table, and the machine that it was measured on."""
-    results = [
-        json.loads(path.read_text())
-        for path in sorted((ROOT / "scripts/results").glob("command_*.json"))
-    ]
-    for result in results:
-        if any(result["machine"][key] != results[0]["machine"][key] for key in SAME):
-            raise ValueError(f"{result['case']} was measured elsewhere than {results[0]['case']}.")
-    machine = results[0]["machine"]
-    versions = machine["versions"]
-    runs = {len(result["runs"]["upstream"]) for result in results}
+    """Return the table of all cases, and the machine."""
+    paths = sorted(RESULTS.glob("command_*.json"))
+    results = [json.loads(path.read_text()) for path in paths]
+    repeats = sorted({len(result["runs"]["upstream"]) for result in results})
     lines = [
-        "| case | program | time | first run | network | outside it | peak memory | faster "
-        "| memory | differing voxels |",
+        "| case | program | time | first run | network | outside the network | peak memory "
+        "| speed-up | memory | differing voxels |",
         "|---|---|---|---|---|---|---|---|---|---|",
         *(line for result in results for line in rows(result)),
         "",
-        f"{machine['cores']} cores of {machine['processor']}, {machine['memory_gb']} GB, CPU only; "
-        f"TotalSegmentator {versions['TotalSegmentator']}, nnU-Net {versions['nnunetv2']}, "
-        f"torch {versions['torch']}; median of {' or '.join(map(str, sorted(runs)))} run(s). "
-        "totalfast's first run finds empty caches of compiled code and of converted networks.",
+        f"{machine_text(results)}. Median of {' or '.join(map(str, repeats))} run(s). In the first "
+        "run, totalfast's caches of compiled code and of converted networks are empty.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def short_table() -> str:
+    """Return the short table, and the machine."""
+    results = {name: json.loads((RESULTS / f"{name}.json").read_text()) for name in SHORT}
+    shapes = {"x".join(map(str, result["scan"]["shape"])) for result in results.values()}
+    lines = [
+        "| model | backend | TotalSegmentator | totalfast | speed-up | peak memory "
+        "| differing voxels |",
+        "|---|---|---|---|---|---|---|",
+        *(line for name, result in results.items() for line in short_rows(SHORT[name], result)),
+        "",
+        f"Synthetic CT of {' and '.join(sorted(shapes))} voxels, one mask per class, stand-in "
+        f"weights; {machine_text(list(results.values()))}.",
     ]
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    """Replace the table in README.md."""
+    """Write both tables."""
     write_table(Path(__file__).name, table())
+    write_table(Path(__file__).name, short_table(), ROOT / "README.md")
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def main() -> None:
 def table(found: dict[str, Any]) -> str:
     """Markdown of all backends."""
     lines = [
-        "| backend | model loaded | first tile | a tile | differing voxels | lowest Dice |",
+        "| backend | load model | first tile | later tiles | differing voxels | lowest Dice |",
         "|---|---|---|---|---|---|",
     ]
     for backend, row in found["backends"].items():
@@ -91,7 +91,7 @@ def table(found: dict[str, Any]) -> str:
     lines += [
         "",
         f"Model of `--fast`, {found['weights']}; {'x'.join(map(str, found['shape_xyz']))} voxels "
-        "of a phantom; a model is loaded, and its first tile run, with empty caches. "
+        "of a phantom. The caches are empty when the model is loaded and its first tile is run. "
         f"{where['cores']} cores of {where['processor']} "
         f"({found['instructions']}), torch {where['versions']['torch']}, OpenVINO "
         f"{found['openvino']}.",

@@ -107,7 +107,7 @@ def with_resampling(configuration: Any, resampling: str) -> Any:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Medians over the phantoms."""
-    lines = ["| export | seconds | mean Dice |", "|---|---|---|"]
+    lines = ["| export | time in s | mean Dice |", "|---|---|---|"]
     for way in WAYS.values():
         some = [row for row in rows if row["way"] == way]
         seconds, dice = (statistics.median(row[key] for row in some) for key in ("seconds", "dice"))

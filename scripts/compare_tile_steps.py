@@ -117,7 +117,8 @@ def compare(seed: int, slices: int) -> list[dict[str, Any]]:
 def table(rows: list[dict[str, Any]]) -> str:
     """Means over the phantoms of all lengths."""
     lines = [
-        "| step | tiles | network | Dice, truth | Dice, default's labels | worst structure |",
+        "| step | tiles | time in the network | Dice, truth | Dice, labels of the default "
+        "| lowest Dice, labels of the default |",
         "|---|---|---|---|---|---|",
     ]
     for step in STEPS:

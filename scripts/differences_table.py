@@ -1,8 +1,9 @@
-"""Write README's table of deliberate differences from tests/parity/known_differences.yaml.
+"""Write the table of deliberate differences into tests/parity/README.md.
 
     python scripts/differences_table.py
 
-The tests run what the rows tell; see tests/parity/test_known_differences.py.
+The rows come from tests/parity/known_differences.yaml. tests/parity/test_known_differences.py
+checks each row and the table.
 """
 
 from __future__ import annotations
@@ -13,14 +14,15 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from readme import write_table
+from readme import ROOT, write_table
 
-ROWS = Path(__file__).resolve().parents[1] / "tests/parity/known_differences.yaml"
+PARITY = ROOT / "tests" / "parity"
+ROWS = PARITY / "known_differences.yaml"
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown of the rows."""
-    lines = ["| what | upstream | totalfast | why |", "|---|---|---|---|"]
+    """Return the rows as Markdown."""
+    lines = ["| input or option | TotalSegmentator | totalfast | reason |", "|---|---|---|---|"]
     lines += [f"| {r['what']} | {r['upstream']} | {r['totalfast']} | {r['why']} |" for r in rows]
     return "\n".join(lines) + "\n"
 
@@ -29,7 +31,8 @@ def main() -> None:
     """Write the table."""
     import yaml
 
-    write_table(Path(__file__).name, table(yaml.safe_load(ROWS.read_text())))
+    rows = yaml.safe_load(ROWS.read_text())
+    write_table(Path(__file__).name, table(rows), PARITY / "README.md")
 
 
 if __name__ == "__main__":

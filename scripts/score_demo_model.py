@@ -89,8 +89,8 @@ def table(results: list[dict[str, Any]]) -> str:
     seeds = [result["mean"] for result in results]
     lines += [
         "",
-        f"{len(results)} phantoms of unseen seeds, {len(every) / len(results):.0f} structures "
-        f"each; the phantoms' means go from {min(seeds):.3f} to {max(seeds):.3f}.",
+        f"{len(results)} phantoms with new seeds, {len(every) / len(results):.0f} structures "
+        f"each; the means of the phantoms range from {min(seeds):.3f} to {max(seeds):.3f}.",
     ]
     return "\n".join(lines) + "\n"
 
