@@ -1,4 +1,4 @@
-"""Fixtures that every test gets: nothing may be left behind."""
+"""Shared fixtures, and a guard that every test uses."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from pathlib import Path
 import filelock
 import pytest
 
-# The tests' extra brings OpenVINO, which "auto" would take; for commands that tests start, too.
+# The test extra installs OpenVINO, and "auto" would use it. Commands that tests start inherit this.
 os.environ["TOTALFAST_BACKEND"] = "torch"
 
 TINY_IDS = (
     [291, 292, 293, 294, 295, 297, 298]  # total, fast, fastest
     + [299, 300, 343]  # body, trunk_cavities
     + [850, 851]  # total_mr
-    + [258, 301, 315, 570]  # tasks that look at a region
+    + [258, 301, 315, 570]  # tasks that segment only a region
 )
 
 
 @pytest.fixture(scope="session")
 def standin_home(tmp_path_factory) -> Path:
-    """Folder with tiny stand-in weights; TOTALFAST_STANDIN_HOME reuses one made before."""
+    """Folder with tiny stand-in weights; TOTALFAST_STANDIN_HOME names an existing one."""
     ready = os.environ.get("TOTALFAST_STANDIN_HOME")
     if ready:
         return Path(ready)
@@ -44,8 +44,8 @@ def standin_home(tmp_path_factory) -> Path:
 def _nothing_left_behind(tmp_path_factory, monkeypatch):
     """Fail on leaked temporary files, child processes and changed torch settings.
 
-    Temporary files, those of started commands too, go to a folder of the test's own, so that other
-    programs on the machine do not matter.
+    Each test has its own folder for temporary files, also for the commands that it starts, so other
+    programs on the machine have no influence.
     """
     temporary = tmp_path_factory.mktemp("temporary")
     monkeypatch.setenv("TMPDIR", str(temporary))
@@ -66,7 +66,7 @@ def _is_torchs(path: Path) -> bool:
 
 
 def _torch_settings():
-    import torch  # waits, where a thread that a refused run left behind is still importing it
+    import torch  # waits if a thread of a refused run still imports it
 
     return (
         torch.get_num_threads(),
@@ -78,13 +78,13 @@ def _torch_settings():
 
 @pytest.fixture(scope="session")
 def scans(tmp_path_factory):
-    """Folder for the made scans, which the tests of one process share."""
+    """Folder of the synthetic scans, shared by the tests of one process."""
     return tmp_path_factory.mktemp("scans")
 
 
 @contextlib.contextmanager
 def _one_at_a_time(tmp_path_factory, name: str) -> Iterator[Path]:
-    """Give a path that is the same for all processes of a test run, to one of them at a time."""
+    """Yield the same path in all processes of a test run, to one process at a time."""
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent

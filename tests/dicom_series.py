@@ -1,4 +1,4 @@
-"""DICOM series that the tests make themselves."""
+"""Synthetic DICOM series."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ AXIAL = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 
 
 def new_file(**attributes) -> pydicom.Dataset:
-    """A CT file without position and pixels."""
+    """Return a CT data set without position and pixels."""
     header = pydicom.Dataset()
     header.file_meta = FileMetaDataset()
     header.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
@@ -24,7 +24,7 @@ def new_file(**attributes) -> pydicom.Dataset:
     header.PatientName, header.PatientID = "Made^Up", "1"
     header.StudyDate, header.StudyTime, header.StudyID = "20200101", "120000", "1"
     header.StudyInstanceUID = header.FrameOfReferenceUID = "1.2.3"
-    header.SeriesInstanceUID, header.SeriesDescription = "1.2.3.4", "made"
+    header.SeriesInstanceUID, header.SeriesDescription = "1.2.3.4", "synthetic"
     header.BitsAllocated = header.BitsStored = 16
     header.HighBit, header.PixelRepresentation, header.SamplesPerPixel = 15, 1, 1
     header.PhotometricInterpretation = "MONOCHROME2"
@@ -47,22 +47,22 @@ def write_series(
     name: str = "slice",
     **attributes,
 ) -> Path:
-    """Write one file a slice; the intensities, which are stored with 1024 added, are CT's.
+    """Write one file per slice. Intensities are in HU; the files store them plus 1024.
 
     Parameters
     ----------
     folder
-        Where; made if it is missing.
+        Folder of the series; created if it is missing.
     voxels
         (slice, row, column), integers.
     spacing_mm
-        Along the same axes.
+        Distances along the same axes, (slice, row, column).
     orientation
         Direction cosines of a row and of a column, LPS.
     origin_mm
-        Of the first voxel, LPS.
+        Position of the first voxel, LPS.
     step
-        From slice to slice, in mm, LPS; along the normal unless given.
+        Vector from one slice to the next in mm, LPS; default: along the normal.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if step is None:

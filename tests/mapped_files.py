@@ -1,4 +1,4 @@
-"""What mapped files take of this process's memory, as Linux says."""
+"""Resident memory of the mapped files of this process, from Linux's smaps."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from pathlib import Path
 
 
 def resident_kb(folder: Path) -> int:
-    """Kilobytes of files below a folder, mapped for reading only, that are in memory."""
+    """Return the resident kilobytes of files below a folder that are mapped read-only."""
     total, counted = 0, False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         name, *words = line.split(maxsplit=5)
-        if not name.endswith(":"):  # a mapping: addresses, rights, three more, file
+        if not name.endswith(":"):  # addresses, permissions, three other fields, file
             counted = words[0].startswith("r-") and words[-1].startswith(f"{folder}/")
         elif name == "Rss:" and counted:
             total += int(words[0])

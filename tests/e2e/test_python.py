@@ -1,4 +1,4 @@
-"""The Python call: sessions, threads, images in memory."""
+"""The Python functions: sessions, threads, images in memory."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def scan():
 QUICK = {"fastest": True, "device": "cpu", "quiet": True}
 
 
-def test_image_in_label_map_out(scan, tmp_path):
+def test_segment_takes_an_image_and_returns_a_label_map(scan, tmp_path):
     result = totalfast.segment(scan, **QUICK)
     assert isinstance(result, nib.Nifti1Image)
     assert result.shape == scan.shape
@@ -49,26 +49,28 @@ def test_image_in_label_map_out(scan, tmp_path):
     np.testing.assert_array_equal(nib.load(tmp_path / "seg.nii").dataobj, from_file.dataobj)
 
 
-def test_open_file_nrrd_and_dicom_give_what_the_nifti_file_gives(scan, tmp_path):
+def test_open_file_nrrd_and_dicom_give_the_labels_of_the_nifti_file(scan, tmp_path):
     nib.save(scan, tmp_path / "scan.nii.gz")
     sitk.WriteImage(sitk.ReadImage(tmp_path / "scan.nii.gz"), tmp_path / "scan.nrrd")
-    lps = np.asarray(scan.dataobj)[:, ::-1]  # its x axis runs to the left already
+    lps = np.asarray(scan.dataobj)[:, ::-1]  # the x axis already points to the left
     folder = write_series(
-        tmp_path / "dicom", lps.transpose(2, 1, 0), spacing_mm=(3.0, 2.0, 2.0),
+        tmp_path / "dicom",
+        lps.transpose(2, 1, 0),
+        spacing_mm=(3.0, 2.0, 2.0),
         origin_mm=(0.0, -2.0 * 35, 0.0),
-    )  # fmt: skip
+    )
     expected = np.asarray(totalfast.segment(scan, **QUICK).dataobj)
     assert expected.any()
     with (tmp_path / "scan.nii.gz").open("rb") as stream:
         for source in (stream, str(tmp_path / "scan.nrrd")):
-            found = totalfast.segment(source, **QUICK)
-            np.testing.assert_array_equal(found.dataobj, expected)
+            result = totalfast.segment(source, **QUICK)
+            np.testing.assert_array_equal(result.dataobj, expected)
     converted = totalfast.segment(folder, **QUICK)
     assert nib.aff2axcodes(converted.affine) == ("L", "A", "S")
     np.testing.assert_array_equal(converted.dataobj, expected)
 
 
-def test_a_run_that_fails_leaves_no_dicom_behind(scan, tmp_path, monkeypatch):
+def test_failed_run_leaves_no_converted_dicom_files(scan, tmp_path, monkeypatch):
     folder = write_series(tmp_path / "dicom", np.zeros((5, 4, 4), np.int16))
     monkeypatch.setenv("TOTALSEG_WEIGHTS_PATH", str(tmp_path / "empty"))
     monkeypatch.setattr("totalfast.upstream.download_weights", lambda model_id: None)
@@ -77,7 +79,7 @@ def test_a_run_that_fails_leaves_no_dicom_behind(scan, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["dicom"]
 
 
-def test_second_call_of_a_session_loads_nothing(scan, monkeypatch):
+def test_second_call_of_a_session_loads_no_model(scan, monkeypatch):
     loads = []
     load = store.load_model
     monkeypatch.setattr(store, "load_model", lambda *a, **k: loads.append(a) or load(*a, **k))
@@ -89,7 +91,7 @@ def test_second_call_of_a_session_loads_nothing(scan, monkeypatch):
     np.testing.assert_array_equal(first.dataobj, second.dataobj)
 
 
-def test_a_session_that_keeps_no_models_has_two_at_a_time(scan, monkeypatch):
+def test_session_with_keep_models_false_has_two_models_at_a_time(scan, monkeypatch):
     alive, most = weakref.WeakSet(), []
     load = store.load_model
 
@@ -100,8 +102,8 @@ def test_a_session_that_keeps_no_models_has_two_at_a_time(scan, monkeypatch):
         return model
 
     def predicted(*arguments, **keywords):
-        for begun in list(session.models._models.values()):
-            begun.result()  # the next model is ready before this one is done
+        for future in list(session.models._models.values()):
+            future.result()  # the next model is ready before this one is done
         return predict(*arguments, **keywords)
 
     predict = prediction.predict_part
@@ -120,7 +122,7 @@ def test_a_session_that_keeps_no_models_has_two_at_a_time(scan, monkeypatch):
     np.testing.assert_array_equal(*(result.dataobj for result in results))
 
 
-def test_each_backend_has_models_of_its_own(scan, monkeypatch):
+def test_each_backend_loads_its_own_models(scan, monkeypatch):
     chosen, loads = [], []
     choose, load = store.choose_backend, store.load_model
     monkeypatch.setattr(
@@ -134,7 +136,7 @@ def test_each_backend_has_models_of_its_own(scan, monkeypatch):
     assert len(loads) == 2
 
 
-def test_two_threads_of_one_session_agree(scan):
+def test_two_threads_of_one_session_give_equal_labels(scan):
     session = totalfast.Session(device="cpu")
     results, errors = [], []
 
@@ -153,7 +155,7 @@ def test_two_threads_of_one_session_agree(scan):
     np.testing.assert_array_equal(results[0].dataobj, results[1].dataobj)
 
 
-def test_a_failed_load_is_tried_again(scan, monkeypatch):
+def test_failed_load_of_a_model_is_repeated_by_the_next_call(scan, monkeypatch):
     session = totalfast.Session(device="cpu")
     load = store.load_model
 
@@ -173,21 +175,21 @@ def test_the_library_prints_nothing(scan, capsys):
     assert (captured.out, captured.err) == ("", "")
 
 
-def test_log_lines_are_upstreams(scan, caplog):
+def test_log_messages_are_upstreams(scan, caplog):
     with caplog.at_level(logging.INFO, logger="totalfast"):
         totalfast.segment(scan, **QUICK)
     assert "Using 'fastest' option: resampling to lower resolution (6mm)" in caplog.messages
 
 
 @pytest.mark.parametrize("split", [False, True])
-def test_a_scan_of_few_slices_and_one_that_is_all_zero(split):
+def test_scans_of_few_slices_and_only_zeros_are_segmented(split):
     for shape in ((40, 36, 7), (40, 36, 1)):
         scan = nib.Nifti1Image(np.zeros(shape, np.int16), np.diag([2.0, 2.0, 5.0, 1.0]))
         result = totalfast.segment(scan, force_split=split, **QUICK)
         assert result.shape == shape
 
 
-def test_unknown_keyword_and_wrong_values():
+def test_unknown_keywords_and_invalid_values_are_errors():
     session = totalfast.Session(device="cpu")
     with pytest.raises(totalfast.OptionError, match="unknown option 'fasst'"):
         session.segment("x.nii.gz", fasst=True)
@@ -202,16 +204,16 @@ def test_unknown_keyword_and_wrong_values():
         totalfast.Session(device="tpu")
 
 
-def test_the_tile_step_is_that_of_the_task_and_not_of_rough_models():
+def test_tile_step_size_changes_the_task_but_not_its_rough_model():
     task = Options(task="lung_vessels").resolved_task()
-    given = Options(task="lung_vessels", tile_step_size=0.9).resolved_task()
-    assert (task.tile_step, given.tile_step) == (0.5, 0.9)
-    assert given.crop == task.crop
-    assert given.crop.rough.tile_step == 0.8
+    changed = Options(task="lung_vessels", tile_step_size=0.9).resolved_task()
+    assert (task.tile_step, changed.tile_step) == (0.5, 0.9)
+    assert changed.crop == task.crop
+    assert changed.crop.rough.tile_step == 0.8
     assert Options().resolved_task().tile_step == 0.8
 
 
-def test_fewer_tiles_are_predicted_when_asked_for(monkeypatch):
+def test_larger_tile_step_size_predicts_fewer_tiles(monkeypatch):
     counts = []
     plan = prediction.plan_tiles
     monkeypatch.setattr(prediction, "plan_tiles", lambda *a: counts.append(plan(*a)) or counts[-1])
@@ -222,11 +224,11 @@ def test_fewer_tiles_are_predicted_when_asked_for(monkeypatch):
     assert few < default
 
 
-def test_a_licence_number_is_checked_by_upstream_once_and_kept(monkeypatch, tmp_path):
-    asked = []
+def test_licence_number_is_checked_once_by_upstream_and_stored(monkeypatch, tmp_path):
+    checked = []
     monkeypatch.setattr(
         "totalsegmentator.config.is_valid_license",
-        lambda number: asked.append(number) or number == "a" * 18,
+        lambda number: checked.append(number) or number == "a" * 18,
     )
     monkeypatch.setenv("TOTALSEG_HOME_DIR", str(tmp_path))
     with pytest.raises(totalfast.LicenseError, match="Invalid license number"):
@@ -234,20 +236,20 @@ def test_a_licence_number_is_checked_by_upstream_once_and_kept(monkeypatch, tmp_
     for _ in range(2):
         with pytest.raises(totalfast.InputError, match="does not exist"):
             totalfast.segment("none.nii.gz", license_number="a" * 18, **QUICK)
-    assert asked == ["wrong", "a" * 18]
+    assert checked == ["wrong", "a" * 18]
     assert json.loads((tmp_path / "config.json").read_text())["license_number"] == "a" * 18
     assert "aaa" not in repr(Options(license_number="a" * 18))
 
 
-def test_legacy_resampling_is_smooth_and_only_of_the_result(scan):
-    stairs = totalfast.segment(scan, **QUICK)
+def test_legacy_resampling_changes_the_labels_and_excludes_linear_export(scan):
+    nearest = totalfast.segment(scan, **QUICK)
     smooth = totalfast.segment(scan, higher_order_resampling_LEGACY=True, **QUICK)
-    assert 0.01 < np.mean(np.asarray(stairs.dataobj) != np.asarray(smooth.dataobj)) < 0.7
+    assert 0.01 < np.mean(np.asarray(nearest.dataobj) != np.asarray(smooth.dataobj)) < 0.7
     with pytest.raises(totalfast.OptionError, match="does not work with"):
         Options(export="linear", higher_order_resampling_LEGACY=True)
 
 
-def test_a_missing_scan_is_noticed_before_a_model_is_downloaded(tmp_path, monkeypatch):
+def test_missing_scan_is_an_error_before_a_model_is_downloaded(tmp_path, monkeypatch):
     monkeypatch.setenv("TOTALSEG_WEIGHTS_PATH", str(tmp_path / "empty"))
     monkeypatch.setattr(
         "totalfast.upstream.download_weights", lambda model_id: pytest.fail("downloaded a model")
@@ -257,8 +259,8 @@ def test_a_missing_scan_is_noticed_before_a_model_is_downloaded(tmp_path, monkey
     assert list(tmp_path.iterdir()) == []
 
 
-def test_linear_export_interpolates_all_logits(scan):
-    """Against full logits, resampled by scipy class by class; the scan's axes run to LPS."""
+def test_linear_export_equals_the_argmax_of_interpolated_logits(scan):
+    """The reference resamples all logits with scipy, class by class. The scan is not RAS+."""
     import torch
     from scipy import ndimage
 
@@ -268,7 +270,7 @@ def test_linear_export_interpolates_all_logits(scan):
     from totalfast.files.read import open_scan, read_image
     from totalfast.resampling.model_grid import to_model_grid
 
-    found = totalfast.segment(scan, export="linear", **QUICK)
+    result = totalfast.segment(scan, export="linear", **QUICK)
     session = totalfast.Session(device="cpu")
     options = Options(fastest=True, device="cpu")
     task = options.resolved_task()
@@ -287,19 +289,19 @@ def test_linear_export_interpolates_all_logits(scan):
             for channel in logits.numpy().astype(np.float64)
         ]
     ).astype(np.float16)
-    wanted = resampled.argmax(0).T[::-1]  # (x, y, z); the scan's x axis runs to the left
-    np.testing.assert_array_equal(np.asarray(found.dataobj), wanted)
+    expected = resampled.argmax(0).T[::-1]  # (x, y, z); the scan's x axis points to the left
+    np.testing.assert_array_equal(np.asarray(result.dataobj), expected)
     nearest = np.asarray(totalfast.segment(scan, **QUICK).dataobj)
-    assert 0 < np.mean(nearest != wanted) < 0.7
+    assert 0 < np.mean(nearest != expected) < 0.7
 
 
-def test_linear_export_of_several_models(scan):
+def test_linear_export_works_with_several_models(scan):
     smooth = totalfast.segment(scan, task="total_mr", export="linear", device="cpu", quiet=True)
     assert smooth.shape == scan.shape
     assert len(np.unique(smooth.dataobj)) > 1
 
 
-def test_linear_export_refuses_what_it_cannot_do(scan):
+def test_linear_export_with_incompatible_options_is_an_error(scan):
     for wrong in ({"save_lowres": True}, {"force_split": True}):
         with pytest.raises(totalfast.OptionError, match="export='linear'"):
             totalfast.segment(scan, export="linear", **QUICK, **wrong)
@@ -320,7 +322,7 @@ def test_preview_is_drawn_beside_the_result(scan, tmp_path, ml, output, picture)
         assert min(drawn.size) > 300
 
 
-def test_preview_without_an_output_is_left_out_with_a_warning(scan, caplog):
+def test_preview_without_an_output_gives_a_warning_and_no_picture(scan, caplog):
     with caplog.at_level("WARNING", logger="totalfast"):
         totalfast.segment(scan, fastest=True, preview=True, device="cpu", quiet=True)
     assert any("Skipping preview" in message for message in caplog.messages)

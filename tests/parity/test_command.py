@@ -1,4 +1,4 @@
-"""The same input through both commands: every file, voxel and header field must agree."""
+"""Both commands on the same input: all files, voxels and header fields must be equal."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CASES = [case for case in all_cases() if case.in_ci]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_command_leaves_what_totalsegmentator_leaves(case, scans, standin_home, tmp_path):
+def test_command_writes_the_files_of_totalsegmentator(case, scans, standin_home, tmp_path):
     if "-ot" in case.flags:
         pytest.importorskip("rt_utils")
         pytest.importorskip("highdicom")
@@ -43,7 +43,7 @@ def test_command_leaves_what_totalsegmentator_leaves(case, scans, standin_home, 
     assert "Done in" in result.totalfast_stdout.splitlines()[-1]
 
 
-def test_comparison_sees_a_voxel_a_header_field_and_a_missing_file(tmp_path):
+def test_comparison_reports_a_voxel_a_header_field_and_a_missing_file(tmp_path):
     import nibabel as nib
     import numpy as np
 
@@ -57,13 +57,13 @@ def test_comparison_sees_a_voxel_a_header_field_and_a_missing_file(tmp_path):
     changed.header["descrip"] = b"other"
     nib.save(changed, two / "a.nii.gz")
     nib.save(changed, two / "b.nii.gz")
-    result = compare_folders("made", one, two)
+    result = compare_folders("case", one, two)
     assert result.differing_voxels == 1
     assert any("descrip" in problem for problem in result.problems)
     assert any("only totalfast writes b.nii.gz" in problem for problem in result.problems)
 
 
-def test_comparison_sees_a_value_in_a_dicom_file_and_passes_new_identifiers(tmp_path):
+def test_comparison_reports_a_dicom_value_and_ignores_generated_identifiers(tmp_path):
     first, second = new_file(), new_file(StudyTime="235959")
     for number, header in enumerate((first, second, second)):
         header.PixelData = bytes(range(8))

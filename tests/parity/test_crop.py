@@ -1,4 +1,4 @@
-"""The region that a task looks at, against upstream's own cropping functions."""
+"""The region of a task, compared with upstream's cropping functions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SPACINGS = st.tuples(*[st.sampled_from([0.1, 0.4, 0.7, 0.8, 1.5, 3.0, 6.5])] * 3
 SHAPES = st.tuples(*[st.integers(1, 40)] * 3)
 
 
-def made(spacing, shape, axes="RAS"):
+def empty_image(spacing, shape, axes="RAS"):
     image = nib.Nifti1Image(np.zeros(shape, np.int16), np.diag([*spacing, 1.0]))
     turn = nib.orientations.ornt_transform(
         nib.orientations.axcodes2ornt("RAS"), nib.orientations.axcodes2ornt(axes)
@@ -31,7 +31,7 @@ def made(spacing, shape, axes="RAS"):
 
 
 def on_scanner_grid(rough, image):
-    """Upstream's way back: order-0 resampling of the whole mask, then its undoing of RAS+."""
+    """Return to the scanner grid as upstream does: resample the mask with order 0, undo RAS+."""
     from totalsegmentator.alignment import undo_canonical
     from totalsegmentator.resampling import resample_img
 
@@ -50,10 +50,12 @@ def on_scanner_grid(rough, image):
     axes=st.sampled_from(["RAS", "LPS", "PIR", "SLA"]),
     seed=st.integers(0, 2**31),
 )
-def test_box_is_that_of_upstreams_native_mask(spacing, shape, rough_shape, axes, seed):
+def test_box_equals_the_box_of_upstreams_mask_on_the_scanner_grid(
+    spacing, shape, rough_shape, axes, seed
+):
     from totalsegmentator.cropping import crop_to_mask
 
-    image = made(spacing, shape, axes)
+    image = empty_image(spacing, shape, axes)
     random = np.random.default_rng(seed)
     rough = (random.random(rough_shape) < random.choice([0.002, 0.05, 0.5])).astype(np.uint8) * 7
     rough[random.random(rough_shape) < 0.3] = 3
@@ -75,22 +77,22 @@ def test_box_is_that_of_upstreams_native_mask(spacing, shape, rough_shape, axes,
     [(10, (2.0, 1.5, 3.0)), (3, (2.0, 1.5, 3.0)), (0.5, (2.0, 1.5, 3.0)), (10, (0.5, 0.5, 1.0))],
 )
 @pytest.mark.parametrize("axes", ["RAS", "PIR"])
-def test_outside_is_removed_as_upstream_removes_it(distance_mm, spacing, axes):
+def test_remove_outside_equals_upstreams(distance_mm, spacing, axes):
     from totalsegmentator.postprocessing import remove_outside_of_mask
 
-    image = made(spacing, (40, 36, 28), axes)
+    image = empty_image(spacing, (40, 36, 28), axes)
     rough = np.zeros((14, 18, 20), np.uint8)
     rough[4:7, 6:9, 5:8] = 2
     rough[9:11, 11:14, 12:15] = 4
     native = np.asarray(on_scanner_grid(rough, image).dataobj)
     grid = Grid(shape=image.shape, affine=image.affine)
     box = box_around(rough, {2, 4}, scanner=grid, margin_mm=(6, 6, 6))
-    found = np.zeros(image.shape, np.uint8, order="F")
-    found[box] = np.random.default_rng(0).integers(0, 5, found[box].shape)
+    labels = np.zeros(image.shape, np.uint8, order="F")
+    labels[box] = np.random.default_rng(0).integers(0, 5, labels[box].shape)
     steps = int(distance_mm / np.mean(image.header.get_zooms()))
-    expected = remove_outside_of_mask(found.copy(), np.isin(native, (2, 4)), addon=steps)
+    expected = remove_outside_of_mask(labels.copy(), np.isin(native, (2, 4)), addon=steps)
     remove_outside(
-        found,
+        labels,
         box,
         rough,
         {2, 4},
@@ -99,11 +101,11 @@ def test_outside_is_removed_as_upstream_removes_it(distance_mm, spacing, axes):
         distance_mm=distance_mm,
         threads=2,
     )
-    assert np.array_equal(found, expected)
-    assert found.any()
+    assert np.array_equal(labels, expected)
+    assert labels.any()
 
 
-def test_cropped_scans_are_cut_to_whole_numbers_as_upstream_cuts_them():
+def test_cropped_scans_are_truncated_to_whole_numbers_like_upstreams():
     from totalsegmentator.cropping import crop_to_bbox_nifti
 
     values = np.random.default_rng(0).normal(0, 300, (9, 8, 7)).astype(np.float32)
@@ -117,46 +119,48 @@ def test_cropped_scans_are_cut_to_whole_numbers_as_upstream_cuts_them():
     assert np.array_equal(part.grid.affine, expected.affine)
 
 
-def test_no_region_gives_empty_masks_and_says_so(standin_home, tmp_path, monkeypatch, caplog):
+def test_missing_region_gives_empty_masks_and_upstreams_message(
+    standin_home, tmp_path, monkeypatch, caplog
+):
     monkeypatch.setenv("TOTALSEG_HOME_DIR", str(standin_home))
-    # When a box is none is tested above; stand-ins see lungs even in air.
+    # Stand-ins find lungs even in air, so the missing box is simulated.
     monkeypatch.setattr("totalfast.run.region.box_around", lambda *_, **__: None)
     air = nib.Nifti1Image(np.full((30, 30, 20), -1000, np.int16), np.diag([3.0, 3, 3, 1]))
     with caplog.at_level("INFO", logger="totalfast"):
-        found = totalfast.segment(
+        result = totalfast.segment(
             air, tmp_path / "seg", task="lung_vessels_LEGACY", device="cpu", quiet=True
         )
     assert "INFO: Crop is empty. Returning empty segmentation." in caplog.messages
-    assert found.shape == air.shape
-    assert not np.asarray(found.dataobj).any()
+    assert result.shape == air.shape
+    assert not np.asarray(result.dataobj).any()
     names = totalfast.upstream.CLASS_MAPS["lung_vessels_LEGACY"].values()
     assert {path.name for path in (tmp_path / "seg").iterdir()} == {f"{n}.nii.gz" for n in names}
 
 
 @pytest.mark.parametrize("stored", [None, {}, {"license_number": "short"}])
-def test_licensed_tasks_ask_upstreams_own_check(stored, tmp_path, monkeypatch):
+def test_licensed_tasks_use_upstreams_licence_check(stored, tmp_path, monkeypatch):
     monkeypatch.setenv("TOTALSEG_HOME_DIR", str(tmp_path))
     if stored is not None:
         (tmp_path / "config.json").write_text(json.dumps(stored))
     image = nib.Nifti1Image(np.zeros((10, 10, 10), np.int16), np.eye(4))
-    with pytest.raises(LicenseError, match="needs a licence"):
+    with pytest.raises(LicenseError, match="needs a TotalSegmentator licence"):
         totalfast.segment(image, task="heartchambers_highres", device="cpu", quiet=True)
 
 
-def test_upstream_loses_the_cpu_on_the_way_to_teeth():
-    """Its call of the model that finds the region is given no device, and fails."""
+def test_upstream_does_not_pass_the_cpu_to_the_rough_model_of_teeth():
+    """Upstream calls the model that finds the region without a device, and fails."""
     from totalsegmentator.python_api import convert_device_to_string, select_device
 
     assert convert_device_to_string(select_device("cpu")) is None
 
 
-def test_lowres_results_of_cropping_tasks_are_refused():
+def test_save_lowres_of_cropping_tasks_is_an_error():
     image = nib.Nifti1Image(np.zeros((10, 10, 10), np.int16), np.eye(4))
     with pytest.raises(OptionError, match="which crops"):
         totalfast.segment(image, task="lung_vessels", fast=True, save_lowres=True)
 
 
-def test_what_lies_far_from_the_rough_structures_is_removed_from_the_result(
+def test_voxels_far_from_the_rough_structures_are_removed_from_the_result(
     standin_home, scans, monkeypatch
 ):
     from totalsegmentator.postprocessing import remove_outside_of_mask
@@ -165,7 +169,7 @@ def test_what_lies_far_from_the_rough_structures_is_removed_from_the_result(
     monkeypatch.setattr("totalfast.run.pipeline.check_license", lambda task: None)
     scan = nib.load(input_file("thick", scans))
     settings = {"device": "cpu", "quiet": True}
-    found = totalfast.segment(scan, task="heartchambers_highres", **settings)
+    result = totalfast.segment(scan, task="heartchambers_highres", **settings)
     monkeypatch.setattr("totalfast.run.pipeline.keep_near", lambda *arguments: None)
     before = np.asarray(totalfast.segment(scan, task="heartchambers_highres", **settings).dataobj)
     rough = np.asarray(totalfast.segment(scan, fast=True, **settings).dataobj)
@@ -173,5 +177,5 @@ def test_what_lies_far_from_the_rough_structures_is_removed_from_the_result(
     near = np.isin(rough, [names[name] for name in ("heart", "aorta", "inferior_vena_cava")])
     steps = int(10 / np.mean(scan.header.get_zooms()))
     expected = remove_outside_of_mask(before.copy(), near, addon=steps)
-    assert np.array_equal(np.asarray(found.dataobj), expected)
+    assert np.array_equal(np.asarray(result.dataobj), expected)
     assert 0 < np.count_nonzero(expected) < np.count_nonzero(before)

@@ -1,4 +1,4 @@
-"""The listed differences are there, and nothing else differs."""
+"""The recorded differences exist, and there are no others."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("row", PAIRS, ids=lambda row: row["what"])
-def test_difference_is_the_listed_one(row, scans, standin_home, tmp_path, monkeypatch):
+def test_pair_has_the_recorded_difference_and_no_other(
+    row, scans, standin_home, tmp_path, monkeypatch
+):
     pair = row["pair"]
     case = Case(pair["scan"], tuple(pair["flags"]))
     scan = input_file(case.scan, scans)
@@ -35,19 +37,19 @@ def test_difference_is_the_listed_one(row, scans, standin_home, tmp_path, monkey
     more_than, at_most = pair.get("share", (-1, 0))
     assert more_than < result.differing_voxels / max(result.voxels, 1) <= at_most
     patterns = pair.get("problems", [])
-    unlisted = [p for p in result.problems if not any(re.search(known, p) for known in patterns)]
-    assert unlisted == []
-    for known in patterns:
-        assert any(re.search(known, problem) for problem in result.problems), f"gone: {known}"
+    others = [p for p in result.problems if not any(re.search(regex, p) for regex in patterns)]
+    assert others == []
+    for regex in patterns:
+        assert any(re.search(regex, problem) for problem in result.problems), f"missing: {regex}"
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if "pair" not in row], ids=lambda r: r["what"])
-def test_other_rows_name_the_test_that_shows_them(row):
+def test_rows_without_a_pair_name_an_existing_test(row):
     path, _, name = row["shown_by"].partition("::")
     text = (ROOT / path).read_text()
     assert not name or f"def {name}(" in text
 
 
-def test_readme_shows_these_rows():
+def test_readme_has_the_table_of_differences():
     table = script("differences_table").table(ROWS)
-    assert table in (ROOT / "README.md").read_text()
+    assert table in (ROOT / "tests" / "parity" / "README.md").read_text()

@@ -1,4 +1,4 @@
-"""What totalfast reads from upstream must still be there, and mean the same."""
+"""The names, tables and flags that totalfast takes from upstream still exist and mean the same."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OUR_FLAGS = {
     "tile_step_size": "--tile_step_size",
     "max_memory_gb": "--max-memory",
 }
-"""What totalfast's call and command have beyond upstream's: keyword to flag."""
+"""Keywords and flags that only totalfast has: keyword to flag."""
 
 
 @pytest.mark.parametrize("name", upstream.__all__)
@@ -28,7 +28,7 @@ def test_every_name_of_the_upstream_module_exists(name):
     assert hasattr(upstream, name)
 
 
-def test_names_that_are_imported_only_when_needed_exist():
+def test_names_that_are_imported_lazily_exist():
     from dynamic_network_architectures.architectures.unet import (  # noqa: F401
         PlainConvUNet,
         ResidualEncoderUNet,
@@ -64,7 +64,7 @@ def test_names_that_are_imported_only_when_needed_exist():
         assert hasattr(custom_trainers, trainer)
 
 
-def test_custom_trainers_are_all_that_upstream_adds():
+def test_custom_trainers_equal_upstreams():
     code = (
         "from totalsegmentator import nnunet; from totalfast.upstream import CUSTOM_TRAINERS; "
         "raise SystemExit(set(nnunet.custom_trainers) != CUSTOM_TRAINERS)"
@@ -72,7 +72,7 @@ def test_custom_trainers_are_all_that_upstream_adds():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_threads_are_capped_as_in_nnunet():
+def test_thread_limit_equals_nnunets():
     from nnunetv2.configuration import default_num_processes
 
     from totalfast.system.cores import NNUNET_THREADS
@@ -85,11 +85,11 @@ SUPPORTED_TASKS = sorted(set(upstream.TASKS) & set(upstream.TASK_CONFIGS) - BROK
 
 @pytest.mark.parametrize("task", SUPPORTED_TASKS)
 @pytest.mark.parametrize("mode", [{}, {"fast": True}, {"fastest": True}])
-def test_tasks_resolve_as_upstream_resolves_them(task, mode, monkeypatch):
+def test_resolved_tasks_equal_upstreams(task, mode, monkeypatch):
     import totalsegmentator.python_api
     from totalsegmentator.python_api import get_task_config
 
-    # Only what a task is made of is compared here, no licence is needed for that.
+    # The configuration of a task is compared; this needs no licence.
     monkeypatch.setattr(totalsegmentator.python_api, "show_license_info", lambda: None)
     try:
         expected = get_task_config(task, quiet=True, plans="nnUNetPlans", **mode)
@@ -97,30 +97,30 @@ def test_tasks_resolve_as_upstream_resolves_them(task, mode, monkeypatch):
         with pytest.raises(ValueError, match="does not work with option --fast"):
             resolve_task(task, **mode)
         return
-    found = resolve_task(task, **mode)
+    ours = resolve_task(task, **mode)
     ids = expected["task_id"]
-    assert [part.model_id for part in found.parts] == (ids if isinstance(ids, list) else [ids])
+    assert [part.model_id for part in ours.parts] == (ids if isinstance(ids, list) else [ids])
     resample = expected["resample"]
     spacing = resample if isinstance(resample, list) else [resample] * 3
-    assert list(found.spacing_mm or [None] * 3) == spacing
-    assert found.trainer == expected["trainer"]
-    assert found.configuration == expected["model"]
-    assert (found.folds and list(found.folds)) == expected["folds"]
-    assert found.plans == expected["plans"]
-    assert found.licensed == upstream.TASK_CONFIGS[task].get("commercial", False)
+    assert list(ours.spacing_mm or [None] * 3) == spacing
+    assert ours.trainer == expected["trainer"]
+    assert ours.configuration == expected["model"]
+    assert (ours.folds and list(ours.folds)) == expected["folds"]
+    assert ours.plans == expected["plans"]
+    assert ours.licensed == upstream.TASK_CONFIGS[task].get("commercial", False)
     assert not expected["cascade"]
     regions, outside = expected["crop"], expected["remove_outside"]
-    assert (found.crop is None) == (regions is None)
-    if found.crop is not None:
-        names = found.crop.rough.classes
+    assert (ours.crop is None) == (regions is None)
+    if ours.crop is not None:
+        names = ours.crop.rough.classes
         of_total = {"total", "total_mr", "body"}
-        assert found.crop.rough.name == expected["crop_model"] or found.crop.rough.name in of_total
+        assert ours.crop.rough.name == expected["crop_model"] or ours.crop.rough.name in of_total
         margin = (20, 20, 20) if expected["crop_model"] is None else tuple(expected["crop_addon"])
-        assert found.crop.margin_mm == margin
-        assert {names[label] for label in found.crop.labels} == set(regions)
-        assert found.crop.robust == expected["robust_crop"]
-        assert {names[label] for label in found.crop.outside or ()} == set(outside or ())
-        assert found.crop.outside_mm == (expected["remove_outside_dilation"] or 0)
+        assert ours.crop.margin_mm == margin
+        assert {names[label] for label in ours.crop.labels} == set(regions)
+        assert ours.crop.robust == expected["robust_crop"]
+        assert {names[label] for label in ours.crop.outside or ()} == set(outside or ())
+        assert ours.crop.outside_mm == (expected["remove_outside_dilation"] or 0)
 
 
 ROUGH_CALLS = """
@@ -150,11 +150,11 @@ print("FOUND", json.dumps(found))
 """
 
 
-def test_regions_are_looked_for_with_the_models_that_upstream_calls(tmp_path):
+def test_rough_models_equal_those_that_upstream_calls(tmp_path):
     tasks = [
         name
         for name in SUPPORTED_TASKS
-        # Upstream's own call of the task that finds teeth fails on the CPU (2.18.0).
+        # Upstream's call of the rough model of teeth fails on the CPU (2.18.0).
         if resolve_task(name).crop is not None and name != "teeth"
     ]
     done = subprocess.run(
@@ -179,7 +179,7 @@ def test_regions_are_looked_for_with_the_models_that_upstream_calls(tmp_path):
             ] == expected[f"{task} {robust}"]
 
 
-def test_coarse_tile_step_is_still_used_for_the_same_tasks():
+def test_upstream_uses_the_coarse_tile_step_for_the_same_tasks():
     import totalsegmentator.python_api as api
 
     source = (api.__file__).replace("python_api.py", "nnunet.py")
@@ -190,7 +190,7 @@ def test_coarse_tile_step_is_still_used_for_the_same_tasks():
     assert {"total", "total_v3", "total_mr"} == COARSE_STEP_TASKS
 
 
-def test_weights_home_is_where_upstream_looks(monkeypatch, tmp_path):
+def test_weights_home_equals_upstreams(monkeypatch, tmp_path):
     from totalsegmentator.config import get_weights_dir
 
     monkeypatch.delenv("TOTALSEG_HOME_DIR", raising=False)
@@ -202,15 +202,15 @@ def test_weights_home_is_where_upstream_looks(monkeypatch, tmp_path):
     assert upstream.weights_home() == get_weights_dir()
 
 
-def test_the_python_call_has_upstreams_signature():
+def test_segment_has_upstreams_signature():
     from totalsegmentator.python_api import totalsegmentator as theirs
 
     import totalfast
     from totalfast.python_api import totalsegmentator
 
     def parameters(function):
-        found = inspect.signature(function).parameters.values()
-        return [(parameter.name, parameter.default, parameter.kind) for parameter in found]
+        values = inspect.signature(function).parameters.values()
+        return [(parameter.name, parameter.default, parameter.kind) for parameter in values]
 
     ours = parameters(totalsegmentator)
     count = len(parameters(theirs))
@@ -222,15 +222,15 @@ def test_the_python_call_has_upstreams_signature():
 
 
 class Refusal(Exception):  # noqa: N818
-    """What a parser raises here instead of leaving the process."""
+    """Raised by the parsers in these tests instead of exiting the process."""
 
 
 @pytest.fixture
 def parsers(monkeypatch):
-    """Upstream's parser, taken from its command, and ours."""
+    """Return upstream's parser, taken from its command, and ours."""
     import totalsegmentator.bin.TotalSegmentator as command
 
-    from totalfast.cli.main import build_parser
+    from totalfast.cli.parser import build_parser
 
     def parse_args(parser, *args, **kwargs):
         raise Refusal(parser)
@@ -250,18 +250,18 @@ def flags(parser):
     return {option: action for action in parser._actions for option in action.option_strings}
 
 
-def test_flags_and_their_defaults_are_upstreams(parsers):
-    expected, found = map(flags, parsers)
-    assert found.keys() - expected.keys() == set(OUR_FLAGS.values())
+def test_flags_and_defaults_equal_upstreams(parsers):
+    expected, actual = map(flags, parsers)
+    assert actual.keys() - expected.keys() == set(OUR_FLAGS.values())
 
     def facts(action):
         names = ("option_strings", "dest", "nargs", "const", "default", "required")
         return {"kind": type(action), **{name: getattr(action, name) for name in names}}
 
     for option, action in expected.items():
-        assert facts(found[option]) == facts(action)
+        assert facts(actual[option]) == facts(action)
         if action.choices is not None:
-            assert list(found[option].choices) == list(action.choices)
+            assert list(actual[option].choices) == list(action.choices)
 
 
 WORDS = (
@@ -271,17 +271,17 @@ WORDS = (
 )
 
 
-def test_flags_take_and_refuse_the_words_that_upstream_takes_and_refuses(parsers):
-    """Types, choices and numbers of words, by what comes of them."""
+def test_flags_accept_and_refuse_the_same_values_as_upstreams(parsers):
+    """Compares types, choices and numbers of values through the results of parsing."""
 
     def outcome(parser, words):
         try:
-            found = vars(parser.parse_args(words))
+            values = vars(parser.parse_args(words))
         except Refusal:
             return "refused"
         for keyword in OUR_FLAGS:
-            found.pop(keyword, None)
-        return repr(sorted(found.items()))
+            values.pop(keyword, None)
+        return repr(sorted(values.items()))
 
     theirs, ours = parsers
     for option in flags(theirs).keys() - {"-h", "--help", "--version"}:
