@@ -186,7 +186,7 @@ def test_cases_of_a_folder_are_nnunets(tmp_path):
     assert list_cases(str(tmp_path), ".nii.gz") == expected
     assert len(expected) == 4
     (tmp_path / "patient.nii.gz").touch()  # nnU-Net fails with an IndexError
-    with pytest.raises(InputError, match=r"patient\.nii\.gz has no number of a channel"):
+    with pytest.raises(InputError, match=r"patient\.nii\.gz has no channel number"):
         list_cases(str(tmp_path), ".nii.gz")
 
 
@@ -268,7 +268,7 @@ def test_clear_errors(simple, tmp_path, capsys):
     assert segmentations(tmp_path / "out") == {}
     predictor = predictor_of(ArgmaxPredictor, folder)
     two_channels = np.zeros((2, 8, 8, 8), np.float32)
-    with pytest.raises(InputError, match="wants 1 input channels; 2 were given"):
+    with pytest.raises(InputError, match="needs 1 input channels, not 2"):
         predictor.predict_single_npy_array(two_channels, {"spacing": [1, 1, 1]})
 
 

@@ -1,4 +1,4 @@
-"""Summary of a model that is not loaded yet: patch, features, and the memory that it needs."""
+"""Properties of a model that is not loaded yet: tile size, features, and the memory it needs."""
 
 from __future__ import annotations
 
@@ -16,34 +16,35 @@ if TYPE_CHECKING:
 
 
 FORWARD_FEATURES = 6.5
-"""Peak of an eager forward pass as a multiple of the features at full resolution, in float32.
+"""Peak memory of an eager forward pass, as a multiple of the float32 features at full resolution.
 
-Measured on torch 2.14 with oneDNN at the last joined layer (official features, patches of 64 to
-128, plain and residual): what two joined are, and once more in oneDNN's order; an answer in either
-order; the half is all coarser stages.
+Measured with torch 2.14 and oneDNN (official numbers of features, patches of 64 to 128, plain and
+residual U-Nets). The peak is at the last layer with joined features: 2 for the joined features, 2
+for their copy in oneDNN's layout, 1 for the output, 1 for its copy in oneDNN's layout, and 0.5 for
+all coarser stages.
 """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSummary:
-    """What a model folder says of a model before it is loaded.
+    """A model's properties, read from its folder without loading the weights.
 
     Parameters
     ----------
     patch
         Tile size (z, y, x), or (y, x) of a 2-D model.
     spacing_mm
-        Its plans' spacing, of the same axes.
+        Spacing in the plans, along the same axes.
     axes
-        The image's axes in the order that the network has them in.
+        The image's axes in the network's order (the plans' ``transpose_forward``).
     features
-        Channels of the network at full resolution.
+        Number of the network's features at full resolution.
     heads
-        Channels of its answer.
+        Number of the network's output channels.
     folds
-        Networks that are averaged.
+        Number of networks that are averaged.
     weights
-        Bytes of all folds' files.
+        Size of all folds' checkpoints in bytes.
     """
 
     patch: tuple[int, ...]
@@ -56,7 +57,13 @@ class ModelSummary:
 
     @classmethod
     def of(cls, task: Task, part: Part) -> ModelSummary:
-        """Read a model's plans; for parameters and errors see ``find_part``."""
+        """Read the summary of one of a task's models.
+
+        Raises
+        ------
+        WeightsError
+            If the model can't be found or downloaded, or its plans can't be read.
+        """
         folder = find_part(task, part)
         folds = "*" if task.folds is None else f"[{''.join(map(str, task.folds))}]"
         files = list(folder.glob(f"fold_{folds}/{CHECKPOINT_NAME}"))
@@ -76,43 +83,43 @@ class ModelSummary:
         except (OSError, ValueError, LookupError) as error:
             raise WeightsError(
                 f"the plans in {folder} can't be read: {error!r}. "
-                "Delete the folder, so that it is downloaded again."
+                "Delete the folder, then it is downloaded again."
             ) from error
 
     def pads(self, grid: Grid) -> bool:
-        """Whether an image of that grid is smaller than a tile, and copied to be padded."""
+        """Whether an image on this grid is smaller than a tile, so that padding copies it."""
         return self._shape(grid) != self._sizes(grid)
 
     def image(self, grid: Grid) -> int:
-        """Bytes of what the network is run on."""
+        """Bytes of the padded image at the plans' spacing, float32."""
         return 4 * math.prod(self._shape(grid))
 
     def window(self, grid: Grid) -> int:
-        """Bytes of the rolling window: float16 sums of all classes and folds, and of weights."""
+        """Bytes of the rolling window: float16 sums per class and fold, and of the weights."""
         _, y, x = self._shape(grid)
         return 2 * (self.folds * self.heads + 1) * self._depth * y * x
 
     def summing(self, grid: Grid) -> int:
-        """Bytes of forward passes on the CPU and of the window that their answers go to.
+        """Bytes of a forward pass on the CPU and of the rolling window.
 
-        One network's answer to one tile needs no sums.
+        A single network on a single tile needs no window.
         """
         if self.folds == 1 and math.prod(self._shape(grid)) == math.prod(self.patch):
             return self.forward
         return self.forward + self.window(grid)
 
     def logits(self, grid: Grid) -> int:
-        """Bytes of all logits, float16, and of what nnU-Net makes of them: float32, twice."""
+        """Bytes of all logits in float16, and of nnU-Net's two float32 copies of them."""
         return (2 + 4 + 4) * self.heads * math.prod(self._shape(grid))
 
     @property
     def forward(self) -> int:
-        """Bytes of an eager forward pass in float32, without its last layer."""
+        """Peak bytes of an eager forward pass in float32, without its last layer."""
         return int(FORWARD_FEATURES * 4 * self.features * math.prod(self.patch))
 
     @property
     def answer(self) -> int:
-        """Bytes of the last layer's answer to one tile in float32."""
+        """Bytes of the last layer's output for one tile in float32."""
         return 4 * self.heads * math.prod(self.patch)
 
     @property
@@ -120,27 +127,28 @@ class ModelSummary:
         return self.patch[0] if len(self.patch) == 3 else 1
 
     def _sizes(self, grid: Grid) -> tuple[int, ...]:
-        """Shape of the network's axes at the plans' spacing."""
+        """Shape of the image at the plans' spacing, in the network's axis order."""
         shape, spacing = grid.shape[::-1], grid.spacing_mm[::-1]
-        own = [(shape[axis], float(spacing[axis])) for axis in self.axes]
+        lengths = [(shape[axis], float(spacing[axis])) for axis in self.axes]
         if len(self.spacing_mm) == 2:
-            (slices, _), *own = own
-            return (slices, *self._resized(own))
-        return self._resized(own)
+            (slices, _), *lengths = lengths
+            return (slices, *self._resized(lengths))
+        return self._resized(lengths)
 
-    def _resized(self, own: list[tuple[int, float]]) -> tuple[int, ...]:
+    def _resized(self, lengths: list[tuple[int, float]]) -> tuple[int, ...]:
+        """Sizes at the plans' spacing, from (size, spacing in mm) per axis."""
         return tuple(
-            round(n * mm / target) for (n, mm), target in zip(own, self.spacing_mm, strict=True)
+            round(n * mm / target) for (n, mm), target in zip(lengths, self.spacing_mm, strict=True)
         )
 
     def _shape(self, grid: Grid) -> tuple[int, ...]:
-        """The same, padded to a tile."""
+        """Shape of the image at the plans' spacing, padded to a tile."""
         patch = (self._depth, *self.patch[-2:])
         return tuple(max(n, p) for n, p in zip(self._sizes(grid), patch, strict=True))
 
 
 def _configuration(configurations: dict[str, Any], name: str) -> dict[str, Any]:
-    """A configuration with all that it inherits (nnU-Net 2.8.1, plans_handler.py)."""
+    """A configuration with its inherited values (nnU-Net 2.8.1, plans_handler.py)."""
     own: dict[str, Any] = configurations[name]
     if "inherits_from" not in own:
         return own
@@ -148,7 +156,7 @@ def _configuration(configurations: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _features(configuration: dict[str, Any]) -> int:
-    """Features of the first stage, in the new format of plans or the old one."""
+    """Number of features of the first stage, from plans in the new or old format."""
     if "architecture" in configuration:
         return int(configuration["architecture"]["arch_kwargs"]["features_per_stage"][0])
     return int(configuration["UNet_base_num_features"])

@@ -1,8 +1,7 @@
-"""Prepare the model image for one model: crop to what is not zero, normalise, resample if needed.
+"""Prepare the model image for one model: crop to nonzero voxels, normalise, resample if needed.
 
-Knows intensities and nnU-Net's plans; knows nothing of networks. Equals nnU-Net's
-DefaultPreprocessor.run_case_npy (2.8.1) without its hole filling, which changes no box and is
-needed only where a model normalises inside a mask.
+Equals nnU-Net's DefaultPreprocessor.run_case_npy (2.8.1), but fills holes only for models that
+normalise inside a mask, because filled holes do not change the box.
 """
 
 from __future__ import annotations
@@ -19,10 +18,14 @@ from totalfast.system.cores import usable_cores
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import TypeAlias
 
     from numpy.typing import NDArray
 
     from totalfast.engine.model import Model
+
+    Untyped: TypeAlias = Any
+    """nnU-Net's classes, which have no types."""
 
 
 CUBIC = 3
@@ -30,22 +33,25 @@ CUBIC = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NetworkImage:
-    """What the network is run on.
+    """The input of a network: cropped, normalised and resampled.
+
+    All axes are in the order of the plans' ``transpose_forward``.
 
     Parameters
     ----------
     voxels
-        float32, (channels, z, y, x) in the order of the plans' ``transpose_forward``, C order.
+        float32, (channels, z, y, x), C order.
     box
-        Where it lies in the (transposed) model image.
+        Its box in the model image.
     cropped_shape
         Shape of that box, before nnU-Net's own resampling.
     full_shape
-        Shape of the (transposed) model image.
+        Shape of the model image.
     spacing_mm
-        Spacing of the model image, in the same axis order.
+        Spacing of the model image.
     network_spacing_mm
-        What nnU-Net takes the spacing of ``voxels`` for: the plans', whatever rounding made of it.
+        Spacing of ``voxels`` according to nnU-Net: the plans' spacing, without the effect of
+        rounding to whole voxels.
     """
 
     voxels: NDArray[np.float32]
@@ -57,12 +63,12 @@ class NetworkImage:
 
     @property
     def was_resampled(self) -> bool:
-        """Whether nnU-Net's plans asked for another shape than the model image's."""
+        """Whether resampling to the plans' spacing changed the shape."""
         return self.voxels.shape[1:] != self.cropped_shape
 
 
 def nonzero_box(voxels: NDArray[np.float32]) -> tuple[slice, slice, slice]:
-    """Smallest box around all voxels (channels, z, y, x) that are not 0; all of it if all are."""
+    """Smallest box around all nonzero voxels of (channels, z, y, x); the whole image if none is."""
     box = []
     for axis in range(1, 4):
         others = tuple(other for other in range(4) if other != axis)
@@ -77,7 +83,7 @@ def nonzero_box(voxels: NDArray[np.float32]) -> tuple[slice, slice, slice]:
 def to_network_image(
     voxels: NDArray[np.float32], *, spacing_mm: Sequence[float], model: Model
 ) -> NetworkImage:
-    """Crop, normalise and, where the plans' spacing asks for it, resample.
+    """Crop, normalise and, if the plans have another spacing, resample.
 
     Parameters
     ----------
@@ -86,17 +92,17 @@ def to_network_image(
     spacing_mm
         Spacing along (z, y, x).
     model
-        Whose plans say how.
+        A loaded model; its plans define all steps.
 
     Raises
     ------
     InputError
-        If the model wants another number of channels.
+        If the model needs another number of channels.
     """
     forward = list(model.plans.transpose_forward)
     spacing = [float(spacing_mm[axis]) for axis in forward]
-    # nnU-Net's mean and standard deviation depend on the memory layout: numpy sums in another
-    # order over a contiguous copy. So normalise a view of a C-ordered array, as it does.
+    # The last bits of nnU-Net's mean and standard deviation depend on the memory layout, because
+    # numpy sums in another order over a contiguous copy. So normalise a view of a C-ordered array.
     image = np.array(voxels, dtype=np.float32, order="C")
     image = image.transpose([0, *(axis + 1 for axis in forward)])
     box = nonzero_box(image)
@@ -124,11 +130,11 @@ def to_network_image(
 def resample_image(
     image: NDArray[np.float32], shape: tuple[int, ...], separate: int | None
 ) -> NDArray[np.float32]:
-    """Resample (channels, z, y, x) as nnU-Net does it with order 3 and order_z 0, bit for bit.
+    """Resample (channels, z, y, x) like nnU-Net with order 3 and order_z 0, with identical bits.
 
-    That is skimage.transform.resize with mode="edge", clipped to what the image's values are;
-    along a ``separate`` axis the nearest of its slices, each resized and clipped by itself
-    (nnU-Net 2.8.1, default_resampling.py). All values must be finite.
+    nnU-Net uses skimage.transform.resize with mode="edge", clipped to the range of the image. With
+    a ``separate`` axis it resizes and clips each slice along that axis separately, and takes the
+    nearest slices (nnU-Net 2.8.1, default_resampling.py). All values must be finite.
     """
     from totalfast.resampling.cubic import cubic_axis, nearest_axis, resample_cubic
 
@@ -161,9 +167,7 @@ def _normalise(image: NDArray[np.float32], model: Model) -> None:
     configuration = model.configuration
     schemes = configuration.normalization_schemes
     if len(schemes) != len(image):
-        raise InputError(
-            f"{model.folder} wants {len(schemes)} input channels; {len(image)} were given."
-        )
+        raise InputError(f"{model.folder} needs {len(schemes)} input channels, not {len(image)}.")
     mask = None
     if any(configuration.use_mask_for_norm):
         from scipy.ndimage import binary_fill_holes
@@ -180,35 +184,34 @@ def _normalise(image: NDArray[np.float32], model: Model) -> None:
         channel[...] = scheme.run(channel, mask)
 
 
-def _normalization_class(name: str) -> Any:  # noqa: ANN401 - nnU-Net is untyped
-    """Look up a normalisation scheme as nnU-Net does; its own module is tried first."""
+def _normalization_class(name: str) -> Untyped:
+    """Look up a normalisation scheme, first in nnU-Net's main module, then in its whole package."""
     import nnunetv2
     from nnunetv2.preprocessing.normalization import default_normalization_schemes
 
-    found = getattr(default_normalization_schemes, name, None)
-    if found is None:
+    scheme = getattr(default_normalization_schemes, name, None)
+    if scheme is None:
         from pathlib import Path
 
         from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 
         folder = Path(nnunetv2.__path__[0]) / "preprocessing" / "normalization"
-        found = recursive_find_python_class(
+        scheme = recursive_find_python_class(
             str(folder), name, "nnunetv2.preprocessing.normalization"
         )
-    if found is None:
+    if scheme is None:
         raise ValueError(f"nnU-Net has no normalisation scheme named {name}")
-    return found
+    return scheme
 
 
 def _network_shape(
     shape: tuple[int, ...], spacing: Sequence[float], model: Model
 ) -> tuple[tuple[int, ...], list[float]]:
-    """Shape that the plans' spacing gives, and that spacing (default_resampling.py)."""
+    """Shape at the plans' spacing, and this spacing (default_resampling.py)."""
     target = [float(mm) for mm in model.configuration.spacing]
     if len(target) < len(shape):
         target = [float(spacing[0]), *target]
     sizes = tuple(
-        int(round(own / wanted * size))
-        for own, wanted, size in zip(spacing, target, shape, strict=True)
+        int(round(own / new * size)) for own, new, size in zip(spacing, target, shape, strict=True)
     )
     return sizes, target

@@ -1,14 +1,15 @@
-"""The same fast export for every nnU-Net v2 model: its predictor, its command and its export.
+"""Prediction and export for every nnU-Net v2 model, with nnU-Net's interface and less memory.
 
-``ArgmaxPredictor`` stands in for ``nnUNetPredictor``, ``export_prediction_from_logits`` for
-nnU-Net's function of that name, and ``totalfast nnunet`` for ``nnUNetv2_predict`` and
-``nnUNetv2_predict_from_modelfolder``. Importing this package imports neither torch nor nnU-Net.
+``ArgmaxPredictor`` replaces ``nnUNetPredictor``, ``export_prediction_from_logits`` replaces
+nnU-Net's function of the same name, and ``totalfast nnunet`` replaces the commands
+``nnUNetv2_predict`` and ``nnUNetv2_predict_from_modelfolder``. Importing this package imports
+neither torch nor nnU-Net.
 """
 
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from totalfast.nnunet.export import export_prediction_from_logits
@@ -22,7 +23,7 @@ _LAZY = {
 }
 
 
-def __getattr__(name: str) -> Any:  # noqa: ANN401
+def __getattr__(name: str) -> object:
     if name not in _LAZY:
         raise AttributeError(f"module 'totalfast.nnunet' has no attribute '{name}'")
     return getattr(importlib.import_module(_LAZY[name]), name)

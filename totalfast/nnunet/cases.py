@@ -1,7 +1,6 @@
-"""One case of a plain nnU-Net model: its files or arrays, as the network gets them.
+"""Prepare one case of an nnU-Net model for the network, from files or arrays.
 
-Knows nnU-Net's readers, preprocessors and the properties that it hands from one step to the next;
-knows nothing of networks. What nnU-Net does in worker processes is done in a thread.
+nnU-Net prepares cases in worker processes; here it is done in a thread.
 """
 
 from __future__ import annotations
@@ -28,25 +27,29 @@ _END = object()
 
 
 def ahead(items: Iterable[Item]) -> Iterator[Item]:
-    """Yield items that are made in a thread, one ahead of the one that is used."""
+    """Yield items; a thread computes the next item while the current one is used."""
     iterator = iter(items)
     with ThreadPoolExecutor(1, thread_name_prefix="totalfast-prepare") as pool:
         future = pool.submit(next, iterator, _END)
         while (item := future.result()) is not _END:
             future = pool.submit(next, iterator, _END)
-            yield item  # type: ignore[misc] # it is not the end
+            yield item  # type: ignore[misc] # not _END here
 
 
 def list_cases(folder: str, file_ending: str) -> list[list[str]]:
-    """The files of each case of a folder, ``CASE_0000`` and on, one a channel, sorted.
+    """List the files of each case in a folder, one per channel: ``CASE_0000``, ``CASE_0001``, ...
 
-    As nnU-Net's ``create_lists_from_splitted_dataset_folder``, which forks a pool of processes for
-    it, with torch's threads running.
+    Equals nnU-Net's ``create_lists_from_splitted_dataset_folder``, which forks processes while
+    torch's threads are running.
+
+    Returns
+    -------
+        A list of paths per case; cases and paths are sorted.
 
     Raises
     ------
     InputError
-        If a file has the ending, but no number of a channel.
+        If a file has the ending but no channel number.
     """
     channel = re.compile(r"(.+)_\d{4}" + re.escape(file_ending))
     cases: dict[str, list[str]] = {}
@@ -55,7 +58,7 @@ def list_cases(folder: str, file_ending: str) -> list[list[str]]:
             match = channel.fullmatch(path.name)
             if match is None:
                 raise InputError(
-                    f"{path} has no number of a channel: an image is called CASE_0000{file_ending}."
+                    f"{path} has no channel number: an image is named CASE_0000{file_ending}."
                 )
             cases.setdefault(match[1], []).append(str(path))
     return [cases[name] for name in sorted(cases)]
@@ -64,31 +67,35 @@ def list_cases(folder: str, file_ending: str) -> list[list[str]]:
 def case_from_files(
     files: Sequence[str], previous_stage: str | None, output: str | None, model: Model
 ) -> dict[str, Any]:
-    """Read and prepare one case: what nnU-Net's data iterators give.
+    """Read and prepare one case.
 
     Parameters
     ----------
     files
-        One file a channel.
+        One file per channel.
     previous_stage
-        Segmentation of a cascade's first stage.
+        Path of the segmentation of a cascade's first stage.
     output
-        Handed on.
+        The case's ``ofile``: path of the result without its ending.
     model
-        Whose plans name the reader.
+        A loaded model; its plans define the reader and all preparation.
+
+    Returns
+    -------
+        A dict of ``data``, ``data_properties`` and ``ofile``, as nnU-Net's data iterators yield it.
 
     Raises
     ------
     InputError
-        If a file can't be read, or the channels are not the model's.
+        If a file can't be read, or the model needs another number of channels.
     """
     reader = model.plans.image_reader_writer_class()
     try:
         image, properties = reader.read_images(tuple(files))
-        before = None if previous_stage is None else reader.read_seg(previous_stage)[0]
+        labels = None if previous_stage is None else reader.read_seg(previous_stage)[0]
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         raise InputError(f"{files[0]} can't be read: {error}") from error
-    return case_from_array(image, before, properties, output, model)
+    return case_from_array(image, labels, properties, output, model)
 
 
 def case_from_array(
@@ -98,9 +105,10 @@ def case_from_array(
     output: str | None,
     model: Model,
 ) -> dict[str, Any]:
-    """Prepare one case of an image (channels, z, y, x) as nnU-Net's reader gives it.
+    """Prepare one case from an image (channels, z, y, x) as nnU-Net's reader returns it.
 
-    ``properties`` must hold the spacing; see ``case_from_files`` for the others.
+    ``previous_stage`` is the segmentation of a cascade's first stage, and ``properties`` must hold
+    the spacing. See ``case_from_files`` for the other parameters and the returned dict.
     """
     import torch
 
@@ -118,7 +126,7 @@ def case_from_array(
 
 
 def _is_default(model: Model) -> bool:
-    """Whether the model is prepared for by nnU-Net's own preprocessor, which ours equals."""
+    """Whether the plans use nnU-Net's default preprocessor, which ``to_network_image`` equals."""
     from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 
     return model.configuration.preprocessor_class is DefaultPreprocessor
@@ -130,7 +138,7 @@ def _by_nnunet(
     properties: dict[str, Any],
     model: Model,
 ) -> NDArray[Any]:
-    """Prepare with the preprocessor that the plans name; a cascade's labels become channels."""
+    """Prepare an image with the plans' preprocessor; a cascade's labels become channels."""
     from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
 
     preprocessor = model.configuration.preprocessor_class(verbose=False)
@@ -145,7 +153,7 @@ def _by_nnunet(
 
 
 def network_image(case: dict[str, Any], model: Model) -> NetworkImage:
-    """Describe a case by what nnU-Net's properties say of it."""
+    """Convert a case and its nnU-Net properties to a ``NetworkImage``."""
     properties = case["data_properties"]
     spacing = [float(properties["spacing"][axis]) for axis in model.plans.transpose_forward]
     plans_mm = [float(mm) for mm in model.configuration.spacing]

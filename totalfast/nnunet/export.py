@@ -1,7 +1,4 @@
-"""nnU-Net's export, with the same files and a fraction of its time and memory.
-
-Knows logits, nnU-Net's properties and its writers; knows nothing of networks.
-"""
+"""nnU-Net's export, with identical files in a fraction of its time and memory."""
 
 from __future__ import annotations
 
@@ -15,15 +12,20 @@ from totalfast.export import export_labels
 from totalfast.system.pending_files import PendingFiles
 
 if TYPE_CHECKING:
+    from typing import TypeAlias
+
     import torch
     from numpy.typing import NDArray
+
+    Untyped: TypeAlias = Any
+    """nnU-Net's objects, which have no types."""
 
 
 def export_prediction_from_logits(
     predicted_array_or_file: torch.Tensor | NDArray[np.floating],
     properties_dict: dict[str, Any],
-    configuration_manager: Any,  # noqa: ANN401 - nnU-Net is untyped
-    plans_manager: Any,  # noqa: ANN401
+    configuration_manager: Untyped,
+    plans_manager: Untyped,
     dataset_json_dict_or_file: dict[str, Any] | str,
     output_file_truncated: str,
     save_probabilities: bool = False,  # noqa: FBT001, FBT002 - nnU-Net's signature
@@ -31,24 +33,24 @@ def export_prediction_from_logits(
     *,
     method: str = "auto",
 ) -> None:
-    """Turn logits into a segmentation of the image's own size and write it: nnU-Net's function.
+    """Turn logits into a segmentation of the image's size and write it.
 
-    For people who keep their own loop around nnU-Net's network.
+    Replaces nnU-Net's function in code with its own loop around nnU-Net's network.
 
     Parameters
     ----------
     predicted_array_or_file
         Logits (classes, z, y, x) at the network's resolution.
     properties_dict
-        What nnU-Net's preprocessor said of the image.
+        The image's properties from nnU-Net's preprocessor.
     configuration_manager, plans_manager, dataset_json_dict_or_file
-        nnU-Net's, of the model.
+        nnU-Net's objects of the model.
     output_file_truncated
-        Target without its ending, which dataset.json gives.
+        Path of the file without its ending, which is in dataset.json.
     save_probabilities
-        Also write ``.npz`` and ``.pkl``: this is done by nnU-Net's own function, with its memory.
+        Also write ``.npz`` and ``.pkl``. This uses nnU-Net's own function and needs its memory.
     num_threads_torch
-        Threads of nnU-Net's own function.
+        Number of threads for ``save_probabilities``.
     method
         How labels are resampled, as in ``totalfast.export.export_labels``; "auto" gives nnU-Net's
         labels.
@@ -56,53 +58,66 @@ def export_prediction_from_logits(
     dataset = dataset_json_dict_or_file
     if isinstance(dataset, str):
         dataset = json.loads(Path(dataset).read_text())
-    labels_of = plans_manager.get_label_manager(dataset)
+    label_manager = plans_manager.get_label_manager(dataset)
     if save_probabilities:
         from nnunetv2.inference.export_prediction import (
             convert_predicted_logits_to_segmentation_with_correct_shape,
         )
 
         segmentation, probabilities = convert_predicted_logits_to_segmentation_with_correct_shape(
-            predicted_array_or_file, plans_manager, configuration_manager, labels_of,
-            properties_dict, return_probabilities=True, num_threads_torch=num_threads_torch,
-        )  # fmt: skip
+            predicted_array_or_file,
+            plans_manager,
+            configuration_manager,
+            label_manager,
+            properties_dict,
+            return_probabilities=True,
+            num_threads_torch=num_threads_torch,
+        )
     else:
         probabilities = None
         segmentation = segmentation_from_logits(
-            predicted_array_or_file, properties_dict, configuration_manager, plans_manager,
-            labels_of, method=method,
-        )  # fmt: skip
+            predicted_array_or_file,
+            properties_dict,
+            configuration_manager,
+            plans_manager,
+            label_manager,
+            method=method,
+        )
     write_segmentation(
-        segmentation, Path(output_file_truncated), properties_dict, plans_manager, dataset,
+        segmentation,
+        Path(output_file_truncated),
+        properties_dict,
+        plans_manager,
+        dataset,
         probabilities=probabilities,
-    )  # fmt: skip
+    )
 
 
 def segmentation_from_logits(
     logits: torch.Tensor | NDArray[np.floating],
     properties: dict[str, Any],
-    configuration: Any,  # noqa: ANN401 - nnU-Net is untyped
-    plans: Any,  # noqa: ANN401
-    labels: Any,  # noqa: ANN401
+    configuration: Untyped,
+    plans: Untyped,
+    labels: Untyped,
     *,
     method: str = "auto",
 ) -> NDArray[np.unsignedinteger]:
-    """Labels (z, y, x) of the whole image, from logits of the part that was not cropped."""
+    """Labels (z, y, x) of the whole image, from logits (classes, z, y, x) of its cropped part."""
     spacing = [properties["spacing"][axis] for axis in plans.transpose_forward]
     shape = tuple(properties["shape_after_cropping_and_before_resampling"])
-    own = list(configuration.spacing)
-    found = export_labels(
+    plans_mm = list(configuration.spacing)
+    cropped = export_labels(
         logits,
         shape,
         method=method,
         resampling=configuration.resampling_fn_probabilities,
-        spacing=own if len(own) == len(shape) else [spacing[0], *own],
+        spacing=plans_mm if len(plans_mm) == len(shape) else [spacing[0], *plans_mm],
         new_spacing=spacing,
         regions=tuple(labels.regions_class_order) if labels.has_regions else None,
         labels=len(labels.foreground_labels),
     )
-    whole = np.zeros(tuple(properties["shape_before_cropping"]), dtype=found.dtype)
-    whole[tuple(slice(*bounds) for bounds in properties["bbox_used_for_cropping"])] = found
+    whole = np.zeros(tuple(properties["shape_before_cropping"]), dtype=cropped.dtype)
+    whole[tuple(slice(*bounds) for bounds in properties["bbox_used_for_cropping"])] = cropped
     restored: NDArray[np.unsignedinteger] = whole.transpose(plans.transpose_backward)
     return restored
 
@@ -111,14 +126,15 @@ def write_segmentation(
     segmentation: NDArray[np.unsignedinteger],
     target: Path,
     properties: dict[str, Any],
-    plans: Any,  # noqa: ANN401 - nnU-Net is untyped
+    plans: Untyped,
     dataset: dict[str, Any],
     *,
     probabilities: NDArray[np.floating] | None = None,
 ) -> None:
-    """Write a segmentation with the model's writer, whole or not at all.
+    """Write a segmentation with the model's writer, completely or not at all.
 
-    ``target`` has no ending yet. With probabilities, nnU-Net's ``.npz`` and ``.pkl`` too.
+    ``target`` is the path without its ending. With probabilities, ``.npz`` and ``.pkl`` files are
+    written too, like nnU-Net's.
     """
     ending = dataset["file_ending"]
     writer = plans.image_reader_writer_class()

@@ -1,8 +1,7 @@
-"""``ArgmaxPredictor``: nnU-Net's predictor, with labels instead of logits as what leaves it.
+"""``ArgmaxPredictor``: nnU-Net's predictor with this package's sliding window and export.
 
-Knows nnU-Net's predictor, our sliding window and exports. Importing this module imports nnU-Net's
-inference package, which takes seconds; the pipeline uses the sliding window and the loaded model
-directly and does without.
+Importing this module imports nnU-Net's inference package, which takes seconds. totalfast's own
+pipeline does not import it.
 """
 
 from __future__ import annotations
@@ -35,34 +34,43 @@ from totalfast.nnunet.export import write_segmentation
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
+    from typing import TypeAlias
 
     import numpy as np
     from numpy.typing import NDArray
+
+    Untyped: TypeAlias = Any
+    """nnU-Net's arguments and tqdm's bars, which have no types."""
+
+    Labels: TypeAlias = NDArray[np.unsignedinteger]
+    Result: TypeAlias = Labels | tuple[Labels, NDArray[np.floating]]
+    """A segmentation (z, y, x), or a segmentation and its probabilities (classes, z, y, x)."""
 
 logger = logging.getLogger(__name__)
 
 
 class ArgmaxPredictor(nnUNetPredictor):  # type: ignore[misc] # nnU-Net is untyped
-    """nnU-Net's predictor, loaded safely, in one process and without keeping all logits.
+    """nnU-Net's predictor with safe loading, in one process, without all logits in memory.
 
-    Constructor, methods and results are nnU-Net's. Cases are prepared and written in threads:
-    numbers of processes are taken and not used.
+    Has nnU-Net's constructor, methods and results. Threads prepare and write the cases; numbers of
+    processes are accepted and ignored.
 
     Parameters
     ----------
     export
-        How labels come to the image's resolution: "auto" gives nnU-Net's labels, whatever the plans
-        say; "nearest" and "linear" as in ``totalfast.export.export_labels``.
+        How labels are resampled to the image: "auto" gives nnU-Net's labels for all plans;
+        "nearest" and "linear" work as in ``totalfast.export.export_labels``.
     backend
-        What runs the networks, one of ``totalfast.engine.backends.BACKENDS``; "torch" is nnU-Net's.
+        The backend that runs the networks, one of ``totalfast.engine.backends.BACKENDS``; "torch"
+        gives nnU-Net's labels.
     """
 
     def __init__(
         self,
-        *arguments: Any,  # noqa: ANN401
+        *arguments: Untyped,
         export: str = "auto",
         backend: str = "torch",
-        **keywords: Any,  # noqa: ANN401
+        **keywords: Untyped,
     ) -> None:
         super().__init__(*arguments, **keywords)
         self.export = export
@@ -80,16 +88,16 @@ class ArgmaxPredictor(nnUNetPredictor):  # type: ignore[misc] # nnU-Net is untyp
         Parameters
         ----------
         model_training_output_dir
-            Holds plans.json, dataset.json and the folds.
+            A folder with plans.json, dataset.json and the folds.
         use_folds
-            Which folds; None takes all that are there but "all".
+            Folds to load; None loads all folds in the folder except "all".
         checkpoint_name
             File in each fold's folder.
 
         Raises
         ------
         WeightsError
-            If something is missing, or a checkpoint holds more than weights.
+            If a file is missing or unreadable, or a checkpoint holds objects other than weights.
         """
         folds = [use_folds] if isinstance(use_folds, str) else use_folds
         model = load_model(
@@ -109,14 +117,14 @@ class ArgmaxPredictor(nnUNetPredictor):  # type: ignore[misc] # nnU-Net is untyp
         self.network = model.networks[0]
         self.list_of_parameters = [network.state_dict() for network in model.networks]
 
-    def manual_initialization(self, *arguments: Any, **keywords: Any) -> None:  # noqa: ANN401
-        """Take a network that exists, as nnU-Net's trainer does; see nnU-Net for the parameters."""
+    def manual_initialization(self, *arguments: Untyped, **keywords: Untyped) -> None:
+        """Use an existing network, like nnU-Net's trainer; see nnU-Net for the parameters."""
         super().manual_initialization(*arguments, **keywords)
         self._model = None
 
     @property
     def model(self) -> Model:
-        """The model that nnU-Net's attributes describe, a network for each fold."""
+        """The model that nnU-Net's attributes describe, with one network per fold."""
         if self._model is None:
             networks = []
             for parameters in self.list_of_parameters or [self.network.state_dict()]:
@@ -140,7 +148,7 @@ class ArgmaxPredictor(nnUNetPredictor):  # type: ignore[misc] # nnU-Net is untyp
 
     @property
     def tiling(self) -> Tiling:
-        """How tiles are laid, mirrored and weighted, from nnU-Net's attributes."""
+        """How tiles are placed, mirrored and weighted, from nnU-Net's attributes."""
         axes = self.allowed_mirroring_axes if self.use_mirroring else None
         return Tiling(
             step=self.tile_step_size,
@@ -150,7 +158,7 @@ class ArgmaxPredictor(nnUNetPredictor):  # type: ignore[misc] # nnU-Net is untyp
         )
 
     def predict_labels_from_preprocessed_data(self, data: torch.Tensor) -> torch.Tensor:
-        """Predict labels at network resolution, never holding all logits.
+        """Predict labels at network resolution, without all logits in memory.
 
         Equals the argmax (for regions: the thresholded sigmoid) of
         ``predict_logits_from_preprocessed_data``, in a fraction of its memory.
@@ -162,7 +170,7 @@ class ArgmaxPredictor(nnUNetPredictor):  # type: ignore[misc] # nnU-Net is untyp
 
         Returns
         -------
-            uint8 (uint16 from 255 labels on), (z, y, x), on the CPU.
+            uint8 (uint16 for 255 or more labels), (z, y, x), on the CPU.
         """
         return predict_labels(self.model, data, self.tiling)
 
@@ -176,21 +184,21 @@ class ArgmaxPredictor(nnUNetPredictor):  # type: ignore[misc] # nnU-Net is untyp
         truncated_ofname: str | list[str] | None,
         num_processes: int = 0,
     ) -> Iterator[dict[str, Any]]:
-        """Yield cases for ``predict_from_data_iterator``, each made while one is predicted."""
+        """Yield cases for ``predict_from_data_iterator``; a thread prepares the next case."""
         images = _as_list(image_or_list_of_images)
-        before = _as_list(segs_from_prev_stage_or_list_of_segs_from_prev_stage, len(images))
+        previous = _as_list(segs_from_prev_stage_or_list_of_segs_from_prev_stage, len(images))
         properties = _as_list(properties_or_list_of_properties)
         outputs = _as_list(truncated_ofname, len(images))
-        every = zip(images, before, properties, outputs, strict=True)
-        return ahead(case_from_array(*case, self.model) for case in every)
+        cases = zip(images, previous, properties, outputs, strict=True)
+        return ahead(case_from_array(*case, self.model) for case in cases)
 
     def _manage_input_and_output_lists(
         self,
         list_of_lists_or_source_folder: str | list[list[str]],
-        *arguments: Any,  # noqa: ANN401
-        **keywords: Any,  # noqa: ANN401
-    ) -> Any:  # noqa: ANN401
-        """nnU-Net's, which would fork processes to list a folder."""
+        *arguments: Untyped,
+        **keywords: Untyped,
+    ) -> Untyped:
+        """nnU-Net's method, but it lists a folder without forking processes."""
         cases = list_of_lists_or_source_folder
         if isinstance(cases, str):
             cases = list_cases(cases, self.dataset_json["file_ending"])
@@ -204,21 +212,21 @@ class ArgmaxPredictor(nnUNetPredictor):  # type: ignore[misc] # nnU-Net is untyp
         num_processes: int,
     ) -> Iterator[dict[str, Any]]:
         count = len(input_list_of_lists)
-        every = zip(
+        cases = zip(
             input_list_of_lists,
             _as_list(seg_from_prev_stage_files, count),
             _as_list(output_filenames_truncated, count),
             strict=True,
         )
-        return ahead(case_from_files(*case, self.model) for case in every)
+        return ahead(case_from_files(*case, self.model) for case in cases)
 
     def predict_from_data_iterator(
         self,
         data_iterator: Iterable[dict[str, Any]],
         save_probabilities: bool = False,  # noqa: FBT001, FBT002 - nnU-Net's signature
         num_processes_segmentation_export: int = 0,
-    ) -> list[Any]:
-        """Predict prepared cases; each is written while the next is predicted.
+    ) -> list[Result | None]:
+        """Predict prepared cases; a thread writes each case while the next one is predicted.
 
         Parameters
         ----------
@@ -227,14 +235,14 @@ class ArgmaxPredictor(nnUNetPredictor):  # type: ignore[misc] # nnU-Net is untyp
         save_probabilities
             Also compute probabilities, with nnU-Net's own export.
         num_processes_segmentation_export
-            Not used.
+            Ignored.
 
         Returns
         -------
-            None for each case that was written, else its segmentation (z, y, x), or the pair of
-            segmentation and probabilities.
+            Per case: None if it was written, else its segmentation (z, y, x), or with
+            ``save_probabilities`` the pair of segmentation and probabilities.
         """
-        results = []
+        results: list[Result | None] = []
         with ThreadPoolExecutor(1, thread_name_prefix="totalfast-write") as writer:
             writing = []
             for case in data_iterator:
@@ -244,7 +252,7 @@ class ArgmaxPredictor(nnUNetPredictor):  # type: ignore[misc] # nnU-Net is untyp
                     continue
                 results.append(None)
                 writing.append(writer.submit(self._write, result, case))
-                for earlier in writing[:-1]:  # one waits at most; errors are not put off
+                for earlier in writing[:-1]:  # at most one waits; errors are raised early
                     earlier.result()
             for last in writing:
                 last.result()
@@ -257,12 +265,12 @@ class ArgmaxPredictor(nnUNetPredictor):  # type: ignore[misc] # nnU-Net is untyp
         segmentation_previous_stage: NDArray[Any] | None = None,
         output_file_truncated: str | None = None,
         save_or_return_probabilities: bool = False,  # noqa: FBT001, FBT002 - nnU-Net's signature
-    ) -> Any:  # noqa: ANN401
+    ) -> Result | None:
         """Predict one image, (channels, z, y, x); see nnU-Net for the parameters.
 
         Returns
         -------
-            What ``predict_from_data_iterator`` has for the case.
+            The result of ``predict_from_data_iterator`` for this case.
         """
         case = case_from_array(
             input_image,
@@ -274,13 +282,14 @@ class ArgmaxPredictor(nnUNetPredictor):  # type: ignore[misc] # nnU-Net is untyp
         (result,) = self.predict_from_data_iterator([case], save_or_return_probabilities)
         return result
 
-    def predict_from_files_sequential(self, *arguments: Any, **keywords: Any) -> Any:  # noqa: ANN401
-        """``predict_from_files``, which starts no process either; returns what was not written."""
+    def predict_from_files_sequential(
+        self, *arguments: Untyped, **keywords: Untyped
+    ) -> list[Result] | None:
+        """Like ``predict_from_files``, but return only results that were not written."""
         results = self.predict_from_files(*arguments, **keywords)
         return None if results is None else [result for result in results if result is not None]
 
-    def _predict_case(self, case: dict[str, Any], *, save_probabilities: bool) -> Any:  # noqa: ANN401
-        """Segmentation of a case, or the pair of it and its probabilities."""
+    def _predict_case(self, case: dict[str, Any], *, save_probabilities: bool) -> Result:
         with self._bar(case) as bar:
             if save_probabilities:
                 return self._with_probabilities(case, bar.update)
@@ -303,19 +312,23 @@ class ArgmaxPredictor(nnUNetPredictor):  # type: ignore[misc] # nnU-Net is untyp
         with inference_settings(self.device):
             segmentation, probabilities = (
                 convert_predicted_logits_to_segmentation_with_correct_shape(
-                    logits.numpy(), self.plans_manager, self.configuration_manager,
-                    self.label_manager, case["data_properties"], return_probabilities=True,
+                    logits.numpy(),
+                    self.plans_manager,
+                    self.configuration_manager,
+                    self.label_manager,
+                    case["data_properties"],
+                    return_probabilities=True,
                 )
-            )  # fmt: skip
+            )
         return segmentation, probabilities
 
-    def _bar(self, case: dict[str, Any]) -> Any:  # noqa: ANN401 - tqdm is untyped
+    def _bar(self, case: dict[str, Any]) -> Untyped:
         shape = tuple(case["data"].shape[1:])
         tiles = plan_tiles(shape, self.model.patch_size, self.tile_step_size)
         name = "image" if case["ofile"] is None else Path(case["ofile"]).name
         return tqdm(total=tiles.count, desc=name, leave=False, disable=not self.allow_tqdm)
 
-    def _write(self, result: Any, case: dict[str, Any]) -> None:  # noqa: ANN401
+    def _write(self, result: Result, case: dict[str, Any]) -> None:
         segmentation, probabilities = result if isinstance(result, tuple) else (result, None)
         write_segmentation(
             segmentation,
@@ -327,8 +340,8 @@ class ArgmaxPredictor(nnUNetPredictor):  # type: ignore[misc] # nnU-Net is untyp
         )
 
 
-def _as_list(one_or_more: Any, count: int = 1) -> list[Any]:  # noqa: ANN401
-    """A list of what may be one, or none for each of ``count``."""
+def _as_list(one_or_more: Untyped, count: int = 1) -> list[Any]:
+    """Return a list unchanged, a single value as a list, and None as a list of ``count`` Nones."""
     if one_or_more is None:
         return [None] * count
     return one_or_more if isinstance(one_or_more, list) else [one_or_more]
