@@ -102,8 +102,8 @@ def test_the_slice_shown_is_one_with_structures():
     only[10:20, 5:9, 33] = LIVER
     grid = Grid(shape=only.shape, affine=labels.affine)
     volume = LabelledVolume(scan=read_image(ct), labels=only, grid=grid)
-    assert volume.telling_slice(2) == 33
-    assert 10 <= volume.telling_slice(0) < 20
+    assert volume.slice_with_most_structures(2) == 33
+    assert 10 <= volume.slice_with_most_structures(0) < 20
     assert volume.volumes_ml == {LIVER: pytest.approx(10 * 4 * 8 / 1000)}
 
 

@@ -1,1 +1,1 @@
-"""A picture of a scan and its labels; ``page`` lays it out."""
+"""A picture of a scan and its labels; ``page.draw_preview`` draws it."""

@@ -1,7 +1,6 @@
 """Colours and short names of structures, from their class names alone.
 
-Knows words of anatomy; knows nothing of images. Any task's classes get a colour: those that the
-words below don't know take hues in turn.
+Classes of any task get a colour. Names that match no pattern below get a hue by their label.
 """
 
 from __future__ import annotations
@@ -10,8 +9,8 @@ import colorsys
 
 Colour = tuple[int, int, int]
 
-# The first pattern that is part of the name decides. Neighbours of one kind (ribs, vertebrae,
-# lobes) alternate between the shades of a row.
+# The first pattern that is part of the name gives the colour. Structures of one kind (ribs,
+# vertebrae, lobes) alternate between the shades of a row.
 _SHADES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("lung_vessel", ("#5b7fd1",)),
     ("lung_trachea", ("#78c8e0",)),
@@ -67,20 +66,30 @@ _SHADES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("body", ("#d8b89c",)),
 )
 
-_ENCLOSING = ("body", "skin", "subcutaneous_fat", "torso_fat", "skeletal_muscle", "lung_left",
-              "lung_right", "lung_upper_lobe", "lung_middle_lobe", "lung_lower_lobe")  # fmt: skip
+_ENCLOSING = (
+    "body",
+    "skin",
+    "subcutaneous_fat",
+    "torso_fat",
+    "skeletal_muscle",
+    "lung_left",
+    "lung_right",
+    "lung_upper_lobe",
+    "lung_middle_lobe",
+    "lung_lower_lobe",
+)
 _GOLDEN_RATIO = 0.618034
 
 
 def structure_colours(names: dict[int, str]) -> dict[int, Colour]:
-    """Give each label a colour that a reader of anatomy expects, else one of its own hue."""
-    used: dict[str, int] = {}
+    """Return a colour per label: the usual one in anatomy, else a hue by the label."""
+    last_shade: dict[str, int] = {}
     colours = {}
     for label, name in names.items():
         for pattern, shades in _SHADES:
             if pattern in name:
-                turn = used[pattern] = used.get(pattern, -1) + 1
-                colours[label] = _from_hex(shades[turn % len(shades)])
+                shade = last_shade[pattern] = last_shade.get(pattern, -1) + 1
+                colours[label] = _from_hex(shades[shade % len(shades)])
                 break
         else:
             red, green, blue = colorsys.hsv_to_rgb(label * _GOLDEN_RATIO % 1.0, 0.55, 0.95)
@@ -89,12 +98,12 @@ def structure_colours(names: dict[int, str]) -> dict[int, Colour]:
 
 
 def is_translucent(name: str) -> bool:
-    """Whether a structure encloses others, so that a surface view must show through it."""
+    """Whether a structure encloses others, so that a surface view must draw it transparent."""
     return name == "lung" or name.startswith(_ENCLOSING)
 
 
 def short_name(name: str) -> str:
-    """A name that fits into a picture: ``rib_left_5`` is "rib 5 L", ``vertebrae_L1`` is "L1"."""
+    """Shorten a name for a picture: ``rib_left_5`` to "rib 5 L", ``vertebrae_L1`` to "L1"."""
     words = name.removeprefix("vertebrae_").split("_")
     for side, letter in (("left", "L"), ("right", "R")):
         if side in words:

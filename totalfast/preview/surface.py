@@ -1,7 +1,4 @@
-"""A shaded view of the labels from the front: what a ray meets first.
-
-Knows label volumes and shading; knows nothing of layout or text.
-"""
+"""A shaded view of the labels from the front, along parallel rays."""
 
 from __future__ import annotations
 
@@ -18,13 +15,13 @@ if TYPE_CHECKING:
     from totalfast.preview.volume import LabelledVolume
 
 YAW_DEG = 24.0
-"""How far the patient is turned to his right: the view is from the front left."""
+"""Rotation of the patient to their right: the view is from the front left."""
 RAYS = 320
 """Rays along the longer side of the picture."""
 VEIL = 0.28
 """Opacity of structures that enclose others."""
 LIGHT = np.array([-0.45, -0.5, 0.75])
-"""Towards the light: (right in the picture, down, to the viewer)."""
+"""Direction to the light: (right in the picture, down, to the viewer)."""
 
 
 def surface_view(
@@ -42,9 +39,9 @@ def surface_view(
     colours
         (labels, 3), 0 to 255.
     translucent
-        (labels,): structures that others are seen through.
+        (labels,): structures that are drawn transparent.
     box_px
-        Height and width that the picture fits into.
+        Maximum height and width.
 
     Returns
     -------
@@ -56,8 +53,8 @@ def surface_view(
     solid, solid_depth = _first_hit(rays, ~translucent)
     veil, veil_depth = _first_hit(rays, translucent)
     veil[veil_depth >= solid_depth] = 0
-    used = (solid > 0) | (veil > 0)
-    rows, columns = (np.flatnonzero(used.any(axis=k)) for k in (1, 0))
+    covered = (solid > 0) | (veil > 0)
+    rows, columns = (np.flatnonzero(covered.any(axis=k)) for k in (1, 0))
     crop = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
     height, width = (int(s.stop - s.start) for s in crop)
     scale = min(box_px[0] / height, box_px[1] / width)
@@ -74,14 +71,14 @@ def surface_view(
         colour = np.clip(colours[large] * light[..., None], 0, 255)
         picture[..., :3] = alpha * colour + (1 - alpha) * picture[..., :3]
         picture[..., 3:] = alpha + (1 - alpha) * picture[..., 3:]
-    seen = picture[..., 3:]
-    picture[..., :3] /= np.maximum(seen, 1e-3)
-    picture[..., 3:] = 255 * seen
+    opacity_of_all = picture[..., 3:]
+    picture[..., :3] /= np.maximum(opacity_of_all, 1e-3)
+    picture[..., 3:] = 255 * opacity_of_all
     return np.clip(picture, 0, 255).astype(np.uint8)
 
 
 def _rays(volume: LabelledVolume) -> tuple[NDArray[Any], float]:
-    """Labels along parallel rays: (down, right in the picture, away from the viewer)."""
+    """Return labels (down, right in the picture, away from the viewer), and their spacing in mm."""
     labels = volume.canonical_labels
     spacing = volume.canonical_grid.spacing_mm.astype(np.float64)
     yaw = np.deg2rad(YAW_DEG)
@@ -112,23 +109,23 @@ def _rays(volume: LabelledVolume) -> tuple[NDArray[Any], float]:
 
 
 def _first_hit(
-    rays: NDArray[Any], wanted: NDArray[np.bool_]
+    rays: NDArray[Any], selected: NDArray[np.bool_]
 ) -> tuple[NDArray[Any], NDArray[np.float32]]:
-    """Label and depth, in steps, of what each ray meets first of the wanted labels."""
-    allowed = wanted.copy()
+    """Return, per ray, the first label that is selected, or 0, and its depth in steps."""
+    allowed = selected.copy()
     allowed[0] = False
     hit = np.take(allowed, rays)
     depth = hit.argmax(axis=2)
-    found = np.take_along_axis(hit, depth[..., None], 2)[..., 0]
+    any_hit = np.take_along_axis(hit, depth[..., None], 2)[..., 0]
     labels = np.take_along_axis(rays, depth[..., None], 2)[..., 0]
     far = np.float32(rays.shape[2])
-    return np.where(found, labels, 0), np.where(found, depth, far).astype(np.float32)
+    return np.where(any_hit, labels, 0), np.where(any_hit, depth, far).astype(np.float32)
 
 
 def _shade(
     labels: NDArray[Any], depth_mm: NDArray[np.float32], spacing_mm: float
 ) -> NDArray[np.float32]:
-    """Brightness of each pixel: light from above, darker in hollows and beside what is nearer."""
+    """Return the brightness per pixel: light from above, darker in hollows and beside edges."""
     smooth = np.array(depth_mm)
     sigma = 2.2 / spacing_mm
     margin = int(3 * sigma) + 1
@@ -136,10 +133,10 @@ def _shade(
         if where is None:
             continue
         box = tuple(slice(max(s.start - margin, 0), s.stop + margin) for s in where)
-        mine = labels[box] == label
-        weight = gaussian_filter(mine.astype(np.float32), sigma, truncate=3)
-        value = gaussian_filter(np.where(mine, depth_mm[box], 0), sigma, truncate=3)
-        smooth[box][mine] = (value / np.maximum(weight, 1e-6))[mine]
+        mask = labels[box] == label
+        weight = gaussian_filter(mask.astype(np.float32), sigma, truncate=3)
+        value = gaussian_filter(np.where(mask, depth_mm[box], 0), sigma, truncate=3)
+        smooth[box][mask] = (value / np.maximum(weight, 1e-6))[mask]
     padded = np.pad(smooth, 1, mode="edge")  # a picture may be one pixel high
     down, right = (slope[1:-1, 1:-1] for slope in list(np.gradient(padded, spacing_mm)))
     # A jump in depth is an edge, not a slope.
@@ -148,7 +145,7 @@ def _shade(
     normal /= np.linalg.norm(normal, axis=-1, keepdims=True)
     light = LIGHT / np.linalg.norm(LIGHT)
     diffuse = np.clip(normal @ light, 0, None)
-    # The background counts as no deeper than the bodies, or their rims would look lit from behind.
+    # The background gets the mean depth of the bodies; otherwise their rims would look too bright.
     solid = np.where(labels > 0, smooth, np.nan)
     level = np.where(np.isnan(solid), np.nanmean(solid), solid)
     hollow = np.clip(level - gaussian_filter(level, 10 / spacing_mm), 0, 40) / 40

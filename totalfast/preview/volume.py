@@ -1,7 +1,4 @@
-"""A scan and its labels side by side, with RAS+ axes, ready to be cut.
-
-Knows grids and intensities; knows nothing of pictures.
-"""
+"""A scan and its labels with RAS+ axes, from which slices are cut."""
 
 from __future__ import annotations
 
@@ -21,14 +18,14 @@ if TYPE_CHECKING:
     from totalfast.scan import ScannerImage
 
 SURVEY_MM = 2.5
-"""Spacing at which the slices are judged that may be shown."""
+"""Spacing at which structures are counted to select the slices that are shown."""
 WINDOW_HU = (-160.0, 240.0)
 """Soft-tissue window of CT."""
 
 
 @dataclass(frozen=True)
 class LabelledVolume:
-    """Labels on their grid and the scan that they belong to, which may have another grid.
+    """Labels and the scan that they belong to; their grids may differ.
 
     Parameters
     ----------
@@ -62,7 +59,7 @@ class LabelledVolume:
 
     @cached_property
     def _survey(self) -> tuple[NDArray[Any], list[int]]:
-        """Labels on every n-th voxel of each axis, and n."""
+        """Every n-th label along each axis, (x, y, z), and n per axis."""
         steps = [
             max(int(SURVEY_MM / mm), 1) if n * mm > 20 * SURVEY_MM else 1
             for n, mm in zip(self.canonical_grid.shape, self.canonical_grid.spacing_mm, strict=True)
@@ -72,7 +69,7 @@ class LabelledVolume:
 
     @cached_property
     def volumes_ml(self) -> dict[int, float]:
-        """Label to volume in ml; absent labels have none."""
+        """Label to volume in ml; absent labels are left out."""
         size = int(self.labels.max()) + 1
         counts = np.zeros(size, np.int64)
         for plane in np.moveaxis(self.labels, 2, 0):
@@ -82,8 +79,8 @@ class LabelledVolume:
             int(label): float(counts[label]) * voxel_ml for label in np.flatnonzero(counts) if label
         }
 
-    def telling_slice(self, axis: int) -> int:
-        """Index along ``axis`` of the slice that shows most structures, big ones counting more."""
+    def slice_with_most_structures(self, axis: int) -> int:
+        """Index along ``axis`` of the slice with most structures, larger ones weighted more."""
         survey, steps = self._survey
         size = int(survey.max()) + 1
         counts = np.stack(
@@ -94,16 +91,22 @@ class LabelledVolume:
         )
         if not counts.any():
             return int(self.canonical_grid.shape[axis]) // 2
-        # The square root lets a kidney count against the liver, and not vanish against it.
+        # The square root keeps the weight of a kidney significant beside the liver.
         best = int(np.argmax(np.sqrt(counts).sum(axis=1)))
         return min(best * steps[axis] + steps[axis] // 2, self.canonical_grid.shape[axis] - 1)
 
     def label_slice(self, axis: int, index: int) -> NDArray[Any]:
-        """Labels of one slice, its two axes in (x, y, z) order."""
+        """Labels of one slice; its two axes keep the order of (x, y, z)."""
         return np.asarray(np.take(self.canonical_labels, index, axis=axis))
 
     def scan_slice(self, axis: int, index: int, shape: tuple[int, int]) -> NDArray[np.float64]:
-        """Intensities in the plane of ``label_slice``, interpolated linearly to ``shape``."""
+        """Intensities in the plane of ``label_slice``, interpolated linearly to ``shape``.
+
+        Raises
+        ------
+        InputError
+            If the plane lies outside of the scan.
+        """
         grid = self.canonical_grid
         first, second = (k for k in range(3) if k != axis)
         where = np.empty((3, *shape))
@@ -112,12 +115,12 @@ class LabelledVolume:
             where[k] = ((np.arange(count) + 0.5) * grid.shape[k] / count - 0.5).reshape(view)
         to_scan = np.linalg.inv(self.scan.grid.affine) @ grid.affine
         source = np.tensordot(to_scan[:3, :3], where, axes=1) + to_scan[:3, 3, None, None]
-        # The box around the plane is enough, and so is its dtype: no copy of the scan is made.
+        # Only the box around the plane is scaled, without a copy of the scan.
         low = np.floor(source.min(axis=(1, 2))).astype(int)
         high = np.ceil(source.max(axis=(1, 2))).astype(int) + 1
         if np.any(high <= 0) or np.any(low >= self.scan.stored.shape):
             raise InputError(
-                "the scan and the labels lie apart in space; they don't belong to one another."
+                "the scan and the labels lie apart in space; they do not belong together."
             )
         low = np.maximum(low, 0)
         box = self.scan.stored[
@@ -130,7 +133,7 @@ class LabelledVolume:
 
     @cached_property
     def window(self) -> tuple[float, float]:
-        """Intensities shown as black and white: soft tissue for CT, else percentiles."""
+        """Intensities of black and white: a soft-tissue window for CT, else percentiles."""
         thin = self.scan.stored[::4, ::4, :: max(self.scan.stored.shape[2] // 60, 1)]
         values = self.scan.scale(thin)
         values = values[np.isfinite(values)]
