@@ -1,4 +1,4 @@
-"""The command as a user types it: what it prints, what it leaves, how it fails."""
+"""The command as a user types it: printed lines, files, errors and exit codes."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import os
 import signal
 import subprocess
 import sys
+from importlib.metadata import version
 
 import nibabel as nib
 import numpy as np
 import pytest
+
+import totalfast
 
 
 @pytest.fixture
@@ -36,7 +39,7 @@ def scan(tmp_path_factory):
 
 
 @pytest.mark.parametrize("flags", [["--help"], ["--version"], ["-lt"], ["-lc"], ["-lc", "body"]])
-def test_what_needs_no_scan_imports_nothing_heavy(flags):
+def test_help_and_lists_import_no_large_packages(flags):
     code = (
         "import sys\nfrom totalfast.cli.main import main\n"
         "try:\n    code = main(sys.argv[1:])\nexcept SystemExit as stop:\n    code = stop.code\n"
@@ -50,14 +53,20 @@ def test_what_needs_no_scan_imports_nothing_heavy(flags):
     assert done.stdout
 
 
-def test_lists_are_upstreams(run):
+def test_version_names_totalfast_and_totalsegmentator(run):
+    expected = f"totalfast {version('totalfast')} (TotalSegmentator {version('TotalSegmentator')})"
+    assert run("--version").stdout == f"{expected}\n"
+    assert totalfast.__version__ == totalfast.about.version() == version("totalfast")
+
+
+def test_lists_equal_upstreams(run):
     from totalsegmentator.registry import format_classes_table, format_tasks_table
 
     assert run("--list-tasks").stdout == format_tasks_table() + "\n"
     assert run("--list-classes", "body").stdout == format_classes_table("body") + "\n"
 
 
-def test_masks_lines_and_a_last_line(run, scan, tmp_path):
+def test_masks_are_written_and_all_lines_printed(run, scan, tmp_path):
     done = run("-i", scan, "-o", tmp_path / "seg", "--fast", "-d", "cpu")
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "seg").glob("*.nii.gz"))) == 117
@@ -86,13 +95,13 @@ def test_quiet_prints_nothing(run, scan, tmp_path):
     assert (tmp_path / "s.nii.gz").exists()
 
 
-def test_parts_are_announced_as_upstream_does(run, scan, tmp_path):
+def test_lines_of_parts_equal_upstreams(run, scan, tmp_path):
     done = run("-i", scan, "-o", tmp_path / "s.nii.gz", "-ml", "-ta", "total_mr", "-d", "cpu")
     assert "Predicting part 1 of 2 ...\n" in done.stdout
     assert "Predicting part 2 of 2 ...\n" in done.stdout
 
 
-def test_skip_saving_leaves_nothing(run, scan, tmp_path):
+def test_skip_saving_writes_no_files(run, scan, tmp_path):
     done = run("-i", scan, "-o", tmp_path / "seg", "--fastest", "-ss", "-d", "cpu")
     assert done.returncode == 0
     assert list(tmp_path.iterdir()) == []
@@ -113,13 +122,15 @@ def test_skip_saving_leaves_nothing(run, scan, tmp_path):
         (["-i", "{scan}", "-o", "{folder}/s", "-ot", "dicom_seg"], 2, "use a Dicom image as input"),
         (["-i", "{scan}", "-o", "{folder}/s", "-ot", "nifti,png"], 2, "Invalid output types"),
         (["-i", "{folder}", "-o", "{folder}/s"], 1, "holds no DICOM image slices"),
-        (["-i", "{scan}", "-o", "{taken}", "-ml"], 1, "is a directory; give the file"),
+        (["-i", "{scan}", "-o", "{taken}", "-ml"], 1, "is a directory; "),
         (["-i", "{scan}", "-o", "{folder}/s.txt", "-ml"], 1, "must end in .nii.gz"),
         (["-i", "{scan}", "-o", "{scan}"], 1, "is a file; without --ml"),
         (["-i", "{scan}", "-o", "{scan}/seg"], 1, "is a file, so"),
     ],
 )
-def test_mistakes_are_named_and_leave_nothing(run, scan, tmp_path, arguments, code, message):
+def test_errors_have_a_message_an_exit_code_and_leave_no_files(
+    run, scan, tmp_path, arguments, code, message
+):
     (taken := scan.parent / "taken.nii.gz").mkdir(exist_ok=True)
     done = run(*(text.format(scan=scan, folder=tmp_path, taken=taken) for text in arguments))
     assert done.returncode == code
@@ -128,7 +139,7 @@ def test_mistakes_are_named_and_leave_nothing(run, scan, tmp_path, arguments, co
     assert list(tmp_path.iterdir()) == []
 
 
-def test_termination_removes_what_is_half_written(standin_home, scan, tmp_path):
+def test_termination_removes_partial_files(standin_home, scan, tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-m", "totalfast", "-i", scan, "-o", tmp_path / "s", "-ff", "-d", "cpu"],
         env={**os.environ, "TOTALSEG_HOME_DIR": str(standin_home)},
@@ -155,10 +166,10 @@ done, calls, numbers = getattr(module, name), [], itertools.count(1)
 def interrupted(*arguments):
     calls.append(name)
     number = next(numbers)  # threads call it at the same time; each gets its own
-    found = done(*arguments)
+    result = done(*arguments)
     if number == int(sys.argv[2]):
         os.kill(os.getpid(), signal.SIGTERM)
-    return found
+    return result
 
 setattr(module, name, interrupted)
 code = main(sys.argv[3:])
@@ -167,8 +178,10 @@ sys.exit(code if calls else "it was not called")
 
 
 @pytest.mark.parametrize("call", [("totalfast.files.write:compress", "3"), ("nibabel:save", "1")])
-def test_termination_while_files_are_open_leaves_none(standin_home, scan, tmp_path, call):
-    """In the middle of the masks, and while nnU-Net reads a file from a temporary folder."""
+def test_termination_while_files_are_open_leaves_no_partial_files(
+    standin_home, scan, tmp_path, call
+):
+    """While masks are written, and while nnU-Net reads a file from a temporary folder."""
     flags = ["-ff", "-d", "cpu", "-sp", tmp_path / "probabilities.npz"]
     done = subprocess.run(
         [
@@ -225,8 +238,8 @@ main()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_processes_that_a_library_forks_can_be_ended():
-    """One that took over our handler would miss the signal now and then, and be waited for."""
+def test_processes_that_a_library_forks_can_be_terminated():
+    """With our handler, a process would sometimes miss the signal, and the pool would wait."""
     done = subprocess.run(
         [sys.executable, "-c", FORKING_SUBCOMMAND], capture_output=True, text=True, check=False
     )
@@ -234,7 +247,7 @@ def test_processes_that_a_library_forks_can_be_ended():
 
 
 def test_no_file_but_the_results_and_no_child_process(standin_home, scan, tmp_path):
-    """Runs with no temporary folder and no shared memory to write to, and forbids new processes."""
+    """An audit hook forbids new processes, network, and files outside of the output."""
     code = (
         "import os, sys\n"
         "def stop(what):\n"
@@ -242,7 +255,7 @@ def test_no_file_but_the_results_and_no_child_process(standin_home, scan, tmp_pa
         "    os._exit(3)  # also from a thread, whose exceptions would go unnoticed\n"
         "def forbid(event, arguments):\n"
         "    if event in {'os.fork', 'os.posix_spawn', 'subprocess.Popen', 'os.exec'}:\n"
-        "        # Torch's CUDA builds look for libdl when they are imported.\n"
+        "        # Importing torch's CUDA builds runs ldconfig to locate libdl.\n"
         "        if arguments[0] != '/sbin/ldconfig':\n"
         "            stop(f'started a process: {event} {arguments}')\n"
         "    if event == 'open' and isinstance(arguments[0], str) and arguments[1]:\n"

@@ -1,4 +1,4 @@
-"""`totalfast demo`, as a person without a scan runs it."""
+"""`totalfast demo`, with its default options and no network."""
 
 import os
 import re
@@ -14,10 +14,10 @@ from totalfast.cli.demo import MODEL
 
 MODEL_BYTES = 2_000_000
 LEAST_DICE = 0.88
-"""A little below what the shown phantom gets."""
+"""A little below the mean Dice of the default phantom."""
 
 
-def test_the_model_that_ships_is_small_and_of_the_official_layout():
+def test_the_models_size_is_limited_and_its_layout_is_upstreams():
     assert sum(path.stat().st_size for path in MODEL.rglob("*") if path.is_file()) <= MODEL_BYTES
     (dataset,) = MODEL.iterdir()
     assert dataset.name.startswith("Dataset297_")
@@ -29,7 +29,7 @@ def test_the_model_that_ships_is_small_and_of_the_official_layout():
     ]
 
 
-def test_demo_leaves_scan_masks_and_picture_and_finds_the_organs(tmp_path):
+def test_demo_writes_scan_masks_and_picture_and_segments_the_organs(tmp_path):
     before = sorted(MODEL.rglob("*"))
     nowhere = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")
     environment = {**os.environ, "HOME": str(tmp_path), **nowhere}
@@ -66,7 +66,7 @@ def test_demo_leaves_scan_masks_and_picture_and_finds_the_organs(tmp_path):
     assert sorted(MODEL.rglob("*")) == before
 
 
-def test_demo_says_where_it_cannot_write(tmp_path, capsys):
+def test_demo_names_a_folder_that_it_cannot_write_to(tmp_path, capsys):
     from totalfast.cli.main import main
 
     blocked = tmp_path / "file"
@@ -75,7 +75,7 @@ def test_demo_says_where_it_cannot_write(tmp_path, capsys):
     assert "can't write" in capsys.readouterr().err
 
 
-def test_demo_puts_the_users_weights_path_back(monkeypatch):
+def test_demo_restores_the_users_weights_path(monkeypatch):
     from totalfast.cli.demo import _demonstration_model
 
     monkeypatch.setenv("TOTALSEG_WEIGHTS_PATH", "mine")

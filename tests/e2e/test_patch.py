@@ -1,4 +1,4 @@
-"""Programs that call TotalSegmentator's Python API, on totalfast without a changed line."""
+"""Unchanged programs that call TotalSegmentator's Python API use totalfast."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import totalfast
 
 @pytest.fixture
 def client(monkeypatch):
-    """A module that has bound upstream's function under names of its own."""
+    """A module that has imported upstream's function under two names."""
     module = types.ModuleType("client_of_upstream")
     module.totalsegmentator = module.another_name = upstream_api.totalsegmentator
     module.other = 1
@@ -63,7 +63,9 @@ def test_patch_reaches_bound_names_and_later_imports_and_unpatch_restores_all(
     assert [dict(vars(module)) for module in clients] == before
 
 
-def test_what_is_not_supported_runs_on_upstream_and_is_said_once(client, monkeypatch, caplog):
+def test_unsupported_calls_run_on_upstream_and_the_reason_is_logged_once(
+    client, monkeypatch, caplog
+):
     calls = []
 
     def upstream(input, output=None, test=0):
@@ -78,7 +80,7 @@ def test_what_is_not_supported_runs_on_upstream_and_is_said_once(client, monkeyp
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert "TotalSegmentator runs instead of totalfast: test=1" in record.getMessage()
-    with pytest.raises(ValueError, match="between 0 and 5"):  # not upstream's to repeat
+    with pytest.raises(ValueError, match="between 0 and 5"):  # not repeated by upstream
         upstream_api.totalsegmentator("a.nii.gz", resampling_order=7)
     assert len(calls) == 2
 
@@ -129,7 +131,7 @@ def test_a_whole_program_runs_patched_and_keeps_its_exit_code(way, program, stan
     assert [path.name for path in (program / "out").iterdir()] == ["seg.nii.gz"]
 
 
-def test_patch_without_a_program_says_what_it_needs(tmp_path):
+def test_patch_without_a_program_exits_with_a_usage_error(tmp_path):
     done = run("-m", "totalfast.patch", cwd=tmp_path, home=tmp_path)
     assert done.returncode == 2
     assert "give a script, or -m and a module" in done.stderr

@@ -1,4 +1,4 @@
-"""The command for programs that start ``TotalSegmentator``, called as they call it."""
+"""The command for programs that start ``TotalSegmentator``, started as they do."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def environment(folder, standin_home):
 
 
 def lines_of(command, environment, cwd):
-    """Start a program and read it line by line, errors among the lines, as 3D Slicer does."""
+    """Start a program and read its output and errors line by line, as 3D Slicer does."""
     process = subprocess.Popen(
         [str(word) for word in command],
         cwd=cwd,
@@ -59,9 +59,9 @@ SLICER_CALLS = [
     ("--task", "body"),
     ("--task", "pleural_pericard_effusion", "--robust_crop"),
 ]
-"""What 3D Slicer's extension adds to its input and output. The latter has no ending, with --ml too,
-and the extension reads ``segmentation.nii`` then. (It may add ``--higher_order_resampling``, which
-is in README's table of differences.)"""
+"""Flags that 3D Slicer's extension adds to its input and output. Its output has no ending, even
+with --ml; then the extension reads ``segmentation.nii``. (It may add
+``--higher_order_resampling``, which is in the table of differences.)"""
 IN_CI = SLICER_CALLS[:1]
 
 
@@ -70,7 +70,7 @@ IN_CI = SLICER_CALLS[:1]
     [pytest.param(c, marks=() if c in IN_CI else pytest.mark.slow) for c in SLICER_CALLS],
     ids=" ".join,
 )
-def test_slicer_finds_the_lines_and_files_that_upstream_leaves(call, folder, environment, tmp_path):
+def test_lines_and_files_of_slicers_calls_equal_upstreams(call, folder, environment, tmp_path):
     scan = made_input("oblique").slicer[20:60, 20:60, 10:40]
     nib.save(scan, tmp_path / "total-segmentator-input.nii")
     programs = {"upstream": ["-m", "totalsegmentator.bin.TotalSegmentator"]}
@@ -91,13 +91,13 @@ def test_slicer_finds_the_lines_and_files_that_upstream_leaves(call, folder, env
     else:
         names = class_map[call[call.index("--task") + 1]].values()
         assert all((tmp_path / f"ours/segmentation/{name}.nii.gz").exists() for name in names)
-    said = {re.sub(r"\d+\.\d+s", "", line) for line in lines["ours"]}
+    our_lines = {re.sub(r"\d+\.\d+s", "", line) for line in lines["ours"]}
     progress = re.compile(r"\d+%\||\d+it |^$|^If the cropped image|Warning|warn")
     for line in lines["upstream"]:
-        assert progress.search(line) or re.sub(r"\d+\.\d+s", "", line) in said, line
+        assert progress.search(line) or re.sub(r"\d+\.\d+s", "", line) in our_lines, line
 
 
-def test_the_command_on_the_path_has_upstreams_version_and_lists(environment, tmp_path):
+def test_version_and_lists_of_the_command_on_the_path_equal_upstreams(environment, tmp_path):
     def answer(*words):
         return lines_of(["TotalSegmentator", *words], environment, tmp_path)
 
@@ -114,13 +114,13 @@ def test_the_command_on_the_path_has_upstreams_version_and_lists(environment, tm
         (["-i", "x.nii", "-o", "y"], 1, "x.nii does not exist"),
     ],
 )
-def test_exit_codes_of_mistakes_are_upstreams(environment, tmp_path, words, code, message):
-    found, lines = lines_of(["TotalSegmentator", *words], environment, tmp_path)
-    assert found == code
+def test_exit_codes_of_errors_equal_upstreams(environment, tmp_path, words, code, message):
+    exit_code, lines = lines_of(["TotalSegmentator", *words], environment, tmp_path)
+    assert exit_code == code
     assert message in lines[-1]
 
 
-def test_shim_is_written_again_but_never_over_another_file(tmp_path, capsys):
+def test_shim_overwrites_a_shim_but_no_other_file(tmp_path, capsys):
     path = tmp_path / "a folder" / "TotalSegmentator"
     assert main(["shim", str(path.parent)]) == main(["shim", str(path.parent)]) == 0
     assert f"Put {path.parent} first on PATH" in capsys.readouterr().out
@@ -129,4 +129,4 @@ def test_shim_is_written_again_but_never_over_another_file(tmp_path, capsys):
     assert main(["shim", str(path.parent)]) == 1
     assert "was not written by totalfast; move it away" in capsys.readouterr().err
     assert path.read_text().endswith("upstream's\n")
-    assert [found.name for found in path.parent.iterdir()] == ["TotalSegmentator"]
+    assert [file.name for file in path.parent.iterdir()] == ["TotalSegmentator"]

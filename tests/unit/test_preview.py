@@ -1,4 +1,4 @@
-"""The picture: what is where on it, for scans of all shapes."""
+"""The preview: orientation, size and content, for scans of all shapes."""
 
 import nibabel as nib
 import numpy as np
@@ -19,7 +19,7 @@ LIVER, SPLEEN = 5, 1
 
 
 def scene(shape=(60, 50, 40), spacing=(2.0, 2.0, 2.0), affine=None):
-    """A CT-like box with the liver on the patient's right and the spleen on his left."""
+    """A CT-like box with the liver on the patient's right and the spleen on their left."""
     affine = np.diag([*spacing, 1.0]) if affine is None else affine
     ct = np.full(shape, -1000, np.int16)
     x, y, z = (n // 6 for n in shape)
@@ -44,7 +44,7 @@ def share_of(picture, label, region):
 
 
 @pytest.mark.parametrize("axes", ["RAS", "LPS", "PIR", "ILA"])
-def test_the_patients_right_is_on_the_left_whatever_the_files_axes(axes):
+def test_the_patients_right_is_on_the_left_for_all_axes_of_the_file(axes):
     ct, labels = scene()
     turn = nib.orientations.ornt_transform(
         nib.orientations.axcodes2ornt("RAS"), nib.orientations.axcodes2ornt(axes)
@@ -83,7 +83,7 @@ def test_labels_of_another_grid_are_drawn_on_the_scan():
 
 
 @pytest.mark.parametrize("shift_mm", [5000, -5000])
-def test_labels_elsewhere_in_space_are_refused(shift_mm):
+def test_labels_outside_of_the_scan_are_refused(shift_mm):
     ct, labels = scene()
     away = labels.affine.copy()
     away[:3, 3] = shift_mm
@@ -91,12 +91,12 @@ def test_labels_elsewhere_in_space_are_refused(shift_mm):
         draw(ct, nib.Nifti1Image(labels.dataobj, away))
 
 
-def test_no_structure_at_all_is_drawn_too():
+def test_a_scan_without_structures_is_drawn():
     ct, labels = scene()
     assert draw(ct, nib.Nifti1Image(np.zeros(labels.shape, np.uint8), labels.affine)).size[0] > 500
 
 
-def test_the_slice_shown_is_one_with_structures():
+def test_the_slice_that_is_shown_has_structures():
     ct, labels = scene()
     only = np.zeros(labels.shape, np.uint8)
     only[10:20, 5:9, 33] = LIVER
@@ -148,7 +148,7 @@ def test_a_label_map_without_background_keeps_its_smallest_label():
     assert set(volume.volumes_ml) == {LIVER, SPLEEN}
 
 
-def test_names_are_read_from_the_files_own_table(tmp_path):
+def test_names_are_read_from_the_label_table_of_the_file(tmp_path):
     from totalfast.cli.preview import read_label_map
 
     write(tmp_path)
@@ -164,8 +164,8 @@ def test_label_maps_with_a_slope_are_scaled_and_scans_refused(tmp_path):
     scaled.set_data_dtype(np.int16)
     nib.save(scaled, tmp_path / "float.nii.gz")
     assert nib.load(tmp_path / "float.nii.gz").dataobj.slope != 1
-    found, _, _ = read_label_map(tmp_path / "float.nii.gz")
-    assert np.array_equal(found, np.asarray(labels.dataobj))
+    values, _, _ = read_label_map(tmp_path / "float.nii.gz")
+    assert np.array_equal(values, np.asarray(labels.dataobj))
     counts = nib.Nifti1Image(np.full((9, 9, 9), 2000, np.uint16), np.eye(4))
     nib.save(counts, tmp_path / "counts.nii.gz")
     with pytest.raises(InputError, match="no label map"):
@@ -173,7 +173,7 @@ def test_label_maps_with_a_slope_are_scaled_and_scans_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["lung_vessels", "lung_nodules", "liver"])
-def test_what_encloses_nothing_is_solid(name):
+def test_structures_that_enclose_no_others_are_solid(name):
     assert not is_translucent(name)
     assert is_translucent("lung_upper_lobe_left")
 
@@ -217,7 +217,9 @@ def test_command_draws_a_label_map_or_a_folder_of_masks(tmp_path, capsys, source
         ("ct.nii.gz", "empty", "out.png", 1, "no masks"),
     ],
 )
-def test_command_says_what_is_wrong(tmp_path, capsys, scan, labels, out, code, message):
+def test_errors_of_the_command_have_a_message_and_an_exit_code(
+    tmp_path, capsys, scan, labels, out, code, message
+):
     write(tmp_path)
     (tmp_path / "empty").mkdir()
     before = sorted(tmp_path.rglob("*"))

@@ -9,16 +9,16 @@ NAMES = {1: "liver", 2: "spleen", 3: "aorta"}
 def test_dice_and_volumes_of_a_shifted_cube():
     truth = np.zeros((20, 20, 20), np.uint8)
     truth[2:12, :10, :10] = 1
-    found = np.zeros_like(truth)
-    found[4:14, :10, :10] = 1
-    (row,) = score(found, truth, NAMES, voxel_ml=0.01)
+    labels = np.zeros_like(truth)
+    labels[4:14, :10, :10] = 1
+    (row,) = score(labels, truth, NAMES, voxel_ml=0.01)
     assert row.name == "liver"
     assert row.true_ml == pytest.approx(10)
     assert row.found_ml == pytest.approx(10)
     assert row.dice == pytest.approx(0.8)
 
 
-def test_what_was_not_found_scores_zero_and_slivers_do_not_count():
+def test_missed_structures_score_zero_and_small_ones_are_left_out():
     truth = np.zeros((10, 10, 10), np.uint8)
     truth[:5] = 2
     truth[9, 9, 9] = 3

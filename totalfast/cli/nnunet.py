@@ -27,8 +27,8 @@ def build_parser() -> argparse.ArgumentParser:
     """Build the parser of the subcommand; the flags are those of nnUNetv2_predict."""
     parser = argparse.ArgumentParser(
         prog="totalfast nnunet",
-        description="Predict a folder of images with a trained nnU-Net v2 model. The flags and files\n"
-        "are those of nnUNetv2_predict; one process does everything, with less memory.",
+        description="Predict a folder of images with a trained nnU-Net v2 model. The flags and\n"
+        "files are those of nnUNetv2_predict; one process does everything, with less memory.",
         epilog="examples:\n"
         "  totalfast nnunet -i imagesTs -o labels -m Dataset004/nnUNetTrainer__nnUNetPlans__2d\n"
         "  totalfast nnunet -i imagesTs -o labels -d 4 -c 3d_fullres -f 0\n\n"

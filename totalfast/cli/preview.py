@@ -24,8 +24,8 @@ def build_parser() -> argparse.ArgumentParser:
     """Build the parser of the subcommand."""
     parser = argparse.ArgumentParser(
         prog="totalfast preview",
-        description="Draw a scan and its labels: axial, coronal and sagittal slices, a view of the\n"
-        "surfaces, and a list of the structures with their volumes.",
+        description="Draw a scan and its labels: axial, coronal and sagittal slices, a view of\n"
+        "the surfaces, and a list of the structures with their volumes.",
         epilog="example:\n  totalfast preview ct.nii.gz seg.nii.gz preview.png",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

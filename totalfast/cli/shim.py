@@ -35,8 +35,8 @@ def build_parser() -> argparse.ArgumentParser:
     """Build the parser of the subcommand."""
     parser = argparse.ArgumentParser(
         prog="totalfast shim",
-        description="Write a TotalSegmentator command that runs totalfast, for programs that start\n"
-        "TotalSegmentator. Flags, files, printed lines and exit codes are the same.",
+        description="Write a TotalSegmentator command that runs totalfast, for programs that\n"
+        "start TotalSegmentator. Flags, files, printed lines and exit codes are the same.",
         epilog="example:\n  totalfast shim ~/shim && export PATH=~/shim:$PATH",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
