@@ -1,4 +1,4 @@
-"""DICOM in: which files make the scan, where its voxels lie, what is refused."""
+"""DICOM input: which files form the scan, the positions of its voxels, and refused files."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ def upstreams(folder, tmp_path):
     return image.get_fdata(), image.affine
 
 
-def test_folder_zip_and_what_lies_around_give_upstreams_image(tmp_path):
+def test_folder_zip_and_unrelated_files_give_upstreams_image(tmp_path):
     plain = write_series(tmp_path / "plain", VOXELS)
     expected, affine = upstreams(plain, tmp_path)
     assert expected.shape == (7, 8, 6)
-    # A localizer series, a structure set, a text, and all that in a folder below.
+    # A localizer series, a structure set and a text file; the scan is in a subfolder.
     full = tmp_path / "full"
     shutil.copytree(plain, full / "CT" / "series 1")
     (full / "readme.txt").write_text("not DICOM")
@@ -84,7 +84,7 @@ def patient_points(shape, orientation, spacing_mm, origin_mm):
     ("orientation", "backwards"),
     [(each, False) for each in ORIENTATIONS] + [(ORIENTATIONS[n], True) for n in (0, 7)],
 )
-def test_voxels_lie_where_the_slices_say(tmp_path, orientation, backwards):
+def test_voxel_positions_match_the_slices_headers(tmp_path, orientation, backwards):
     spacing_mm, origin_mm = (3.0, 2.0, 1.5), (-30.0, -40.0, 50.0)
     step = np.cross(orientation[:3], orientation[3:]) * spacing_mm[0]
     if backwards:
@@ -92,9 +92,13 @@ def test_voxels_lie_where_the_slices_say(tmp_path, orientation, backwards):
         origin_mm = tuple(np.subtract(origin_mm, (len(VOXELS) - 1) * step))
     voxels = VOXELS[::-1] if backwards else VOXELS
     folder = write_series(
-        tmp_path / "ct", voxels, spacing_mm=spacing_mm, orientation=orientation,
-        origin_mm=origin_mm, step=step,
-    )  # fmt: skip
+        tmp_path / "ct",
+        voxels,
+        spacing_mm=spacing_mm,
+        orientation=orientation,
+        origin_mm=origin_mm,
+        step=step,
+    )
     found, affine, _ = opened(folder)
     points = patient_points(VOXELS.shape, orientation, spacing_mm, (-30.0, -40.0, 50.0))
     indices = nib.affines.apply_affine(np.linalg.inv(affine), points)
@@ -109,18 +113,18 @@ def refusal(source):
     return str(caught.value)
 
 
-def test_what_is_no_scan_is_named(tmp_path):
+def test_error_names_a_source_without_a_scan(tmp_path):
     (tmp_path / "empty").mkdir()
-    assert "(0 files looked at)" in refusal(tmp_path / "empty")
+    assert "(0 files checked)" in refusal(tmp_path / "empty")
     assert "none.zip does not exist" in refusal(tmp_path / "none.zip")
     (tmp_path / "notes.txt").write_text("hello")
     assert "notes.txt holds no DICOM image slices with" in refusal(tmp_path / "notes.txt")
     (tmp_path / "report").mkdir()
     new_file(Modality="SR").save_as(tmp_path / "report" / "a", enforce_file_format=True)
-    assert "its DICOM files are of modality SR" in refusal(tmp_path / "report")
+    assert "its DICOM files have modality SR" in refusal(tmp_path / "report")
     folder = write_series(tmp_path / "few", VOXELS[:3])
     assert "few can't be converted: it has fewer than 4 slices" in refusal(folder)
-    assert "give the folder that holds its series" in refusal(folder / "slice000.dcm")
+    assert "give the folder with its series" in refusal(folder / "slice000.dcm")
 
 
 def test_two_series_in_one_folder(tmp_path):
@@ -134,7 +138,7 @@ def test_two_series_in_one_folder(tmp_path):
 
 def test_a_tilted_gantry_a_missing_slice_and_slices_that_are_not_parallel(tmp_path):
     tilted = write_series(tmp_path / "tilted", VOXELS, step=np.array([0.0, 1.0, 3.0]))
-    assert "sheared, as by a tilted gantry" in refusal(tilted)
+    assert "sheared, for example by a tilted gantry" in refusal(tilted)
     gap = write_series(tmp_path / "gap", VOXELS)
     (gap / "slice002.dcm").unlink()
     assert "not evenly spaced" in refusal(gap)
@@ -146,7 +150,7 @@ def test_a_tilted_gantry_a_missing_slice_and_slices_that_are_not_parallel(tmp_pa
     assert "sizes can't be converted: ValueError" in refusal(sizes)
 
 
-def test_zip_files_of_strangers(tmp_path, monkeypatch):
+def test_untrusted_zip_files(tmp_path, monkeypatch):
     series = write_series(tmp_path / "ct", VOXELS)
     with zipfile.ZipFile(tmp_path / "up.zip", "w") as archive:
         for path in sorted(series.iterdir()):
@@ -160,13 +164,13 @@ def test_zip_files_of_strangers(tmp_path, monkeypatch):
     monkeypatch.setattr(dicom_files, "BOMB_BYTES", 10_000_000)
     assert "bomb.zip would grow from 0.0 MB to 20 MB" in refusal(tmp_path / "bomb.zip")
     content = bytearray((tmp_path / "up.zip").read_bytes())
-    content[2000] ^= 0xFF
+    content[content.index(b"DICM") + 300] ^= 0xFF  # in the first file's attributes
     (tmp_path / "damaged.zip").write_bytes(content)
     assert "damaged.zip can't be unpacked: Bad CRC" in refusal(tmp_path / "damaged.zip")
 
 
 def multi_frame(path, *, order=range(1, 7), per_frame=(1, -1024), shared=None, name=ENHANCED_CT):
-    """Write an enhanced CT file whose frames say that they are the slices ``order``."""
+    """Write an enhanced CT file with frames for the slices ``order``."""
     header = new_file(SOPClassUID=name, SOPInstanceUID=generate_uid(), InstanceNumber=1)
     del header.RescaleSlope, header.RescaleIntercept
     header.NumberOfFrames, header.Rows, header.Columns = VOXELS.shape
@@ -207,7 +211,7 @@ def multi_frame(path, *, order=range(1, 7), per_frame=(1, -1024), shared=None, n
     return path
 
 
-def test_a_multi_frame_file_is_a_scan(tmp_path):
+def test_a_multi_frame_file_is_read_as_a_scan(tmp_path):
     single, affine, _ = opened(
         write_series(tmp_path / "single", VOXELS, origin_mm=(-30.0, -40.0, 53.0))
     )
@@ -219,14 +223,16 @@ def test_a_multi_frame_file_is_a_scan(tmp_path):
         assert series.orientation is None
 
 
-def test_multi_frame_files_that_would_be_converted_wrong(tmp_path):
+def test_multi_frame_files_with_a_wrong_conversion_are_refused(tmp_path):
     shared = multi_frame(tmp_path / "shared.dcm", per_frame=None, shared=(1, -1024))
     assert "share one rescale slope" in refusal(shared)
     turned = multi_frame(tmp_path / "turned.dcm", order=range(6, 0, -1))
     assert "not stored in the order of their slices" in refusal(turned)
     multi_frame(tmp_path / "two" / "a.dcm")
     multi_frame(tmp_path / "two" / "b.dcm")
-    assert "holds 2 files, of which 2 have many frames (as a.dcm)" in refusal(tmp_path / "two")
+    assert "holds 2 files, of which 2 have many frames (for example a.dcm)" in refusal(
+        tmp_path / "two"
+    )
 
 
 @pytest.mark.parametrize(
@@ -239,7 +245,7 @@ def test_multi_frame_files_that_would_be_converted_wrong(tmp_path):
         ("body", "MR", "body"),
     ],
 )
-def test_command_takes_the_model_of_the_modality(tmp_path, asked, modality, expected):
+def test_command_selects_the_task_of_the_modality(tmp_path, asked, modality, expected):
     folder = write_series(tmp_path / "scan", VOXELS[:1], Modality=modality)
     assert _task_of_modality(asked, folder) == expected
     assert _task_of_modality(asked, tmp_path / "scan.nii.gz") == asked

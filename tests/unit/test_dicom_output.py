@@ -1,4 +1,4 @@
-"""DICOM out: the structures lie where the labels lie, or the series is refused."""
+"""DICOM output: structures have the labels' positions, or the series is refused."""
 
 from __future__ import annotations
 
@@ -31,26 +31,26 @@ def needs_writers():
 
 
 def labelled(series):
-    """Labels with one box, and its voxels' places, RAS+."""
+    """Labels with one box, and its voxels' positions, RAS+."""
     labels = np.zeros(series.image.shape, dtype=np.uint8, order="F")
     labels[BOX] = 2
     return labels, nib.affines.apply_affine(series.image.affine, np.argwhere(labels))
 
 
 def points_of_seg(path):
-    """Places, RAS+, of the voxels of a DICOM SEG's only segment."""
+    """Positions, RAS+, of the voxels of a DICOM SEG's only segment."""
     seg = pydicom.dcmread(path)
     assert [item.SegmentLabel for item in seg.SegmentSequence] == ["spleen"]
     shared = seg.SharedFunctionalGroupsSequence[0]
     row, column = np.reshape(shared.PlaneOrientationSequence[0].ImageOrientationPatient, (2, 3))
     down, right = shared.PixelMeasuresSequence[0].PixelSpacing
-    found = []
+    points = []
     frames = seg.pixel_array.reshape(-1, seg.Rows, seg.Columns)
     for frame, group in zip(frames, seg.PerFrameFunctionalGroupsSequence, strict=True):
         corner = np.asarray(group.PlanePositionSequence[0].ImagePositionPatient, dtype=float)
         for r, c in np.argwhere(frame):
-            found.append(corner + r * down * column + c * right * row)
-    return np.asarray(found) * (-1, -1, 1)
+            points.append(corner + r * down * column + c * right * row)
+    return np.asarray(points) * (-1, -1, 1)
 
 
 def points_of_rtstruct(path):
@@ -74,7 +74,7 @@ PRONE = (-1.0, 0.0, 0.0, 0.0, -1.0, 0.0)
 
 
 @pytest.mark.parametrize("orientation", [*ORIENTATIONS, PRONE])
-def test_structures_lie_where_the_labels_lie_or_the_series_is_refused(tmp_path, orientation):
+def test_structures_have_the_labels_positions_or_the_series_is_refused(tmp_path, orientation):
     needs_writers()
     normal = np.cross(orientation[:3], orientation[3:])
     sagittal = np.argmax(np.abs(normal)) == 0
@@ -84,7 +84,7 @@ def test_structures_lie_where_the_labels_lie_or_the_series_is_refused(tmp_path, 
     with open_series(folder) as series, PendingFiles() as files:
         labels, expected = labelled(series)
         if orientation in TRANSPOSED:
-            with pytest.raises(OptionError, match="would turn"):
+            with pytest.raises(OptionError, match="would rotate"):
                 check_series(series, TYPES)
             return
         check_series(series, TYPES)
@@ -98,14 +98,14 @@ def test_structures_lie_where_the_labels_lie_or_the_series_is_refused(tmp_path, 
     assert len(points) < len(expected)
 
 
-def test_sagittal_slices_that_are_not_square(tmp_path):
+def test_sagittal_slices_that_are_not_square_are_refused_for_dicom_seg(tmp_path):
     with open_series(write_series(tmp_path / "ct", VOXELS, orientation=SAGITTAL)) as series:
         check_series(series, ["dicom_rtstruct"])
-        with pytest.raises(OptionError, match="only if they are square, not 8 x 7"):
+        with pytest.raises(OptionError, match="needs square sagittal slices, not 8 x 7"):
             check_series(series, ["dicom_seg"])
 
 
-def test_writers_say_nothing_and_leave_the_root_logger_alone(tmp_path, capfd, caplog):
+def test_writers_print_nothing_and_do_not_change_the_root_logger(tmp_path, capfd, caplog):
     needs_writers()
     import logging
 
@@ -119,7 +119,7 @@ def test_writers_say_nothing_and_leave_the_root_logger_alone(tmp_path, capfd, ca
     assert logging.getLogger().handlers == before
 
 
-def test_a_folder_gets_a_seg_named_after_its_series(tmp_path):
+def test_a_seg_in_a_folder_is_named_after_its_series_uid(tmp_path):
     needs_writers()
     folder, target = write_series(tmp_path / "ct", VOXELS), tmp_path / "out"
     target.mkdir()
@@ -131,7 +131,7 @@ def test_a_folder_gets_a_seg_named_after_its_series(tmp_path):
     assert written.name == f"{pydicom.dcmread(written).SeriesInstanceUID}.dcm"
 
 
-def test_nothing_found_and_a_header_without_a_date(tmp_path):
+def test_empty_labels_and_a_header_without_a_date(tmp_path):
     needs_writers()
     folder = write_series(tmp_path / "ct", VOXELS)
     with open_series(folder) as series, PendingFiles() as files:
@@ -153,7 +153,7 @@ def test_nothing_found_and_a_header_without_a_date(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ct", "s.dcm"]
 
 
-def test_series_that_the_writers_fail_on_are_refused(tmp_path):
+def test_series_for_which_the_writers_would_fail_are_refused(tmp_path):
     with open_series(multi_frame(tmp_path / "ct.dcm")) as series:
         check_series(series, ())
         with pytest.raises(OptionError, match="can't be written for multi-frame files"):
@@ -162,7 +162,7 @@ def test_series_that_the_writers_fail_on_are_refused(tmp_path):
     write_series(twice, VOXELS, name="again")
     with open_series(twice) as series:
         check_series(series, ("dicom_seg",))
-        with pytest.raises(OptionError, match="12 files, but the image made of them is 7 x 8 x 6"):
+        with pytest.raises(OptionError, match="12 files, but its image has shape 7 x 8 x 6"):
             check_series(series, ("dicom_rtstruct",))
 
 
@@ -188,14 +188,14 @@ def options(*types, **keywords):
         (["dicom_seg", "nifti,dicom"], ("dicom_seg", "nifti", "dicom_rtstruct")),
     ],
 )
-def test_output_types_are_read_as_upstreams_command_reads_them(given, types):
+def test_output_types_are_parsed_like_upstreams_command(given, types):
     from totalsegmentator.bin.TotalSegmentator import normalize_output_types
 
     assert Options.from_keywords({"output_type": given}).output_type == types
     assert tuple(normalize_output_types([given] if isinstance(given, str) else given)) == types
 
 
-def test_combinations_that_make_no_sense():
+def test_invalid_combinations_of_output_types():
     with pytest.raises(OptionError, match="save_lowres only supports nifti"):
         options("dicom_seg", save_lowres=True, fast=True)
     for wrong in ("png", [], ["nifti", "png"], ""):
@@ -203,7 +203,7 @@ def test_combinations_that_make_no_sense():
             Options.from_keywords({"output_type": wrong})
 
 
-def test_files_are_named_as_upstream_names_them(tmp_path):
+def test_files_have_upstreams_names(tmp_path):
     several = options("nifti", "dicom_rtstruct", "dicom_seg", task="body")
     assert several.multilabel
     named = ["x.nii.gz", "x_rtstruct.dcm", "x_seg.dcm"]
@@ -218,7 +218,7 @@ def test_files_are_named_as_upstream_names_them(tmp_path):
     assert output_files(tmp_path / "x", options("dicom_seg")) == {"dicom_seg": tmp_path / "x"}
 
 
-def test_places_that_are_taken(tmp_path):
+def test_output_paths_that_exist_already(tmp_path):
     (tmp_path / "s.dcm").mkdir()
     check_output(tmp_path / "s.dcm", options("dicom_seg"))
     for types in (["dicom_rtstruct"], ["nifti"]):

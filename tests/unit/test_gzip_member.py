@@ -26,12 +26,12 @@ def test_any_mixture_is_one_member_with_the_right_checksum(parts):
 
 
 @pytest.mark.parametrize("length", [0, 1, ZERO_RUN - 1, ZERO_RUN, ZERO_RUN + 1, 7 * ZERO_RUN + 5])
-def test_zeros_stand_for_themselves(length):
+def test_zeros_decompress_to_zeros(length):
     assert gzip.decompress(b"".join(member(zeros(length)))) == bytes(length)
     assert zeros(length).length == length
 
 
-def test_a_large_run_of_zeros_is_small_and_made_once():
+def test_a_long_run_of_zeros_is_small_and_compressed_once():
     first, second = zeros(200 * ZERO_RUN), zeros(200 * ZERO_RUN)
     assert first.blocks[0] is second.blocks[0]
     assert sum(map(len, first.blocks)) < 200 * ZERO_RUN / 500

@@ -1,4 +1,4 @@
-"""What is planned, by hand and by what a run took; what is free, from made files."""
+"""Planned memory, by hand and against a run; free memory, from synthetic cgroup files."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ NETWORK = ModelSummary(
 )
 
 
-def test_a_network_needs_by_hand():
+def test_a_networks_memory_by_hand():
     small, long = grid_of((64, 50, 64), 3.0), grid_of((80, 70, 200), 3.0)
     assert NETWORK.pads(small)
     assert not NETWORK.pads(long)
@@ -97,14 +97,14 @@ def test_plans_are_read_in_both_formats(task, tmp_path, monkeypatch):
         ModelSummary.of(task, part)
 
 
-def test_memory_does_not_grow_with_what_the_window_is_for(task):
+def test_memory_does_not_grow_with_the_logits_of_a_long_scan(task):
     one, two = (plan(task, (400, 400, slices)).host for slices in (400, 1200))
     stored = 2 * 400 * 400 * 800
     assert 0 < two - one < 2.5 * stored
     assert plan(task, (400, 400, 400), export="linear").host > one
 
 
-def test_all_models_are_counted_or_the_two_that_are_in_memory_at_a_time(task):
+def test_all_kept_models_are_counted_or_the_two_largest(task):
     five = Options().resolved_task()
     weights = [ModelSummary.of(five, part).weights for part in five.parts]
     kept, dropped = (
@@ -116,19 +116,19 @@ def test_all_models_are_counted_or_the_two_that_are_in_memory_at_a_time(task):
 def test_logits_go_to_the_device_if_they_fit(task):
     shape = (500, 500, 500)
     for free, fits in ((8e9, True), (0.2e9, False)):
-        found = plan(task, shape, budget=Budget(host=1e9, device=free, is_limit=False))
-        assert found.on_device is fits
+        planned = plan(task, shape, budget=Budget(host=1e9, device=free, is_limit=False))
+        assert planned.on_device is fits
     assert not plan(task, shape).on_device
 
 
 def test_a_limit_is_an_error_and_too_little_free_memory_a_warning(task, caplog):
-    found = plan(task, (400, 400, 400))
-    found.check(Budget(host=100e9, device=None, is_limit=True))
-    assert found.host > PROGRAM_BYTES
+    planned = plan(task, (400, 400, 400))
+    planned.check(Budget(host=100e9, device=None, is_limit=True))
+    assert planned.host > PROGRAM_BYTES
     with pytest.raises(totalfast.MemoryLimitError, match=r"max_memory allows 0\.5 GB"):
-        found.check(Budget(host=0.5e9, device=None, is_limit=True))
+        planned.check(Budget(host=0.5e9, device=None, is_limit=True))
     assert not caplog.records
-    found.check(Budget(host=0.5e9, device=None, is_limit=False))
+    planned.check(Budget(host=0.5e9, device=None, is_limit=False))
     assert "0.5 GB are free" in caplog.messages[-1]
 
 
@@ -138,13 +138,13 @@ def test_a_limit_stops_a_run_before_its_scan_is_read(task, tmp_path):
     nib.save(nib.Nifti1Image(np.zeros((90, 90, 90), np.int16), np.eye(4)), tmp_path / "ct.nii.gz")
     content = (tmp_path / "ct.nii.gz").read_bytes()
     (tmp_path / "ct.nii.gz").write_bytes(content[: len(content) // 2])  # can't be read
-    given = {"fast": True, "device": "cpu", "quiet": True}
+    options = {"fast": True, "device": "cpu", "quiet": True}
     with pytest.raises(totalfast.MemoryLimitError, match="--fast"):
-        totalfast.segment(tmp_path / "ct.nii.gz", max_memory_gb=0.1, **given)
+        totalfast.segment(tmp_path / "ct.nii.gz", max_memory_gb=0.1, **options)
     with pytest.raises(totalfast.InputError, match="damaged"):
-        totalfast.segment(tmp_path / "ct.nii.gz", **given)
+        totalfast.segment(tmp_path / "ct.nii.gz", **options)
     with pytest.raises(totalfast.OptionError, match="max_memory_gb must be above 0"):
-        totalfast.segment(tmp_path / "ct.nii.gz", max_memory_gb=0.0, **given)
+        totalfast.segment(tmp_path / "ct.nii.gz", max_memory_gb=0.0, **options)
 
 
 RUN = """
@@ -152,7 +152,7 @@ import nibabel, numpy, totalfast
 scan = nibabel.Nifti1Image(numpy.zeros((200, 200, 260), numpy.int16), 2 * numpy.eye(4))
 totalfast.segment(scan, fast=True, device="cpu", quiet=True)
 status = dict(line.split(":", 1) for line in open("/proc/self/status"))
-# getrusage counts what the parent once took, too. How much of a file is mapped is up to the system.
+# getrusage also counts the parent's memory. The system decides how much of a file is mapped.
 print(*(1024 * int(status[name].split()[0]) for name in ("VmHWM", "RssFile")))
 """
 
@@ -166,7 +166,7 @@ def test_a_run_takes_no_more_than_planned(task):
     done = subprocess.run([sys.executable, "-c", RUN], capture_output=True, text=True, check=True)
     peak, of_files = map(int, done.stdout.split()[-2:])
     share = (peak - of_files) / planned
-    assert 0.6 < share < 1.15, f"{peak} bytes, {of_files} of them files; {planned:.0f} were planned"
+    assert 0.6 < share < 1.15, f"{peak} bytes, {of_files} of files; {planned:.0f} were planned"
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_a_run_takes_no_more_than_planned(task):
         ("3:cpuset:/", {"memory.max": "10"}, []),
     ],
 )
-def test_what_cgroups_leave(tmp_path, line, files, left):
+def test_free_memory_of_cgroups(tmp_path, line, files, left):
     for name, content in files.items():
         path = tmp_path / "sys" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -201,6 +201,6 @@ def test_what_cgroups_leave(tmp_path, line, files, left):
     assert list(_cgroup_bytes(tmp_path / "nothing", tmp_path / "sys")) == []
 
 
-def test_something_is_free():
+def test_free_memory_is_plausible():
     free = free_host_bytes()
     assert 0 < free < 1e15

@@ -25,7 +25,7 @@ def saved(path, values, slope=None, inter=None):
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint16, np.int32, np.float32, np.float64])
 @pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
 @pytest.mark.parametrize("scaling", [(None, None), (0.37, -12.5)])
-def test_intensities_are_get_fdatas(tmp_path, dtype, ending, scaling):
+def test_intensities_equal_get_fdata(tmp_path, dtype, ending, scaling):
     values = np.random.default_rng(0).integers(0, 200, (5, 6, 7)).astype(dtype)
     path = saved(tmp_path / f"scan{ending}", values, *scaling)
     image = read_image(path)
@@ -44,7 +44,7 @@ def test_big_endian_file(tmp_path):
     np.testing.assert_array_equal(image.scale(image.stored), values)
 
 
-def test_an_image_in_memory_and_one_that_is_loaded_lazily(tmp_path):
+def test_images_in_memory_and_lazily_loaded_images(tmp_path):
     values = np.arange(24, dtype=np.int16).reshape(2, 3, 4)
     lazy = nib.load(saved(tmp_path / "scan.nii.gz", values, 2.0, 1.0))
     for image in (nib.Nifti1Image(values * 2.0 + 1.0, lazy.affine), lazy):
@@ -53,7 +53,7 @@ def test_an_image_in_memory_and_one_that_is_loaded_lazily(tmp_path):
     assert not lazy.in_memory
 
 
-def test_first_volume_of_a_4d_image_with_a_fresh_header(tmp_path, caplog):
+def test_first_volume_of_a_4d_image_has_a_new_header(tmp_path, caplog):
     values = np.random.default_rng(0).integers(0, 99, (3, 4, 5, 2)).astype(np.int16)
     image = read_image(saved(tmp_path / "4d.nii.gz", values))
     np.testing.assert_array_equal(image.stored, values[..., 0])
@@ -66,16 +66,16 @@ def test_first_volume_of_a_4d_image_with_a_fresh_header(tmp_path, caplog):
     [
         (np.zeros((5, 5), np.int16), "is 2-D"),
         (np.zeros((2, 2, 2, 2, 2), np.int16), "is 5-D"),
-        (np.zeros((2, 2, 2), np.complex64), "one real number a voxel"),
-        (np.zeros((2, 2, 2), [("R", "u1"), ("G", "u1"), ("B", "u1")]), "one real number a voxel"),
+        (np.zeros((2, 2, 2), np.complex64), "one real number per voxel"),
+        (np.zeros((2, 2, 2), [("R", "u1"), ("G", "u1"), ("B", "u1")]), "one real number per voxel"),
     ],
 )
-def test_what_is_no_3d_intensity_image_is_refused(tmp_path, values, match):
+def test_images_other_than_3d_intensities_are_refused(tmp_path, values, match):
     with pytest.raises(InputError, match=match):
         read_image(saved(tmp_path / "scan.nii.gz", values))
 
 
-def test_missing_file_names_itself(tmp_path):
+def test_error_names_a_missing_file(tmp_path):
     with pytest.raises(InputError, match=r"nothere\.nii\.gz does not exist"):
         read_image(tmp_path / "nothere.nii.gz")
 
@@ -85,7 +85,7 @@ AXES = ["RAS", "LPS", "LIP", "SLP", "PSR"]
 
 @pytest.mark.parametrize("axes", AXES)
 @pytest.mark.parametrize("ending", [".nrrd", ".nhdr", ".mha", ".mhd"])
-def test_nrrd_and_metaimage_are_what_the_nifti_file_is(tmp_path, axes, ending):
+def test_nrrd_and_metaimage_equal_the_nifti_file(tmp_path, axes, ending):
     values = np.random.default_rng(0).integers(-900, 900, (5, 6, 7)).astype(np.int16)
     affine = np.diag([0.7, 1.3, 2.1, 1.0])
     turn = np.deg2rad(11.0)
@@ -104,7 +104,7 @@ def test_nrrd_and_metaimage_are_what_the_nifti_file_is(tmp_path, axes, ending):
     assert found.header.get_data_dtype() == np.int16
 
 
-def test_nrrd_of_int64_of_four_dimensions_and_of_colours(tmp_path):
+def test_nrrd_with_int64_four_dimensions_or_colours(tmp_path):
     values = np.arange(2 * 3 * 4 * 5).reshape(2, 3, 4, 5)
     sitk.WriteImage(sitk.GetImageFromArray(values[0]), tmp_path / "long.nrrd")
     assert read_image(tmp_path / "long.nrrd").stored.dtype == np.int64
@@ -113,11 +113,11 @@ def test_nrrd_of_int64_of_four_dimensions_and_of_colours(tmp_path):
     np.testing.assert_array_equal(read_image(tmp_path / "4d.nrrd").stored, values[0].T)
     colours = sitk.GetImageFromArray(values.astype(np.uint8), isVector=True)
     sitk.WriteImage(colours, tmp_path / "colours.nrrd")
-    with pytest.raises(InputError, match=r"colours\.nrrd is 3-D .* with 5 values a voxel"):
+    with pytest.raises(InputError, match=r"colours\.nrrd is 3-D .* with 5 values per voxel"):
         read_image(tmp_path / "colours.nrrd")
 
 
-def test_damaged_nrrd_names_itself(tmp_path):
+def test_error_names_a_damaged_metaimage(tmp_path):
     (tmp_path / "scan.mha").write_bytes(b"x")
     with pytest.raises(InputError, match=r"scan\.mha can't be read"):
         read_image(tmp_path / "scan.mha")
@@ -125,7 +125,7 @@ def test_damaged_nrrd_names_itself(tmp_path):
 
 @pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
 @pytest.mark.parametrize("newer", [False, True])
-def test_open_files_are_read_from_where_they_stand(tmp_path, ending, newer):
+def test_open_files_are_read_from_their_current_position(tmp_path, ending, newer):
     values = np.arange(60, dtype=np.int16).reshape(3, 4, 5)
     kind = nib.Nifti2Image if newer else nib.Nifti1Image
     image = kind(values, np.diag([1.0, 2.0, 3.0, 1.0]))
@@ -151,21 +151,21 @@ def test_open_files_are_read_from_where_they_stand(tmp_path, ending, newer):
         (io.BytesIO(b""), "can't be read|not a readable"),
         (io.BytesIO(b"\x1f\x8b and no more"), "can't be read"),
         (io.StringIO("text"), "mode 'rb'"),
-        (3, "int is no input"),
+        (3, "the input is of type int"),
     ],
 )
-def test_open_files_that_are_no_nifti(stream, match):
+def test_open_files_that_are_not_nifti_are_refused(stream, match):
     with pytest.raises(InputError, match=match):
         read_image(stream)
 
 
-def test_only_paths_without_another_formats_name_are_dicom(tmp_path):
+def test_only_paths_without_another_formats_ending_are_dicom(tmp_path):
     assert all(map(is_dicom, [tmp_path, str(tmp_path), tmp_path / "ct.zip", tmp_path / "a.nii.d"]))
     others = ["a.nii", "a.NII.GZ", "a.nrrd", "a.nhdr", "a.mha", Path("a.mhd"), io.BytesIO(b"")]
     assert not any(map(is_dicom, others))
 
 
-def test_truncated_file_says_how_much_is_there(tmp_path):
+def test_error_gives_the_bytes_of_a_truncated_file(tmp_path):
     path = saved(tmp_path / "scan.nii.gz", np.zeros((40, 40, 40), np.int16))
     whole = gzip.decompress(path.read_bytes())
     path.write_bytes(gzip.compress(whole[: len(whole) // 2]))
@@ -175,7 +175,7 @@ def test_truncated_file_says_how_much_is_there(tmp_path):
         read_image(path)
 
 
-def test_download_that_was_cut_off(tmp_path):
+def test_incomplete_download_is_refused(tmp_path):
     values = np.random.default_rng(0).integers(0, 9999, (40, 40, 40)).astype(np.int16)
     path = saved(tmp_path / "scan.nii.gz", values)
     path.write_bytes(path.read_bytes()[:-30000])
@@ -183,7 +183,7 @@ def test_download_that_was_cut_off(tmp_path):
         read_image(path)
 
 
-def test_wrong_checksum_is_noticed(tmp_path):
+def test_wrong_checksum_is_an_error(tmp_path):
     path = saved(tmp_path / "scan.nii.gz", np.zeros((9, 9, 9), np.int16))
     content = bytearray(path.read_bytes())
     content[-6] ^= 0xFF
@@ -192,13 +192,13 @@ def test_wrong_checksum_is_noticed(tmp_path):
         read_image(path)
 
 
-def test_text_with_a_nifti_name(tmp_path):
+def test_text_file_with_a_nifti_ending_is_refused(tmp_path):
     (tmp_path / "scan.nii.gz").write_text("not a scan")
     with pytest.raises(InputError, match=r"scan\.nii\.gz"):
         read_image(tmp_path / "scan.nii.gz")
 
 
-def test_gzip_of_several_members_as_bgzip_and_pigz_make_it(tmp_path):
+def test_gzip_with_several_members_like_bgzip_and_pigz(tmp_path):
     path = saved(tmp_path / "scan.nii.gz", np.arange(6000, dtype=np.int16).reshape(10, 20, 30))
     whole = gzip.decompress(path.read_bytes())
     path.write_bytes(gzip.compress(whole[:500]) + gzip.compress(whole[500:]))

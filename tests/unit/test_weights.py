@@ -18,19 +18,19 @@ class Exploit:
         return (pytest.fail, ("code from a checkpoint was run",))
 
 
-def test_checkpoint_with_numpy_numbers_of_the_training_log_is_read(tmp_path):
+def test_checkpoint_with_numpy_numbers_in_its_training_log_is_read(tmp_path):
     log = {"mean_fg_dice": [np.float64(0.8), np.float32(0.5)], "epochs": np.int64(3)}
     torch.save({"network_weights": {"a": torch.ones(3)}, "logging": log}, tmp_path / "c.pth")
     assert read_checkpoint(tmp_path / "c.pth")["logging"] == log
 
 
-def test_checkpoint_that_runs_code_is_refused_and_not_run(tmp_path):
+def test_checkpoint_with_code_is_refused_and_not_run(tmp_path):
     torch.save({"network_weights": {}, "logging": Exploit()}, tmp_path / "c.pth")
     with pytest.raises(WeightsError, match="holds more than weights"):
         read_checkpoint(tmp_path / "c.pth")
 
 
-def test_old_format_that_runs_code_is_refused_too(tmp_path):
+def test_old_format_with_code_is_refused_too(tmp_path):
     torch.save({"x": Exploit()}, tmp_path / "c.pth", _use_new_zipfile_serialization=False)
     with pytest.raises(WeightsError, match="holds more than weights"):
         read_checkpoint(tmp_path / "c.pth")
@@ -42,7 +42,7 @@ def test_old_format_with_weights_is_read(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")
-def test_damaged_and_foreign_files(tmp_path):
+def test_damaged_and_other_files_are_errors(tmp_path):
     (tmp_path / "text.pth").write_text("hello")
     (tmp_path / "pickle.pth").write_bytes(pickle.dumps(Exploit()))
     torch.save({"a": torch.ones(30000)}, tmp_path / "cut.pth")
@@ -61,14 +61,14 @@ def test_damaged_and_foreign_files(tmp_path):
         ("nnUNetTrainer_DASegOrd0_NoMirroring", True),
         ("nnUNetTrainerBN", False),
         ("nnUNetTrainerSkeletonRecall", False),
-        ("unheard_of", False),
+        ("unknown", False),
     ],
 )
-def test_trainers_that_leave_the_architecture_to_the_plans(trainer, expected):
+def test_trainers_that_build_the_architecture_from_the_plans(trainer, expected):
     assert builds_from_plans(trainer) is expected
 
 
-def test_reading_the_trainers_agrees_with_importing_them():
+def test_reading_the_trainers_source_agrees_with_importing_them():
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
     from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
@@ -80,29 +80,29 @@ def test_reading_the_trainers_agrees_with_importing_them():
         "nnUNetTrainer_DASegOrd0_NoMirroring",
         "nnUNetTrainerBN",
     ):
-        found = recursive_find_trainer_class_by_name(name)
-        own = found.build_network_architecture is nnUNetTrainer.build_network_architecture
+        trainer = recursive_find_trainer_class_by_name(name)
+        own = trainer.build_network_architecture is nnUNetTrainer.build_network_architecture
         assert builds_from_plans(name) is own
 
 
-def test_network_is_the_one_that_nnunet_builds_and_loads(standin_home):
+def test_network_and_weights_equal_nnunets(standin_home):
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
     folder = next((standin_home / "nnunet/results").glob("Dataset297*/*"))
     expected = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
     expected.initialize_from_trained_model_folder(str(folder), (0,))
-    found = load_model(folder, folds=(0,), device=torch.device("cpu"))
-    assert str(found.networks[0]) == str(expected.network)
-    state = found.networks[0].state_dict()
+    model = load_model(folder, folds=(0,), device=torch.device("cpu"))
+    assert str(model.networks[0]) == str(expected.network)
+    state = model.networks[0].state_dict()
     assert state.keys() == expected.network.state_dict().keys()
     for name, value in expected.network.state_dict().items():
         assert torch.equal(state[name], value)
 
 
-def test_a_model_that_is_dropped_is_gone_at_once(standin_home):
+def test_a_dropped_model_is_freed_without_garbage_collection(standin_home):
     folder = next((standin_home / "nnunet/results").glob("Dataset297*/*"))
     gc.collect()
-    gc.disable()  # chance might come to help
+    gc.disable()  # it could free the model by chance
     try:
         model = load_model(folder, folds=(0,), device=torch.device("cpu"))
         weights = [weakref.ref(tensor) for tensor in model.networks[0].parameters()]
@@ -112,7 +112,7 @@ def test_a_model_that_is_dropped_is_gone_at_once(standin_home):
         gc.enable()
 
 
-def test_missing_files_are_named(standin_home, tmp_path, monkeypatch):
+def test_errors_name_missing_files(standin_home, tmp_path, monkeypatch):
     folder = next((standin_home / "nnunet/results").glob("Dataset297*/*"))
     with pytest.raises(WeightsError, match=r"fold_7.checkpoint_final\.pth"):
         load_model(folder, folds=(7,), device=torch.device("cpu"))
@@ -124,7 +124,7 @@ def test_missing_files_are_named(standin_home, tmp_path, monkeypatch):
         find_model(297, trainer="other", plans="nnUNetPlans", configuration="3d_fullres")
 
 
-def test_failed_download_says_where_the_model_belongs(tmp_path, monkeypatch):
+def test_failed_download_names_the_models_folder(tmp_path, monkeypatch):
     import requests
 
     def no_network(*args, **kwargs):

@@ -27,11 +27,11 @@ def header():
 
 @pytest.fixture
 def labels():
-    made = np.zeros((31, 20, 43), np.uint8, order="F")
-    made[3:20, 4:9, 10:30] = 1
-    made[3:9, 10:19, 0:43] = 2
-    made[30, 19, 42] = 7
-    return made
+    labels = np.zeros((31, 20, 43), np.uint8, order="F")
+    labels[3:20, 4:9, 10:30] = 1
+    labels[3:9, 10:19, 0:43] = 2
+    labels[30, 19, 42] = 7
+    return labels
 
 
 def image_of(labels, header):
@@ -39,7 +39,7 @@ def image_of(labels, header):
 
 
 @pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
-def test_label_map_is_the_file_that_nibabel_writes(labels, header, tmp_path, ending):
+def test_label_map_file_equals_nibabels(labels, header, tmp_path, ending):
     image = image_of(labels, header)
     nib.save(image, tmp_path / f"expected{ending}")
     with PendingFiles() as files:
@@ -51,7 +51,7 @@ def test_label_map_is_the_file_that_nibabel_writes(labels, header, tmp_path, end
     assert found == expected
 
 
-def test_masks_are_the_files_that_nibabel_writes(labels, header, tmp_path):
+def test_mask_files_equal_nibabels(labels, header, tmp_path):
     with PendingFiles() as files:
         write_masks(
             image_of(labels, header), NAMES, folder=tmp_path / "new" / "seg", files=files, threads=2

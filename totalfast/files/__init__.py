@@ -1,1 +1,1 @@
-"""Everything that reads or writes scans and results."""
+"""Read scans and write results."""

@@ -1,7 +1,7 @@
-"""Build one standard gzip member from pieces that are compressed apart from each other.
+"""Build one standard gzip member from pieces that are compressed separately.
 
-Knows bytes; knows nothing of images. Long runs of zeros, which is what masks mostly are, are
-spliced in from a compressed run made once, and their checksum is combined, not computed.
+Masks are mostly long runs of zeros. Such a run is compressed once and then reused, and its checksum
+is combined from known checksums.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     Buffer: TypeAlias = bytes | memoryview
 
 LEVEL = 1
-"""ISA-L's level; 0 is 10 % faster and leaves files a third larger on label maps."""
+"""ISA-L's level. Level 0 is 10 % faster, but its files of label maps are a third larger."""
 
 ZERO_RUN = 1 << 20
 """Length of the run of zeros that is compressed once."""
 
 GZIP_HEADER = b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\xff"
-"""RFC 1952: deflate, no name, no time (so that equal masks are equal files), unknown system."""
+"""RFC 1952: deflate, no name, no time (so that equal masks give equal files), unknown system."""
 
 FINAL_BLOCK = b"\x03\x00"
 """RFC 1951: an empty last block with fixed Huffman codes."""
@@ -34,7 +34,7 @@ FINAL_BLOCK = b"\x03\x00"
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A byte-aligned run of deflate blocks, none of them the last, and what it stands for."""
+    """Byte-aligned deflate blocks without a last block; CRC-32 and length of the decoded bytes."""
 
     blocks: tuple[bytes, ...]
     crc: int
@@ -42,7 +42,7 @@ class Piece:
 
 
 def compress(data: Buffer) -> Piece:
-    """Compress a buffer. Releases the GIL, so threads can each compress a piece."""
+    """Compress a buffer. Releases the GIL, so several threads can compress at the same time."""
     view = memoryview(data)
     encoder = isal_zlib.compressobj(LEVEL, isal_zlib.DEFLATED, -isal_zlib.MAX_WBITS)
     blocks = (encoder.compress(view), encoder.flush(isal_zlib.Z_SYNC_FLUSH))
@@ -50,7 +50,7 @@ def compress(data: Buffer) -> Piece:
 
 
 def zeros(length: int) -> Piece:
-    """Return what ``compress(bytes(length))`` stands for, at next to no cost."""
+    """Compress ``length`` zeros in almost no time."""
     count, rest = divmod(length, ZERO_RUN)
     piece = Piece(blocks=(), crc=0, length=0)
     if count:
@@ -68,7 +68,7 @@ def _zero_run() -> Piece:
 
 @functools.cache
 def _zeros_crc(length: int) -> int:
-    """CRC-32 of that many zeros, by halving."""
+    """CRC-32 of ``length`` zeros, computed from two halves."""
     if length <= ZERO_RUN:
         return int(isal_zlib.crc32(bytes(length)))
     half = length // 2

@@ -1,7 +1,4 @@
-"""Tell the viewer Nora of files that were written.
-
-Knows file names and tags; knows nothing of what is in the files.
-"""
+"""Add output files to a project in the viewer Nora."""
 
 from __future__ import annotations
 
@@ -16,35 +13,36 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 NORA = "/opt/nora/src/node/nora"
-"""Nora's program, where TotalSegmentator 2.18.0 looks for it too."""
+"""Nora's program, at the path that TotalSegmentator 2.18.0 uses too."""
 
 ATLAS, MASK = "atlas", "mask"
-"""Nora's words for a label map and for a mask."""
+"""Nora's tags for a label map and for a mask."""
 
 
 def add_to_nora(paths: Sequence[Path], *, tag: str, kind: str) -> None:
-    """Add files to a project of Nora's, one by one.
+    """Add files to one of Nora's projects, one by one.
 
     Parameters
     ----------
     paths
-        Files, which exist already.
+        Existing files.
     tag
-        The project.
+        Name of the project.
     kind
         ``ATLAS`` or ``MASK``.
 
     Notes
     -----
-    A Nora that is missing or fails costs a warning only, as the files are there all the same.
-    Upstream starts it through a shell, which reads a tag or a path as code; here none is.
+    If Nora is missing or fails, only a warning is logged, because the files are already written.
+    Upstream starts Nora through a shell, which would run code in a tag or a path. Here no shell is
+    used.
     """
     for path in paths:
         command = [NORA, "-p", tag, "--add", str(path), "--addtag", kind]
         try:
             code = subprocess.run(command, check=False).returncode  # noqa: S603 - no shell
         except OSError as error:
-            logger.warning("WARNING: Nora can't be started, files are not added to it: %s", error)
+            logger.warning("WARNING: Nora can't be started, so no file was added: %s", error)
             return
         if code:
             logger.warning("WARNING: Nora returned %d for %s.", code, path)

@@ -1,7 +1,4 @@
-"""Read a scan: image file or image in, voxels as stored and their geometry out.
-
-The only stage that reads images from the disk. Knows nothing of models or tasks.
-"""
+"""Read a scan: stored voxels and geometry from an image file or a nibabel image."""
 
 from __future__ import annotations
 
@@ -23,33 +20,36 @@ from totalfast.geometry import Grid
 from totalfast.scan import ScannerImage
 
 if TYPE_CHECKING:
-    from typing import TypeGuard
+    from typing import TypeAlias, TypeGuard
 
     from numpy.typing import NDArray
+
+    ArrayProxy: TypeAlias = Any
+    """nibabel's ArrayProxy, which has no types."""
 
 
 logger = logging.getLogger(__name__)
 
 NIFTI_ENDINGS = (".nii", ".nii.gz")
 ITK_ENDINGS = (".nrrd", ".nhdr", ".mha", ".mhd")
-"""Of formats that upstream does not read."""
+"""Endings of formats that upstream does not read."""
 
 GZIP_MAGIC = b"\x1f\x8b"
 NIFTI_2_SIZES = (b"\x1c\x02\0\0", b"\0\0\x02\x1c")
-"""540, the size of a NIfTI-2 header, with which its file begins; either byte order."""
+"""First bytes of a NIfTI-2 file in both byte orders: 540, the size of its header."""
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
 def is_dicom(source: object) -> TypeGuard[str | Path]:
-    """Whether a source is read as DICOM: a path whose name is no other format's."""
+    """Whether a source is read as DICOM: a path without another format's ending."""
     if not isinstance(source, str | os.PathLike):
         return False
     return not Path(source).name.lower().endswith(NIFTI_ENDINGS + ITK_ENDINGS)
 
 
 def open_scan(source: str | Path | nib.Nifti1Image | BinaryIO) -> nib.Nifti1Image:
-    """Open a scan and check its header; no voxel of a NIfTI file is read.
+    """Open a scan and check its header, without reading the voxels of a NIfTI file.
 
     Parameters
     ----------
@@ -60,7 +60,7 @@ def open_scan(source: str | Path | nib.Nifti1Image | BinaryIO) -> nib.Nifti1Imag
     Raises
     ------
     InputError
-        If the file is missing, damaged, not 3-D, or of a dtype that is no intensity.
+        If the file is missing, damaged or not 3-D, or its voxels are not real numbers.
     """
     if isinstance(source, SpatialImage):
         image = source
@@ -72,7 +72,7 @@ def open_scan(source: str | Path | nib.Nifti1Image | BinaryIO) -> nib.Nifti1Imag
     dtype = image.get_data_dtype()
     if dtype.fields is not None or dtype.kind not in "iufb":
         raise InputError(
-            f"{name} has voxels of type {dtype}; totalfast needs one real number a voxel."
+            f"{name} has voxels of type {dtype}; totalfast needs one real number per voxel."
         )
     if len(image.shape) < 3:
         raise InputError(
@@ -80,8 +80,8 @@ def open_scan(source: str | Path | nib.Nifti1Image | BinaryIO) -> nib.Nifti1Imag
         )
     if len(image.shape) > 4:
         raise InputError(
-            f"{name} is {len(image.shape)}-D {image.shape}; totalfast takes 3-D volumes, "
-            "and the first volume of 4-D ones."
+            f"{name} is {len(image.shape)}-D {image.shape}; totalfast reads 3-D volumes, and the "
+            "first volume of 4-D files."
         )
     if 0 in image.shape:
         raise InputError(f"{name} is empty: its shape is {image.shape}.")
@@ -94,7 +94,10 @@ def _name(image: nib.Nifti1Image) -> str:
 
 
 def read_image(source: str | Path | nib.Nifti1Image | BinaryIO) -> ScannerImage:
-    """Read a 3-D scan without copying it to float64; source and errors are ``open_scan``'s."""
+    """Read a 3-D scan with its stored dtype, without a float64 copy.
+
+    The parameters and errors are those of ``open_scan``; a truncated file is an error, too.
+    """
     image = open_scan(source)
     name = _name(image)
     stored, slope, intercept = _stored_voxels(image, name)
@@ -122,17 +125,18 @@ def _open(path: Path) -> nib.Nifti1Image:
 
 
 def _open_stream(stream: BinaryIO) -> nib.Nifti1Image:
-    """Open a NIfTI file that a program holds open, plain or gzipped, from where it stands."""
+    """Open a NIfTI file, plain or gzipped, from an open file's current position."""
     from isal import igzip
 
     if not hasattr(stream, "read"):
         raise InputError(
-            f"{type(stream).__name__} is no input; give a path, a nibabel image or an open file."
+            f"the input is of type {type(stream).__name__}; it must be a path, a nibabel image or "
+            "an open file."
         )
     try:
         content = stream.read()
         if not isinstance(content, bytes):
-            raise InputError("the input file is open as text; open it with mode 'rb'.")
+            raise InputError("the input file is open in text mode; open it with mode 'rb'.")
         if content.startswith(GZIP_MAGIC):
             content = igzip.decompress(content)
         newer = content[:4] in NIFTI_2_SIZES
@@ -155,8 +159,8 @@ def _open_itk(path: Path) -> nib.Nifti1Image:
     if dimensions < 3 or image.GetNumberOfComponentsPerPixel() != 1:
         raise InputError(
             f"{path} is {dimensions}-D {image.GetSize()} with "
-            f"{image.GetNumberOfComponentsPerPixel()} values a voxel; totalfast needs a 3-D volume "
-            "with one."
+            f"{image.GetNumberOfComponentsPerPixel()} values per voxel; totalfast needs a 3-D "
+            "volume with one value per voxel."
         )
     direction = np.reshape(image.GetDirection(), (dimensions, dimensions))[:3, :3]
     affine = np.eye(4)
@@ -169,7 +173,7 @@ def _open_itk(path: Path) -> nib.Nifti1Image:
 
 
 def _stored_voxels(image: nib.Nifti1Image, name: str) -> tuple[NDArray[Any], float, float]:
-    """Return the voxels as stored, and the slope and intercept that are still to be applied."""
+    """Return the stored voxels, and the slope and intercept that are not applied yet."""
     proxy = image.dataobj
     if not nib.is_proxy(proxy):
         return np.asanyarray(proxy), 1.0, 0.0
@@ -184,11 +188,11 @@ def _stored_voxels(image: nib.Nifti1Image, name: str) -> tuple[NDArray[Any], flo
     return stored, float(proxy.slope), float(proxy.inter)
 
 
-def _inflate(path: Path, proxy: Any) -> NDArray[Any]:  # noqa: ANN401 - nibabel is untyped
-    """Read a gzipped NIfTI's voxels in one call, which checks its checksum too (igzip).
+def _inflate(path: Path, proxy: ArrayProxy) -> NDArray[Any]:
+    """Read a gzipped NIfTI's voxels in one call, which also verifies the checksum (igzip).
 
-    One call releases the GIL once: torch is imported meanwhile, and a reader that asks for the GIL
-    after every block takes twice as long.
+    Another thread imports torch at the same time. A reader that takes the GIL after every block
+    needs twice as long; a single call takes it only once.
     """
     from isal import igzip
 

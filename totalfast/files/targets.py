@@ -1,7 +1,4 @@
-"""Where a run's results go: names of files, checked before any work is done.
-
-Knows paths and options; knows nothing of what is written.
-"""
+"""Names of a run's output files, checked before any work is done."""
 
 from __future__ import annotations
 
@@ -15,14 +12,14 @@ if TYPE_CHECKING:
     from totalfast.options import Options
 
 ENDINGS = {"nifti": ".nii.gz", "dicom_rtstruct": "_rtstruct.dcm", "dicom_seg": "_seg.dcm"}
-"""What upstream puts behind the base name where several types are written."""
+"""Output type to the ending that upstream uses if several types are written."""
 
 
 def label_map_file(output: Path) -> Path:
-    """Return the file that a label map goes to.
+    """Return the file of a label map.
 
-    A name without an ending gets ``.nii``, also where a directory of that name exists: nibabel's
-    rule for TotalSegmentator's files, which 3D Slicer's extension relies on.
+    A name without an ending gets ``.nii``, even if a directory with that name exists. This is
+    nibabel's rule for TotalSegmentator's files, and 3D Slicer's extension relies on it.
     """
     return output if output.suffix else output.with_name(f"{output.name}.nii")
 
@@ -33,13 +30,13 @@ def output_files(output: Path, options: Options) -> dict[str, Path]:
     Parameters
     ----------
     output
-        The path that was asked for.
+        The user's output path.
     options
-        Whose ``multilabel`` is true.
+        Options with ``multilabel``.
 
     Returns
     -------
-        Output type to file; "dicom_seg" alone may have a folder.
+        Output type to file; to a folder only if "dicom_seg" is the only type.
     """
     if len(options.output_type) == 1:
         kind = options.output_type[0]
@@ -56,12 +53,12 @@ def output_files(output: Path, options: Options) -> dict[str, Path]:
 
 
 def report_folder(output: Path, options: Options) -> Path:
-    """Folder of what is written about a result: beside a file, inside a folder of masks."""
+    """Folder of files about a result, such as statistics: a file's folder, or the masks' folder."""
     return output.parent if options.multilabel else output
 
 
 def describe(output: Path, options: Options, *, masks: int) -> str:
-    """Say in a few words what was written, and where."""
+    """Describe in a few words which files were written, and where."""
     nifti = "label map" if options.multilabel else f"{masks} masks"
     names = {"nifti": nifti, "dicom_seg": "DICOM SEG", "dicom_rtstruct": "RT structure set"}
     if len(options.output_type) > 1:
@@ -72,30 +69,30 @@ def describe(output: Path, options: Options, *, masks: int) -> str:
 
 
 def check_output(output: Path, options: Options) -> None:
-    """Refuse an output path that can't be written, before any work is done.
+    """Check that the output path can be written.
 
     Raises
     ------
     OutputError
-        If a file's path is no name for it or is a directory, or a directory's place is taken.
+        If a file's path is a directory or has a wrong ending, or a directory's path is a file.
     """
     if options.multilabel:
         for kind, path in output_files(output, options).items():
             _check_file(kind, path)
     elif output.exists() and not output.is_dir():
-        raise OutputError(f"{output} is a file; without --ml give a directory for the masks.")
+        raise OutputError(f"{output} is a file; without --ml the output must be a directory.")
     for parent in output.parents:
         if parent.exists():
             if not parent.is_dir():
-                raise OutputError(f"{parent} is a file, so {output} can't be made in it.")
+                raise OutputError(f"{parent} is a file, so {output} can't be created in it.")
             break
 
 
 def _check_file(kind: str, path: Path) -> None:
     if path.is_dir() and kind != "dicom_seg":
         raise OutputError(
-            f"{path} is a directory; give the file to write, for example "
+            f"{path} is a directory; name a file, for example "
             f"{path / f'segmentation{ENDINGS[kind]}'}."
         )
     if kind == "nifti" and not path.name.endswith((".nii", ".nii.gz")):
-        raise OutputError(f"{path} must end in .nii.gz or .nii to be written with --ml.")
+        raise OutputError(f"{path} must end in .nii.gz or .nii with --ml.")

@@ -1,8 +1,4 @@
-"""Write label maps, masks and probabilities as files that appear whole or not at all.
-
-The only stage that writes images to the disk. Knows label maps and headers; knows nothing of
-models.
-"""
+"""Write label maps, masks and probabilities as files that appear completely or not at all."""
 
 from __future__ import annotations
 
@@ -22,13 +18,17 @@ from totalfast.upstream import label_table_xml
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+    from typing import TypeAlias
 
     from numpy.typing import NDArray
 
     from totalfast.engine.predict import Probabilities
 
+    Reader: TypeAlias = Any
+    """One of nnU-Net's image readers, which have no types."""
+
 PIECE_BYTES = 4 << 20
-"""Voxels that are turned into a mask and compressed at a time; small enough for the cache."""
+"""Number of voxels that are turned into a mask and compressed at a time; they fit in the cache."""
 
 
 def label_image(
@@ -38,7 +38,7 @@ def label_image(
     header: nib.Nifti1Header | None,
     names: Mapping[int, str] | None,
 ) -> nib.Nifti1Image:
-    """Wrap labels as a nibabel image, with upstream's header and label table.
+    """Create a nibabel image from labels, with upstream's header and label table.
 
     Parameters
     ----------
@@ -47,9 +47,9 @@ def label_image(
     affine
         4x4, mm.
     header
-        The scan's header, which is copied; None for a fresh one.
+        The scan's header, which is copied; None creates a new header.
     names
-        Label to name, stored as a header extension (code 0); None stores none.
+        Label to name, stored as a header extension (code 0); None stores no names.
     """
     if header is not None:
         header = header.copy()
@@ -82,24 +82,24 @@ def write_probabilities(
     path: Path,
     *,
     affine: NDArray[np.float64],
-    reader: Any,  # noqa: ANN401 - nnU-Net is untyped
+    reader: Reader,
     files: PendingFiles,
 ) -> None:
-    """Write probabilities as nnU-Net does: ``path`` holds them, a ``.pkl`` beside it the image.
+    """Write probabilities like nnU-Net: an archive at ``path``, and a ``.pkl`` file beside it.
 
     Parameters
     ----------
     probabilities
-        Of one model.
+        Probabilities of one model.
     path
-        A compressed numpy archive whatever its name; float32 (classes, z, y, x) under the key
-        "probabilities".
+        Path of a compressed numpy archive, with any ending; it holds float32 (classes, z, y, x)
+        under the key "probabilities".
     affine
-        4x4, mm, of the model grid, (x, y, z).
+        Affine of the model grid, (x, y, z), 4x4, mm.
     reader
-        nnU-Net's, of the model; decides what is said of an image.
+        nnU-Net's reader of the model; it determines the image properties in the ``.pkl`` file.
     files
-        Where they are registered.
+        Registers the files.
     """
     shape = probabilities.values.shape[:0:-1]
     properties = _read_properties(reader, shape, affine) | probabilities.cropping
@@ -110,11 +110,9 @@ def write_probabilities(
 
 
 def _read_properties(
-    reader: Any,  # noqa: ANN401
-    shape: tuple[int, ...],
-    affine: NDArray[np.float64],
+    reader: Reader, shape: tuple[int, ...], affine: NDArray[np.float64]
 ) -> dict[str, Any]:
-    """What nnU-Net's reader says of an image file; it reads files only, so it gets one."""
+    """Image properties from nnU-Net's reader, of a temporary file, because it reads only files."""
     with tempfile.TemporaryDirectory(prefix="totalfast-") as folder:
         path = Path(folder) / "image.nii"
         nib.save(nib.Nifti1Image(np.zeros(shape, dtype=np.uint8), affine), path)
@@ -130,20 +128,20 @@ def write_masks(
     files: PendingFiles,
     threads: int,
 ) -> None:
-    """Write one 0/1 mask a class, ``{folder}/{name}.nii.gz``.
+    """Write one 0/1 mask per class, ``{folder}/{name}.nii.gz``.
 
     Parameters
     ----------
     image
-        Label map of ``label_image``; the masks get its header without the table of names.
+        Label map from ``label_image``; the masks have its header without the label table.
     names
-        Label to class name; a class that is absent gets an empty mask.
+        Label to class name; a class without voxels gets an empty mask.
     folder
-        Where; made if it is missing.
+        Folder of the masks; created if it is missing.
     files
-        Where the files are registered.
+        Registers the files.
     threads
-        Masks that are made at a time.
+        Number of masks that are written at a time.
     """
     labels = np.asfortranarray(image.dataobj)
     plain = nib.Nifti1Image(image.dataobj, image.affine, image.header)
@@ -154,19 +152,19 @@ def write_masks(
     def write(item: tuple[int, str]) -> None:
         label, name = item
         pieces = join([head, *_mask_pieces(labels, label, present[:, label])])
-        files_path = targets[name]
-        with files_path.open("wb") as stream:
+        with paths[name].open("wb") as stream:
             stream.writelines(member(pieces))
 
-    targets = {name: files.path(folder / f"{name}.nii.gz") for name in names.values()}
+    paths = {name: files.path(folder / f"{name}.nii.gz") for name in names.values()}
     with ThreadPoolExecutor(max_workers=threads) as pool:
         list(pool.map(write, names.items()))
 
 
 def _present_labels(labels: NDArray[np.uint8], threads: int) -> NDArray[np.bool_]:
-    """(z, 256): which labels each slice holds.
+    """(z, 256): whether each slice contains each label.
 
-    Restoring repeats slices of the model grid; comparing two slices is far cheaper than counting.
+    Neighbouring slices are often identical, because slices of the model grid are repeated on the
+    scanner grid. Comparing two slices is much faster than counting labels.
     """
 
     def count(plane: int) -> NDArray[np.bool_] | None:
@@ -185,7 +183,7 @@ def _present_labels(labels: NDArray[np.uint8], threads: int) -> NDArray[np.bool_
 def _mask_pieces(
     labels: NDArray[np.uint8], label: int, present: NDArray[np.bool_]
 ) -> Iterator[Piece]:
-    """Compress ``labels == label``; slices without the label are spliced in as zeros."""
+    """Compress ``labels == label``; leading and trailing slices without the label are zeros."""
     plane_bytes = labels.shape[0] * labels.shape[1]
     planes_per_piece = max(PIECE_BYTES // plane_bytes, 1)
     used = np.flatnonzero(present)
@@ -202,7 +200,7 @@ def _mask_pieces(
 
 
 def _header_bytes(image: nib.Nifti1Image) -> bytes:
-    """Return the bytes before the voxels, as ``nibabel.save`` writes them for uint8 data."""
+    """Return the bytes before the voxels, equal to those of ``nibabel.save`` for uint8 data."""
     header = image.header.copy()
     header.set_slope_inter(1.0, 0.0)
     stream = io.BytesIO()

@@ -1,4 +1,4 @@
-"""How many cores there are to use. Knows the operating system and nothing else."""
+"""Number of usable CPU cores."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ NNUNET_THREADS = 8
 
 
 def usable_cores() -> int:
-    """Cores that this process may use."""
+    """Number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def network_threads() -> int:
-    """Threads that a network runs on, on a CPU: as nnU-Net has it, all cores up to eight."""
+    """Number of threads of a network on a CPU: all cores, at most eight, as in nnU-Net."""
     return min(os.cpu_count() or 1, NNUNET_THREADS)

@@ -1,4 +1,4 @@
-"""Free memory: the machine's, the container's, a CUDA device's."""
+"""Free memory of the machine, of the container and of a CUDA device."""
 
 from __future__ import annotations
 
@@ -15,20 +15,16 @@ GB = 1e9
 
 
 def free_host_bytes() -> float:
-    """Memory that this process can have: the machine's, or less in a container.
+    """Free memory for this process in bytes: the machine's, or less if a cgroup limits it.
 
-    Linux tells what is free, and what cgroups (version 1 or 2) allow; macOS tells what is built in,
-    and Windows nothing.
+    Reads the limits of cgroups (version 1 or 2) on Linux only.
     """
-    found = [
-        psutil.virtual_memory().available,
-        *_cgroup_bytes(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")),
-    ]
-    return float(min(found))
+    limits = _cgroup_bytes(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
+    return float(min([psutil.virtual_memory().available, *limits]))
 
 
 def _cgroup_bytes(membership: Path, mounted: Path) -> Iterator[float]:
-    """What each cgroup that the process is in has left, from its own up to the root."""
+    """Free bytes of each cgroup with a limit, from the process's own cgroup to the root."""
     try:
         lines = membership.read_text().splitlines()
     except OSError:
@@ -42,19 +38,19 @@ def _cgroup_bytes(membership: Path, mounted: Path) -> Iterator[float]:
             cache = "total_inactive_file"
         else:
             continue
-        # In a container the path is often the host's, and only the root is there to see.
+        # In a container the path is often the host's, and only the root folder is visible.
         own = root / path.lstrip("/")
         for folder in (own, *own.parents):
-            most = _number(folder / limit)
-            if most is not None:
-                freed = _number(folder / "memory.stat", field=cache) or 0
-                yield most - (_number(folder / used) or 0) + freed
+            limit_bytes = _number(folder / limit)
+            if limit_bytes is not None:
+                freeable = _number(folder / "memory.stat", field=cache) or 0
+                yield limit_bytes - (_number(folder / used) or 0) + freeable
             if folder == root:
                 break
 
 
 def _number(path: Path, *, field: str = "") -> int | None:
-    """The number in a file, or on its line that begins with a field; None if there is none."""
+    """The number in a file, or on its line that starts with ``field``; None if there is none."""
     try:
         words = [line.split() for line in path.read_text().splitlines()]
     except OSError:
@@ -66,7 +62,7 @@ def _number(path: Path, *, field: str = "") -> int | None:
 
 
 def free_device_bytes(device: str) -> float | None:
-    """Free memory of the CUDA device that a name means; None if it means another device."""
+    """Free bytes of the CUDA device with this name; None for other devices."""
     if not device.startswith("gpu"):
         return None
     import torch

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that appear completely or not at all."""
 
 from __future__ import annotations
 
@@ -15,16 +15,21 @@ if TYPE_CHECKING:
 class PendingFiles:
     """Files that are written beside their targets and renamed together at the end.
 
-    Used as a context manager: leaving it normally renames, leaving it by an exception removes.
+    A context manager: it renames the files on a normal exit, and removes them after an exception.
+
+    Raises
+    ------
+    OutputError
+        If the operating system can't write a file.
     """
 
     def __init__(self) -> None:
         self._parts: list[tuple[Path, Path]] = []
 
     def path(self, target: Path, *, ending: str = "") -> Path:
-        """Register a target, make its folder, and return the path to write to.
+        """Register a target, create its folder, and return the path to write to.
 
-        It keeps the ``ending`` of the target, for writers that go by it.
+        The path keeps the target's ``ending``, for writers that depend on it.
         """
         target.parent.mkdir(parents=True, exist_ok=True)
         part = target.with_name(f"{target.name.removesuffix(ending)}.part{ending}")

@@ -1,7 +1,4 @@
-"""What a run tells while it runs: one bar for the whole of it, and a line a stage.
-
-Knows amounts of work and names of stages; knows nothing of what is done in them.
-"""
+"""Progress of a run: one bar for the whole run, and log lines per stage."""
 
 from __future__ import annotations
 
@@ -19,12 +16,12 @@ logger = logging.getLogger(__name__)
 
 
 class Progress:
-    """A tqdm bar over expected seconds of work, so that the share it shows is one of time.
+    """A tqdm bar whose percentage is a share of the expected time.
 
     Parameters
     ----------
     disable
-        Show nothing.
+        Show no bar.
     """
 
     def __init__(self, *, disable: bool) -> None:
@@ -39,11 +36,11 @@ class Progress:
         )
 
     def stage(self, name: str) -> None:
-        """Name what is being done now."""
+        """Show the name of the current stage."""
         self._bar.set_description_str(name)
 
     def expect(self, total: float) -> None:
-        """Say how much work there is in all. Units need not be right, only their ratios."""
+        """Set the total amount of work. Only ratios matter, so any unit can be used."""
         self._bar.total = total
         self._bar.refresh()
 
@@ -66,9 +63,12 @@ class Progress:
 
 @contextmanager
 def timed(before: str | None, after: str) -> Iterator[None]:
-    """Say what begins, and how long it took: lines that programs around upstream read."""
+    """Log a line at the start, and a line with the elapsed time at the end.
+
+    Programs around TotalSegmentator parse these lines.
+    """
     if before is not None:
         logger.info(before)
-    began = time.perf_counter()
+    start_s = time.perf_counter()
     yield
-    logger.info("%s %.2fs", after, time.perf_counter() - began)
+    logger.info("%s %.2fs", after, time.perf_counter() - start_s)

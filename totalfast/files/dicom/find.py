@@ -1,7 +1,4 @@
-"""Find DICOM files: in a folder or a zip file, which is unpacked safely.
-
-Knows files and the headers in them; knows nothing of what makes a series.
-"""
+"""Find DICOM files in a folder or a zip file, which is unpacked safely, and read their headers."""
 
 from __future__ import annotations
 
@@ -18,12 +15,12 @@ if TYPE_CHECKING:
     from pydicom import Dataset
 
 PREAMBLE_BYTES = 132
-"""A DICOM file begins with 128 bytes of anything and the letters DICM."""
+"""A DICOM file starts with 128 arbitrary bytes and the letters DICM."""
 
 BOMB_BYTES = 1 << 30
 BOMB_RATIO = 200
-"""A zip file that grows to more than both is refused: DICOM slices shrink by far less, and deflate
-can reach 1032."""
+"""A zip file is refused if its unpacked size and its compression ratio are both above these limits.
+DICOM slices have a much lower ratio; deflate can reach 1032."""
 
 HEADER = (
     "SOPClassUID",
@@ -38,18 +35,18 @@ HEADER = (
     "SharedFunctionalGroupsSequence",
     "PerFrameFunctionalGroupsSequence",
 )
-"""All that is read before the conversion."""
+"""Attributes that are read before the conversion."""
 
 
 def find_files(source: Path, unpacked: Path) -> list[Path]:
-    """List all files that may be DICOM, in the order of their names.
+    """List all files that may be DICOM, sorted by name.
 
     Parameters
     ----------
     source
         A folder, a zip file, or a file.
     unpacked
-        Empty folder for what is in a zip file.
+        Empty folder for the files of a zip file.
 
     Raises
     ------
@@ -64,7 +61,7 @@ def find_files(source: Path, unpacked: Path) -> list[Path]:
 
 
 def _unpack(archive: Path, folder: Path) -> list[Path]:
-    """Extract the DICOM files of a zip file, under names of our own."""
+    """Extract the DICOM files of a zip file under new names, because its names may be unsafe."""
     try:
         with zipfile.ZipFile(archive) as opened:
             members = [member for member in opened.infolist() if not member.is_dir()]
@@ -88,8 +85,8 @@ def _refuse_bombs(archive: Path, members: list[zipfile.ZipInfo], folder: Path) -
     packed = sum(member.compress_size for member in members)
     if size > BOMB_BYTES and size > BOMB_RATIO * packed:
         raise InputError(
-            f"{archive} would grow from {packed / 1e6:.1f} MB to {size / 1e6:.0f} MB, which no "
-            "DICOM series does; unpack it yourself if you trust it."
+            f"{archive} would grow from {packed / 1e6:.1f} MB to {size / 1e6:.0f} MB, which is "
+            "unusual for a DICOM series; unpack it yourself if you trust it."
         )
     free = shutil.disk_usage(folder).free
     if size > free:
@@ -100,7 +97,7 @@ def _refuse_bombs(archive: Path, members: list[zipfile.ZipInfo], folder: Path) -
 
 
 def read_header(path: Path) -> Dataset | None:
-    """Read a file's header; None if it is no DICOM file."""
+    """Read a file's header; None if it is not a DICOM file."""
     import pydicom
     from pydicom.errors import InvalidDicomError
 
@@ -114,8 +111,8 @@ def read_header(path: Path) -> Dataset | None:
 
 
 def link(path: Path, target: Path) -> None:
-    """Make a file appear under another name, without a copy where the system can."""
+    """Link ``target`` to a file; copy the file if the system can't create links."""
     try:
         target.symlink_to(path.resolve())
-    except OSError:  # a file system, or a user of Windows, that can't
+    except OSError:  # some file systems, and Windows without the right to create links
         shutil.copyfile(path, target)

@@ -1,8 +1,4 @@
-"""Read a DICOM series: folder, zip file or multi-frame file in, image and slices out.
-
-Knows DICOM headers, and which files belong together; the conversion is upstream's. Knows nothing
-of labels or of what is written.
-"""
+"""Read a DICOM series from a folder, zip file or multi-frame file, with upstream's converter."""
 
 from __future__ import annotations
 
@@ -28,41 +24,41 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FEWEST_SLICES = 4
-"""Below this dicom2nifti converts nothing: such series are localizers."""
+"""dicom2nifti does not convert series with fewer slices, because they are localizers."""
 
 NOT_SCANS = frozenset({"KO", "PR", "REG", "RTDOSE", "RTPLAN", "RTSTRUCT", "SEG", "SR"})
-"""Modalities of files that lie beside a scan and are none."""
+"""Modalities of files that are not scans, but are often in a scan's folder."""
 
 REASONS = {
-    "NON_CUBICAL_IMAGE/GANTRY_TILT": "its slices are sheared, as by a tilted gantry; resample it "
-    "to a straight volume first",
-    "SLICE_INCREMENT_INCONSISTENT": "its slices are not evenly spaced; some are missing, or it "
-    "holds more than one scan",
+    "NON_CUBICAL_IMAGE/GANTRY_TILT": "its slices are sheared, for example by a tilted gantry; "
+    "resample it to a volume with right angles first",
+    "SLICE_INCREMENT_INCONSISTENT": "its slices are not evenly spaced; some slices are missing, or "
+    "it holds more than one scan",
     "IMAGE_ORIENTATION_INCONSISTENT": "its slices are not parallel",
     "TOO_FEW_SLICES/LOCALIZER": f"it has fewer than {FEWEST_SLICES} slices of a volume",
     "NON_IMAGING_DICOM_FILES": "its files hold no image slices",
-    "NOT_A_VOLUME": "its slices all lie at one place",
-    "MISSING_DICOM_FILES": "its time points have unequal numbers of slices",
+    "NOT_A_VOLUME": "all its slices have the same position",
+    "MISSING_DICOM_FILES": "its time points have different numbers of slices",
 }
-"""What dicom2nifti's codes mean."""
+"""dicom2nifti's error codes and their meaning."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Series:
-    """A DICOM series and the image that it was converted to.
+    """A DICOM series and its converted image.
 
     Parameters
     ----------
     source
-        What the user named.
+        The user's path.
     folder
-        Its files and no others; private, and gone after use.
+        A temporary folder with the series' files only.
     slices
         Number of its files.
     orientation
         Direction cosines of a row and of a column, LPS; None for a multi-frame file.
     image
-        (x, y, z) or, with several time points, (x, y, z, t); LAS axes.
+        (x, y, z), or (x, y, z, t) with several time points; LAS axes.
     """
 
     source: Path
@@ -74,24 +70,24 @@ class Series:
 
 @contextmanager
 def open_series(source: Path) -> Iterator[Series]:
-    """Convert a DICOM series with upstream's converter; its files are there until the end.
+    """Convert a DICOM series with upstream's converter; its files exist until the context ends.
 
     Parameters
     ----------
     source
-        A folder, which is searched with all that is below it, a zip file of one, or one
-        multi-frame file.
+        A folder (searched with all subfolders), a zip file of such a folder, or one multi-frame
+        file.
 
     Raises
     ------
     InputError
-        If it is missing or damaged, holds no scan or more than one, or is one whose conversion
-        would be wrong.
+        If the source is missing or damaged, holds no scan or several scans, or would be converted
+        incorrectly.
     """
     if not source.exists():
         raise InputError(f"{source} does not exist.")
     logger.info("Converting dicom to nifti...")
-    # What remains is removed at the exit, even what Windows still holds open.
+    # Windows can't delete files that are still open; that must not be an error of the run.
     with tempfile.TemporaryDirectory(prefix="totalfast-", ignore_cleanup_errors=True) as private:
         unpacked, folder = Path(private) / "unpacked", Path(private) / "series"
         unpacked.mkdir()
@@ -113,39 +109,39 @@ def open_series(source: Path) -> Iterator[Series]:
 
 
 def _one_series(source: Path, files: list[Path]) -> dict[Path, Dataset]:
-    """Pick the files of the one scan among those found."""
-    found: dict[str, dict[Path, Dataset]] = defaultdict(dict)
+    """Select the files of the only scan."""
+    images: dict[str, dict[Path, Dataset]] = defaultdict(dict)
     others: set[str] = set()
     for path in files:
         header = read_header(path)
         if header is None:
             continue
         if _is_image(header):
-            found[str(header.get("SeriesInstanceUID", ""))][path] = header
+            images[str(header.get("SeriesInstanceUID", ""))][path] = header
         else:
             others.add(str(header.get("Modality", "unknown")))
-    if not found:
-        seen = f"; its DICOM files are of modality {', '.join(sorted(others))}" if others else ""
+    if not images:
+        seen = f"; its DICOM files have modality {', '.join(sorted(others))}" if others else ""
         raise InputError(
             f"{source} holds no DICOM image slices with a position, an orientation and a number "
-            f"({len(files)} files looked at{seen}). totalfast reads NIfTI, NRRD, MetaImage, and a "
-            "folder or zip file of one DICOM series."
+            f"({len(files)} files checked{seen}). totalfast reads NIfTI, NRRD, MetaImage, and a "
+            "folder or zip file with one DICOM series."
         )
-    volumes = [series for series in found.values() if _is_volume(series)]
+    volumes = [series for series in images.values() if _is_volume(series)]
     if len(volumes) > 1:
         raise InputError(
             f"{source} holds {len(volumes)} DICOM series: {'; '.join(map(_describe, volumes))}. "
-            "Give the folder of one of them."
+            "Give a folder with only one of them."
         )
-    series = volumes[0] if volumes else max(found.values(), key=len)
+    series = volumes[0] if volumes else max(images.values(), key=len)
     if len(series) == 1 and source.is_file() and not volumes:
-        raise InputError(f"{source} is one DICOM slice; give the folder that holds its series.")
+        raise InputError(f"{source} is one DICOM slice; give the folder with its series.")
     _refuse_wrong_frames(source, series)
     return series
 
 
 def _is_image(header: Dataset) -> bool:
-    """Whether dicom2nifti takes a file, and it is no localizer and no result."""
+    """Whether dicom2nifti accepts a file, and the file is neither a localizer nor a result."""
     from dicom2nifti.common import is_valid_imaging_dicom
 
     kinds = header.get("ImageType") or ()
@@ -170,10 +166,10 @@ def _describe(series: dict[Path, Dataset]) -> str:
 
 
 def _refuse_wrong_frames(source: Path, series: dict[Path, Dataset]) -> None:
-    """Refuse what dicom2nifti would convert to a wrong image without a word (2.6.2).
+    """Refuse multi-frame files that dicom2nifti (2.6.2) would convert incorrectly without an error.
 
-    It takes the first multi-frame file only, ignores a scaling that all frames share, and takes
-    the positions of the first and last frame for those of the first and last slice.
+    It reads only the first multi-frame file, ignores a scaling that all frames share, and assumes
+    that the first and last frame are the first and last slice.
     """
     from dicom2nifti.common import is_multiframe_dicom
 
@@ -183,18 +179,21 @@ def _refuse_wrong_frames(source: Path, series: dict[Path, Dataset]) -> None:
     name, header = next(iter(many.items()))
     if len(series) > 1:
         raise InputError(
-            f"{source} holds {len(series)} files, of which {len(many)} have many frames (as "
-            f"{name}); give one multi-frame file alone, or convert it with dcm2niix."
+            f"{source} holds {len(series)} files, of which {len(many)} have many frames (for "
+            f"example {name}); give only one multi-frame file, or convert it with dcm2niix."
         )
     if not is_multiframe_dicom([header]):
         raise InputError(
-            f"{source}: {name} has {_frames(header)} frames but no position for each; only "
-            "enhanced CT and MR files of many frames can be read."
+            f"{source}: {name} has {_frames(header)} frames without a position per frame; of "
+            "multi-frame files only enhanced CT and MR can be read."
         )
     frames = header.get("PerFrameFunctionalGroupsSequence") or ()
     shared = header.get("SharedFunctionalGroupsSequence") or ()
-    scaling = [group.PixelValueTransformationSequence[0] for group in shared
-               if "PixelValueTransformationSequence" in group]  # fmt: skip
+    scaling = [
+        group.PixelValueTransformationSequence[0]
+        for group in shared
+        if "PixelValueTransformationSequence" in group
+    ]
     if any(float(s.RescaleSlope) != 1 or float(s.RescaleIntercept) != 0 for s in scaling):
         raise InputError(
             f"{source}: the frames of {name} share one rescale slope and intercept, which the "
@@ -213,12 +212,12 @@ def _refuse_wrong_frames(source: Path, series: dict[Path, Dataset]) -> None:
 
 
 def _convert(source: Path, folder: Path, path: Path) -> nib.Nifti1Image:
-    """Run upstream's converter; the image's voxels are read when they are needed."""
+    """Run upstream's converter; the image's voxels are read later."""
     from dicom2nifti.exceptions import ConversionError, ConversionValidationError
     from pydicom.errors import InvalidDicomError
 
     try:
-        # Not compressed, unlike upstream: it is written twice and read once.
+        # Not compressed, unlike upstream's, because it is written twice and read once.
         upstream.dicom_to_nifti(folder, path)
     except (ConversionError, ConversionValidationError) as error:
         code = str(error)
@@ -240,4 +239,4 @@ _DAMAGE: tuple[Any, ...] = (
     TypeError,
     ValueError,
 )
-"""What the converter raises on headers and pixels that it does not expect."""
+"""Errors that the converter raises for unexpected headers and pixels."""

@@ -1,7 +1,6 @@
 """Write labels as DICOM SEG and RT structure set, with upstream's own writers.
 
-Knows what those writers can do right and refuses the rest before any work is done; knows nothing
-of how labels were found.
+Series that these writers can't handle correctly are refused before any work is done.
 """
 
 from __future__ import annotations
@@ -25,24 +24,24 @@ if TYPE_CHECKING:
     from totalfast.system.pending_files import PendingFiles
 
 PACKAGES = {"dicom_rtstruct": "rt_utils", "dicom_seg": "highdicom"}
-"""Output type to the package that upstream writes it with."""
+"""Output type to the package with which upstream writes it."""
 
 DIRECTIONS = {
     "axial": ((0, 1), (1, 1)),
     "coronal": ((0, 1), (2, -1)),
     "sagittal": ((1, 1), (2, -1)),
 }
-"""What upstream's writers (2.18.0) take for granted of the rows and the columns of each plane: the
-axis of LPS space that they run along, and in which direction."""
+"""Directions of rows and columns that upstream's writers (2.18.0) assume per plane: the axis of LPS
+space and the sign."""
 
 
 def check_packages(types: Sequence[str]) -> None:
-    """Import what the writers of these output types need.
+    """Check that the packages of these output types can be imported.
 
     Raises
     ------
     OptionError
-        If it is not installed, or can't be imported.
+        If a package is not installed or can't be imported.
     """
     try:
         for kind in types:
@@ -55,37 +54,37 @@ def check_packages(types: Sequence[str]) -> None:
 
 
 def check_series(series: Series, types: Sequence[str]) -> None:
-    """Refuse a series whose labels upstream's writers would turn or fail on.
+    """Refuse a series for which upstream's writers would fail or rotate the labels.
 
     Raises
     ------
     OptionError
-        If it is a multi-frame file, oblique, or has rows where columns are usual; for
-        "dicom_rtstruct" if it has files that are no slices of the image; for "dicom_seg" if it is
-        sagittal and not square.
+        If the series is a multi-frame file or oblique, or its rows and columns are swapped. For
+        "dicom_rtstruct" also if the number of files is not the number of slices. For "dicom_seg"
+        also if the slices are sagittal and not square.
     """
     if not types:
         return
     source, shape = series.source, series.image.shape
     if series.orientation is None:
-        raise OptionError(f"{types[0]} can't be written for multi-frame files as in {source}.")
+        raise OptionError(f"{types[0]} can't be written for multi-frame files, such as {source}.")
     plane = upstream.dicom_plane(series.orientation)
     along = tuple(int(np.argmax(np.abs(cosines))) for cosines in _row_and_column(series))
     if plane not in DIRECTIONS or along != tuple(axis for axis, _ in DIRECTIONS[plane]):
         cosines = ", ".join(f"{cosine:.3g}" for cosine in series.orientation)
         raise OptionError(
-            f"{types[0]} can't be written for {source}: its slices are {plane} and run along "
-            f"({cosines}), which TotalSegmentator's writer would turn. Take 'nifti'."
+            f"{types[0]} can't be written for {source}: its slices are {plane} and have direction "
+            f"cosines ({cosines}), which TotalSegmentator's writer would rotate. Use 'nifti'."
         )
     if "dicom_rtstruct" in types and series.slices not in shape[:3]:
         raise OptionError(
             f"dicom_rtstruct can't be written for {source}: its series has {series.slices} files, "
-            f"but the image made of them is {' x '.join(map(str, shape))}."
+            f"but its image has shape {' x '.join(map(str, shape))}."
         )
     if "dicom_seg" in types and plane == "sagittal" and shape[1] != shape[2]:
         raise OptionError(
-            f"dicom_seg can't be written for {source}: TotalSegmentator's writer takes sagittal "
-            f"slices only if they are square, not {shape[2]} x {shape[1]}."
+            f"dicom_seg can't be written for {source}: TotalSegmentator's writer needs square "
+            f"sagittal slices, not {shape[2]} x {shape[1]}."
         )
 
 
@@ -96,23 +95,23 @@ def _row_and_column(series: Series) -> NDArray[np.float64]:
 def _as_the_writer_expects(
     labels: NDArray[np.uint8], series: Series, kind: str
 ) -> NDArray[np.uint8]:
-    """Mirror labels (x, y, z) where the writer would mirror them, as of patients lying prone.
+    """Mirror labels (x, y, z) along axes that the writer would mirror, e.g. for prone patients.
 
-    It goes by the plane alone, but for the direction of an axial slice's columns, and the RT
-    structure set's slices are numbered along the normal, whichever way that points.
+    The writers consider only the plane and the direction of an axial slice's columns. The writer of
+    RT structure sets numbers the slices along the normal, in either direction.
     """
     directions = DIRECTIONS[upstream.dicom_plane(series.orientation or ())]
-    against = [
+    is_reversed = [
         bool(cosines[axis] * direction < 0)
         for cosines, (axis, direction) in zip(_row_and_column(series), directions, strict=True)
     ]
     (row, _), (column, _) = directions
-    mirrored: tuple[int, ...] = (row,) if against[0] else ()
-    if against[1] and directions != DIRECTIONS["axial"]:
-        mirrored += (column,)
-    if kind == "dicom_rtstruct" and against[0] != against[1]:
-        mirrored += (3 - row - column,)
-    flipped: NDArray[np.uint8] = np.flip(labels, mirrored)
+    axes: tuple[int, ...] = (row,) if is_reversed[0] else ()
+    if is_reversed[1] and directions != DIRECTIONS["axial"]:
+        axes += (column,)
+    if kind == "dicom_rtstruct" and is_reversed[0] != is_reversed[1]:
+        axes += (3 - row - column,)
+    flipped: NDArray[np.uint8] = np.flip(labels, axes)
     return flipped
 
 
@@ -125,7 +124,7 @@ def write_dicom(
     target: Path,
     files: PendingFiles,
 ) -> None:
-    """Write labels as one of the DICOM types.
+    """Write labels as DICOM SEG or RT structure set.
 
     Parameters
     ----------
@@ -134,22 +133,23 @@ def write_dicom(
     labels
         uint8, (x, y, z), on the grid of the series' image.
     names
-        Label to name; absent ones are left out.
+        Label to name; labels without voxels are not written.
     series
-        The series that the labels are of.
+        The series of the scan.
     target
-        File to write; a folder gets a file named after its SeriesInstanceUID ("dicom_seg").
+        File to write. For "dicom_seg" it may be a folder; then the file's name is its
+        SeriesInstanceUID.
     files
-        Where the file is registered.
+        Registers the file.
 
     Raises
     ------
     OutputError
-        If no label is present and the type can't say so.
+        If a DICOM SEG would have no label, or the writer fails for this series.
     """
     present = _present(labels, names)
     if kind == "dicom_seg" and not present:
-        raise OutputError(f"no structure was found, and a DICOM SEG needs one: {target}.")
+        raise OutputError(f"no structure was found, but a DICOM SEG needs one: {target}.")
     labels = _as_the_writer_expects(labels, series, kind)
     try:
         if kind == "dicom_rtstruct":
@@ -163,14 +163,14 @@ def write_dicom(
         else:
             upstream.write_dicom_seg(labels, present, series.folder, files.path(target))
     except (AttributeError, LookupError, TypeError, ValueError) as error:
-        # What the writers raise where a series lacks an attribute, or has one they do not expect.
+        # The writers raise these errors if an attribute of the series is missing or unexpected.
         raise OutputError(
-            f"TotalSegmentator's writer can't make {target} of {series.source}: {error}"
+            f"TotalSegmentator's writer can't write {target} for {series.source}: {error}"
         ) from error
 
 
 def _present(labels: NDArray[np.uint8], names: Mapping[int, str]) -> dict[int, str]:
-    """Keep the names whose label occurs; the writers would look at the whole image for each."""
+    """Keep the names of labels with voxels; the writers would search the whole image per name."""
     occurs = np.zeros(256, dtype=np.bool_)
     for plane in range(labels.shape[2]):
         occurs[np.unique(labels[:, :, plane])] = True
