@@ -1,15 +1,14 @@
-"""Switch each optimisation off by itself, and see what the command then costs.
+"""Switch off one optimisation at a time, and measure time and memory of the command.
 
     python scripts/ablation.py HOME SCAN --name NAME --json FILE [--repeats N]
                                [--readme [OTHER_FILE ...]] [-- FLAGS ...]
 
-Runs ``totalfast`` as a whole process, once as it is and once for each row of ``ABLATIONS`` with
-that row's lines executed first, which put the plain way in place of the fast one. All take turns,
-in an order of each round's own and the run as it is between them; the medians are kept, with the
-voxels that differ from the run as it is (none, or the row compares two different things). A row
-that the case never comes to is left out. HOME: stand-ins made by scripts/make_standin_weights.py,
-tiny ones if what lies around the network is to be seen. SCAN: as for benchmark_command.py. Prints
-a table.
+Runs ``totalfast`` as a whole process for each row of ``ABLATIONS``. The code of the row runs first
+and replaces the fast code by plain code. The order of the rows is random in each round, and the
+baseline, with all optimisations, runs between them. The result contains the medians and the number
+of voxels that differ from the baseline, which must be 0. Rows are left out if the case does not use
+the optimisation. HOME: stand-in weights from scripts/make_standin_weights.py; use tiny ones to
+measure the time outside the network. SCAN: as for benchmark_command.py. Prints a table.
 """
 
 from __future__ import annotations
@@ -219,12 +218,12 @@ totalfast.run.results.write_masks = save
 import os, sys
 def leave(code):
     used.append(1)
-    report()  # once more: what runs at exit has run
+    report()  # again, because the functions at exit have run
     raise SystemExit(code)
 os._exit = leave
 """,
 }
-"""What is switched off, and the lines that do it; these add to ``used`` when they are come to."""
+"""Name of each variant, and its code, which appends to ``used`` when the replacement is called."""
 
 START = """
 import atexit, os, runpy, sys
@@ -242,20 +241,20 @@ runpy.run_module("totalfast", run_name="__main__", alter_sys=True)
 """
 
 ROWS_BETWEEN = 5
-"""Rows after which the run as it is comes once more."""
+"""Number of rows between two runs of the baseline."""
 
 SETTLE_S = 2.0
-"""Pause before each run: all are small, and alike."""
+"""Pause before each run. All runs are short and similar."""
 
 
 def run_once(
     prelude: str, words: list[str | Path], environment: dict[str, str], report: Path
 ) -> dict[str, float] | None:
-    """Run the command; wall and CPU seconds, and the peak of its one process.
+    """Run the command; return wall and CPU seconds, and peak bytes of its process.
 
-    None if it never came to what the lines replace.
+    Returns None if the command did not call the replaced code.
     """
-    figures = run(
+    seconds = run(
         [sys.executable, "-c", START, prelude, *words],
         {**environment, "TOTALFAST_ABLATION": str(report)},
         timed=True,
@@ -265,11 +264,11 @@ def run_once(
     used, peak_kb = report.read_text().split()
     if used != "1":
         return None
-    return figures | {"peak_bytes": 1024 * int(peak_kb)}
+    return seconds | {"peak_bytes": 1024 * int(peak_kb)}
 
 
 def differences(row: str, expected: Path, actual: Path) -> int:
-    """Voxels that differ, and other differences; files of equal bytes are not looked into."""
+    """Return the number of differing voxels plus other differences; skips files of equal bytes."""
     files, others = (
         {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
         for folder in (expected, actual)
@@ -282,38 +281,38 @@ def differences(row: str, expected: Path, actual: Path) -> int:
 
 
 def order(repeat: int, rows: list[str]) -> list[str]:
-    """All rows in a round's own order, and the run as it is before, between and after them."""
+    """Return all rows in random order, with the baseline before, between and after them."""
     others = [row for row in rows if row != BASELINE]
-    random.Random(repeat).shuffle(others)  # noqa: S311 - so that no row always runs first
-    some = [others[k : k + ROWS_BETWEEN] for k in range(0, len(others), ROWS_BETWEEN)]
-    return [row for part in some for row in (BASELINE, *part)] + [BASELINE]
+    random.Random(repeat).shuffle(others)  # noqa: S311 - not for security
+    parts = [others[k : k + ROWS_BETWEEN] for k in range(0, len(others), ROWS_BETWEEN)]
+    return [row for part in parts for row in (BASELINE, *part)] + [BASELINE]
 
 
 def ablate(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    """Run all rows in turn."""
+    """Run all rows in all rounds."""
     scan = make_scan(options.scan, scratch)
     environment = {**os.environ, "TOTALSEG_HOME_DIR": str(options.home.absolute())}
     environment["TOTALFAST_BACKEND"] = "torch"
     name = target_name(options.flags)
     runs: dict[str, list[dict[str, Any]]] = {}
     differing = {}
-    for repeat in range(options.repeats + 1):  # the first fills numba's cache and the disk's
+    for repeat in range(options.repeats + 1):  # round 0 fills numba's and the disk's caches
         for row in order(repeat, list(runs) if repeat else list(ABLATIONS)):
             target = scratch / row / name
             words = ["-i", scan, "-o", target, "-d", "cpu", "-q", *options.flags]
-            figures = run_once(ABLATIONS[row], words, environment, scratch / "report")
-            if figures is None:
+            measured = run_once(ABLATIONS[row], words, environment, scratch / "report")
+            if measured is None:
                 continue
             if repeat:
-                runs[row].append(figures)
+                runs[row].append(measured)
             elif row not in runs:
                 runs[row] = []
                 differing[row] = differences(row, scratch / BASELINE, target.parent)
         print(f"round {repeat} of {options.repeats}", flush=True)
     medians = {
-        row: {key: statistics.median(run[key] for run in some) for key in some[0]}
+        row: {key: statistics.median(run[key] for run in row_runs) for key in row_runs[0]}
         | {"differing": differing[row]}
-        for row, some in runs.items()
+        for row, row_runs in runs.items()
     }
     return {
         "name": options.name,
@@ -370,17 +369,17 @@ def _footnote(result: dict[str, Any]) -> str:
 def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("home", type=Path, help="TOTALSEG_HOME_DIR with stand-ins")
+    parser.add_argument("home", type=Path, help="TOTALSEG_HOME_DIR with stand-in weights")
     parser.add_argument("scan", help="a NIfTI file, or phantom:NXxNYxNZ:SXxSYxSZ")
-    parser.add_argument("--json", type=Path, required=True, help="write the figures here")
+    parser.add_argument("--json", type=Path, required=True, help="write the results to this file")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--name", required=True, help="what the table calls the case")
+    parser.add_argument("--name", required=True, help="name of the case in the table")
     parser.add_argument(
         "--readme",
         type=Path,
         nargs="*",
         metavar="FILE",
-        help="also write README's table; other cases' figures are put beside these",
+        help="also write the table in scripts/results, together with the results of other cases",
     )
     options = parse_with_flags(parser)
     with tempfile.TemporaryDirectory(prefix="totalfast-ablation-") as scratch:
@@ -391,7 +390,7 @@ def main() -> int:
     if options.readme is not None:
         others = [json.loads(path.read_text()) for path in options.readme]
         write_table(Path(__file__).name, table([*others, result]))
-    return int(any(figures["differing"] for figures in result["median"].values()))
+    return int(any(median["differing"] for median in result["median"].values()))
 
 
 if __name__ == "__main__":

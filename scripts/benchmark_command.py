@@ -1,17 +1,23 @@
-"""Time the TotalSegmentator command against totalfast on one input, as whole processes.
+"""Time the TotalSegmentator command and totalfast on one input, as whole processes.
 
     python scripts/benchmark_command.py HOME SCAN --json FILE [--repeats N]
         [--backends torch openvino] [-- FLAGS ...]
 
 Both commands, totalfast with each backend, run in turn on the same scan with the same weights
-(HOME: stand-ins made by scripts/make_standin_weights.py). Recorded for each: wall and CPU seconds;
-in one run more, because sampling slows a process down, the peak memory of the whole process tree
-(sum of PSS, so that shared pages count once, sampled five times a second); seconds inside the
-network's forward pass (hooks on the architecture's class, on convolutions outside of it and on
-OpenVINO's call, loaded into both programs through sitecustomize); and the voxels that differ.
-The first run of totalfast with each backend begins with empty caches of numba and of converted
-networks; unless memory is measured in the timed runs, it is that of a later one. SCAN may be
-"phantom:NXxNYxNZ:SXxSYxSZ": a made CT of that many voxels and that spacing in mm.
+(HOME: stand-in weights from scripts/make_standin_weights.py). SCAN may be
+"phantom:NXxNYxNZ:SXxSYxSZ": a synthetic CT with NX x NY x NZ voxels and a spacing of SX, SY and SZ
+mm. For each program the results are:
+
+- wall and CPU seconds;
+- seconds in the network's forward pass, from hooks on the architecture's class, on convolutions
+  outside of it and on OpenVINO's call; sitecustomize loads the hooks into both programs;
+- peak memory of the process tree: the sum of the PSS, which counts shared pages once, sampled five
+  times per second. Sampling slows a process down, so memory has its own run unless --watch-timed is
+  given;
+- the number of differing voxels.
+
+In the first run of totalfast with each backend, the caches of numba and of converted networks are
+empty.
 """
 
 from __future__ import annotations
@@ -40,24 +46,24 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tests.parity.matrix import compare_folders, voxels_of
 
 SAMPLE_S = 0.2
-"""Pause between two readings of the PSS, at least."""
+"""Minimum pause between two readings of the PSS."""
 
 WATCHED_SHARE = 0.05
-"""Of a timed run, at most, that goes to reading the PSS: meanwhile the process gets no memory."""
+"""Maximum share of a timed run for reading the PSS, which blocks the process's allocations."""
 
 SETTLE_S = 20.0
-"""Pause before each run: a machine is busy for some seconds with taking back a program's gigabytes,
-which would be counted as the next program's time."""
+"""Pause before each run. The system needs some seconds to free the memory of the previous program,
+which would slow down the next one."""
 
 PROGRAMS = {"upstream": "totalsegmentator.bin.TotalSegmentator", "totalfast": "totalfast"}
 
 BACKENDS = ("torch", "openvino")
-"""Those whose forward passes the hook can time; torch's compiler would compile the hook, too."""
+"""Backends that the hook can time. ``compile`` is not one: torch would compile the hook too."""
 
 WEIGHTS = "stand-in weights, not TotalSegmentator's (scripts/make_standin_weights.py)"
 
 LARGE = 100
-"""Voxels of a structure that one voxel does not change by a percent."""
+"""Minimum voxels of a large structure; one voxel changes its Dice by less than 1 %."""
 
 FORWARD_HOOK = """
 import atexit, os, sys, threading, time
@@ -65,7 +71,7 @@ import atexit, os, sys, threading, time
 spent, here = [], threading.local()
 
 def timed(function, *, begins):
-    # Calls from within one that is timed are part of it, and what a conversion traces is none.
+    # A nested call is part of the outer call. Calls while a network is converted do not count.
     def call(*arguments, **keywords):
         if getattr(here, "busy", False) or not (begins or spent):
             return function(*arguments, **keywords)
@@ -100,7 +106,7 @@ def time_forward(module):
     import torch
 
     module.PlainConvUNet.forward = timed(module.PlainConvUNet.forward, begins=True)
-    # totalfast calls the last layer by itself.
+    # totalfast calls the last layer separately.
     torch.nn.Conv3d.forward = timed(torch.nn.Conv3d.forward, begins=False)
 
 def report():
@@ -118,7 +124,7 @@ class Finder:
         if name not in HOOKS:
             return None
         specs = (f.find_spec(name, path, target) for f in sys.meta_path if f is not self)
-        spec = next(found for found in specs if found is not None)
+        spec = next(candidate for candidate in specs if candidate is not None)
         execute = spec.loader.exec_module
         def exec_module(module):
             execute(module)
@@ -129,11 +135,11 @@ class Finder:
 sys.meta_path.insert(0, Finder())
 atexit.register(report)
 """
-"""sitecustomize of both programs: adds up the seconds of the network's forward passes."""
+"""sitecustomize of both programs; sums the seconds of the network's forward passes."""
 
 
 def make_scan(description: str, folder: Path) -> Path:
-    """Write the made CT that ``phantom:NXxNYxNZ:SXxSYxSZ`` describes, or return the file."""
+    """Write the synthetic CT of ``phantom:NXxNYxNZ:SXxSYxSZ``, or return the path of a file."""
     if not description.startswith("phantom:"):
         return Path(description).absolute()
     from scipy import ndimage
@@ -147,10 +153,10 @@ def make_scan(description: str, folder: Path) -> Path:
     coarse = tuple(
         max(int(round(n * mm / coarse_mm)), 8) for n, mm in zip(shape, spacing, strict=True)
     )
-    made = make_phantom(3, shape_xyz=coarse, spacing_mm=coarse_mm)
+    phantom = make_phantom(3, shape_xyz=coarse, spacing_mm=coarse_mm)
     image = np.empty(shape, dtype=np.int16, order="F")
     ndimage.zoom(
-        made.ct.astype(np.float32),
+        phantom.ct.astype(np.float32),
         [n / c for n, c in zip(shape, coarse, strict=True)],
         order=1,
         output=image,
@@ -166,9 +172,9 @@ def make_scan(description: str, folder: Path) -> Path:
 
 
 class Watch:
-    """Sums the PSS of a process and its descendants while it runs; keeps the peak.
+    """Samples the PSS of a process and its descendants in a thread, and keeps the peak.
 
-    Takes ``share`` of the time for it, at most.
+    Uses at most ``share`` of the time.
     """
 
     def __init__(self, process: subprocess.Popen[bytes], *, share: float = 1.0) -> None:
@@ -196,13 +202,13 @@ class Watch:
 
 
 def command(program: str, scan: Path, target: Path, flags: list[str]) -> list[str | Path]:
-    """Command line of one of ``PROGRAMS``."""
+    """Return the command line of one of ``PROGRAMS``."""
     module = PROGRAMS[program]
     return [sys.executable, "-m", module, "-i", scan, "-o", target, "-d", "cpu", *flags]
 
 
 def parse_with_flags(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Parse our own arguments; ``flags`` are the commands', which follow ``--``."""
+    """Parse the arguments; words after ``--`` become ``flags``, the flags of the commands."""
     arguments = sys.argv[1:]
     split = arguments.index("--") if "--" in arguments else len(arguments)
     options = parser.parse_args(arguments[:split])
@@ -211,7 +217,7 @@ def parse_with_flags(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 def target_name(flags: list[str]) -> str:
-    """What -o is to name."""
+    """Return the name for -o: a file or a folder."""
     return "seg.nii.gz" if {"-ml", "--ml"} & set(flags) else "seg"
 
 
@@ -225,10 +231,10 @@ def run(
 ) -> dict[str, float]:
     """Run one command; return wall and CPU seconds, and peak bytes of its process tree.
 
-    Watching slows a command of a few seconds down.
+    Sampling the memory slows down short commands.
     """
     if hasattr(os, "sync"):
-        os.sync()  # what the last program wrote is not for this one to wait for
+        os.sync()  # this program must not wait for files of the previous one
     time.sleep(settle_s)
     before = os.times()
     began = time.perf_counter()
@@ -244,19 +250,19 @@ def run(
     cpu = (
         after.children_user + after.children_system - before.children_user - before.children_system
     )
-    figures: dict[str, float] = {}
+    measured: dict[str, float] = {}
     if timed:
-        figures |= {"wall_s": wall, "cpu_s": cpu}
+        measured |= {"wall_s": wall, "cpu_s": cpu}
     if watch is not None:
-        figures["peak_bytes"] = watch.peak_bytes
-    return figures
+        measured["peak_bytes"] = watch.peak_bytes
+    return measured
 
 
 def forward_seconds(log: Path) -> dict[str, float]:
-    """Read what the hook left."""
+    """Read the log of the hook: seconds and tiles."""
     lines = [line.split() for line in log.read_text().splitlines()] if log.exists() else []
     if not lines:
-        raise RuntimeError("the hook saw no forward pass")
+        raise RuntimeError("The hook recorded no forward pass.")
     return {
         "network_s": sum(float(seconds) for seconds, _ in lines),
         "tiles": sum(int(count) for _, count in lines),
@@ -264,7 +270,7 @@ def forward_seconds(log: Path) -> dict[str, float]:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
+    """Return the hardware and the versions."""
     processor = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -284,7 +290,7 @@ def machine() -> dict[str, Any]:
 
 
 def differences(name: str, expected: Path, actual: Path) -> dict[str, Any]:
-    """Differing voxels and files, and the lowest Dice of a class."""
+    """Return differing voxels and files, and the lowest Dice of a class."""
     compared = compare_folders(name, expected, actual)
     return {
         "voxels": compared.voxels,
@@ -297,7 +303,7 @@ def differences(name: str, expected: Path, actual: Path) -> dict[str, Any]:
 
 
 def lowest_dice(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
-    """Lowest Dice of two masks of a class, and the lowest of those with ``LARGE`` voxels in one."""
+    """Return the lowest Dice of all classes, and of classes with at least ``LARGE`` voxels."""
     every, large = [1.0], [1.0]
     for one, two in pairs:
         sizes = np.count_nonzero(one), np.count_nonzero(two)
@@ -308,7 +314,7 @@ def lowest_dice(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> dict[str, flo
 
 
 def pairs_of_masks(expected: Path, actual: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Masks of each class of files that differ: of one for all classes, or of one a class."""
+    """Yield pairs of masks per class from files that differ: label maps or one mask per class."""
     for path in sorted(expected.rglob("*.nii.gz")):
         other = actual / path.relative_to(expected)
         if not other.exists():
@@ -323,7 +329,7 @@ def pairs_of_masks(expected: Path, actual: Path) -> Iterator[tuple[np.ndarray, n
 
 
 def pairs_of_labels(one: np.ndarray, two: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Masks of each label that either map has."""
+    """Yield pairs of masks for each label that one of the maps has."""
     present = np.bincount(one.ravel(order="K"), minlength=256)
     present += np.bincount(two.ravel(order="K"), minlength=256)
     for label in np.flatnonzero(present[1:]) + 1:
@@ -331,7 +337,7 @@ def pairs_of_labels(one: np.ndarray, two: np.ndarray) -> Iterator[tuple[np.ndarr
 
 
 def benchmark(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    """Run both programs in turn and compare what they leave."""
+    """Run both programs in turn and compare their files."""
     scan = make_scan(options.scan, scratch)
     image = nib.load(scan)
     hook = scratch / "hook"
@@ -369,16 +375,16 @@ def benchmark(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         for label, environment in runs.items():
             log.unlink(missing_ok=True)
             target = scratch / label / str(repeat) / name
-            target.parent.mkdir(parents=True)  # upstream does not make it with --fast -s
+            target.parent.mkdir(parents=True)  # upstream does not create it with --fast -s
             words = command(label.split()[0], scan, target, options.flags)
-            figures = run(words, environment, timed=True, watched=options.watch_timed)
-            figures |= forward_seconds(log)
+            measured = run(words, environment, timed=True, watched=options.watch_timed)
+            measured |= forward_seconds(log)
             if options.watch_timed:
-                peak = max(result["peak_bytes"][label], figures.pop("peak_bytes"))
+                peak = max(result["peak_bytes"][label], measured.pop("peak_bytes"))
                 result["peak_bytes"][label] = peak
-            figures["outside_network_s"] = figures["wall_s"] - figures["network_s"]
-            result["runs"][label].append(figures)
-            print(label, {key: round(value, 2) for key, value in figures.items()}, flush=True)
+            measured["outside_network_s"] = measured["wall_s"] - measured["network_s"]
+            result["runs"][label].append(measured)
+            print(label, {key: round(value, 2) for key, value in measured.items()}, flush=True)
     for label, environment in runs.items():
         if not options.watch_timed:
             target = scratch / label / "watched" / name
@@ -391,15 +397,15 @@ def benchmark(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
                 result["case"], scratch / "upstream" / "0", scratch / label / "0"
             )
     result["median"] = {
-        label: {key: statistics.median(run[key] for run in some) for key in some[0]}
-        for label, some in result["runs"].items()
+        label: {key: statistics.median(run[key] for run in label_runs) for key in label_runs[0]}
+        for label, label_runs in result["runs"].items()
     }
     result["ratios"] = {label: ratios(result, label) for label in runs if label != "upstream"}
     return result
 
 
 def ratios(result: dict[str, Any], label: str) -> dict[str, float]:
-    """How totalfast compares with upstream."""
+    """Return the ratios of upstream's to totalfast's time, and totalfast's share of the memory."""
     theirs, ours = result["median"]["upstream"], result["median"][label]
     peaks = result["peak_bytes"]
     return {
@@ -412,15 +418,15 @@ def ratios(result: dict[str, Any], label: str) -> dict[str, float]:
 def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("home", type=Path, help="TOTALSEG_HOME_DIR with stand-ins")
+    parser.add_argument("home", type=Path, help="TOTALSEG_HOME_DIR with stand-in weights")
     parser.add_argument("scan", help="a NIfTI file, or phantom:NXxNYxNZ:SXxSYxSZ")
-    parser.add_argument("--json", type=Path, required=True, help="write the figures here")
-    parser.add_argument("--name", help="what the case is called in tables")
+    parser.add_argument("--json", type=Path, required=True, help="write the results to this file")
+    parser.add_argument("--name", help="name of the case in the table")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument(
         "--watch-timed",
         action="store_true",
-        help="measure memory in the timed runs, if they are long",
+        help="measure memory in the timed runs; only for long runs",
     )
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=["torch"])
     options = parse_with_flags(parser)
@@ -429,11 +435,11 @@ def main() -> int:
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(result, indent=1) + "\n")
     for label, compared in result["compared"].items():
-        gains = result["ratios"][label]
+        ratio = result["ratios"][label]
         print(
-            f"{result['case']}, {label}: {gains['wall']:.1f} times faster, "
-            f"{gains['outside_network']:.1f} times outside the network, "
-            f"{gains['peak_memory_share']:.0%} of the memory, "
+            f"{result['case']}, {label}: {ratio['wall']:.1f} times faster, "
+            f"{ratio['outside_network']:.1f} times outside the network, "
+            f"{ratio['peak_memory_share']:.0%} of the memory, "
             f"{compared['differing_voxels']} of {compared['voxels']} voxels differ, lowest Dice "
             f"of {LARGE} voxels or more {compared['lowest_dice_of_large']:.4f}, "
             f"{compared['classes_present']} classes, {compared['boundary_cells']:.1%} boundary"

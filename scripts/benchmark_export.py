@@ -1,17 +1,17 @@
-"""Time the ways from logits to labels at a scan's resolution, in one run on the same logits.
+"""Time the exports from logits to labels at the scan's resolution, on the same logits.
 
     python scripts/benchmark_export.py --json FILE [--quick] [--classes 118] ...
     python scripts/benchmark_export.py --json FILE --growth PICTURE
 
-Compared: nnU-Net's default resampling (linear, class by class) and, with --quick, its torch
-resampler, each followed by the argmax, and totalfast's ``nearest``, ``linear`` and ``plans``. The
-logits are made: smooth fields, whose label map has boundary cells as anatomy has; the share is
-reported. With --quick nnU-Net's resamplers are timed on a few classes and extrapolated to all; the
-result says so, and labels are then compared with the default's on those classes only. (All 118
-classes at once would take nnU-Net's torch resampler 37 GB.)
+The exports are nnU-Net's default resampling (linear, class by class) and, with --quick, its torch
+resampler, each with an argmax, and totalfast's ``nearest``, ``linear`` and ``plans``. The logits
+are synthetic smooth fields. Their label map has about as many boundary cells as anatomy; the share
+is reported. With --quick, nnU-Net's resamplers are timed on a few classes and extrapolated to all
+classes, and the labels are compared for those classes only. (nnU-Net's torch resampler would need
+37 GB for all 118 classes.)
 
-With --growth, ``nearest`` and ``linear`` alone are timed while one of three things is varied: the
-number of classes, the size of the target, and the share of boundary cells (by noise in the logits).
+With --growth, only ``nearest`` and ``linear`` are timed, with different numbers of classes, sizes
+of the target, and shares of boundary cells (from noise in the logits).
 """
 
 from __future__ import annotations
@@ -41,17 +41,16 @@ if TYPE_CHECKING:
 
 QUICK_CLASSES = 4
 SPACING = (3.0, 3.0, 3.0)
-"""Isotropic, so that nothing is resampled separately."""
-
+"""Isotropic, so that no axis is resampled separately."""
 
 NOISE = 0.05
-"""Of the logits; neighbouring structures differ by some units."""
+"""Standard deviation of the noise of the logits; structures differ by some units."""
 
 
 def make_logits(
     classes: int, source: tuple[int, ...], seed: int, noise: float = NOISE
 ) -> torch.Tensor:
-    """float16 (classes, z, y, x): each class is likely around one seed point of its own."""
+    """Return float16 logits (classes, z, y, x); each class is likely around one random point."""
     random = np.random.default_rng(seed)
     torch_random = torch.Generator().manual_seed(seed)
     grid = [
@@ -70,7 +69,7 @@ def make_logits(
 
 
 def measured(call: Callable[[], Any]) -> tuple[Any, float, float]:
-    """Result, seconds, and peak bytes above what was there before."""
+    """Return the result of a call, its seconds, and its peak of additional bytes."""
     process = psutil.Process()
     before = peak = process.memory_info().rss
     done = threading.Event()
@@ -98,12 +97,12 @@ GROWTH: dict[str, tuple[tuple[int, tuple[int, int, int], float], ...]] = {
     ),
     "boundary cells, %": tuple((118, (300, 512, 512), noise) for noise in (0.05, 0.3, 0.6, 1.0)),
 }
-"""What is varied: classes, target and noise of each point."""
+"""Per series, the classes, target shape and noise of each point."""
 
 
 def growth(source: tuple[int, int, int], repeats: int) -> dict[str, list[dict[str, float]]]:
-    """Median seconds of ``nearest`` and ``linear`` for each point of ``GROWTH``."""
-    export_labels(make_logits(4, (4, 8, 8), 0), (8, 16, 16), method="linear")  # compiled
+    """Return median seconds of ``nearest`` and ``linear`` for each point of ``GROWTH``."""
+    export_labels(make_logits(4, (4, 8, 8), 0), (8, 16, 16), method="linear")  # compiles
     series: dict[str, list[dict[str, float]]] = {}
     for name, points in GROWTH.items():
         for classes, target, noise in points:
@@ -115,10 +114,8 @@ def growth(source: tuple[int, int, int], repeats: int) -> dict[str, list[dict[st
                 "boundary cells, %": 100 * boundary,
             }
             for method in ("nearest", "linear"):
-                call = partial(
-                    export_labels, logits, target, method=method, spacing=SPACING,
-                    new_spacing=SPACING,
-                )  # fmt: skip
+                spacings = {"spacing": SPACING, "new_spacing": SPACING}
+                call = partial(export_labels, logits, target, method=method, **spacings)
                 point[method] = float(np.median([measured(call)[1] for _ in range(repeats)]))
             print(name, {key: round(value, 2) for key, value in point.items()}, flush=True)
             series.setdefault(name, []).append(point)
@@ -126,7 +123,7 @@ def growth(source: tuple[int, int, int], repeats: int) -> dict[str, list[dict[st
 
 
 def plot_growth(series: dict[str, list[dict[str, float]]], path: Path) -> None:
-    """Draw one panel a series."""
+    """Plot one panel per series."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -158,15 +155,15 @@ NAMES = {
 
 
 def table(result: dict[str, Any]) -> str:
-    """Markdown of one run."""
+    """Return the result of one run as Markdown."""
     lines = [
         "| export | time | speed-up | memory in addition to the logits |",
         "|---|---|---|---|",
     ]
     faster = result["times_faster_than_nnunet_default"]
-    some = result["nnunet_default_extrapolated_from_classes"]
+    few = result["nnunet_default_extrapolated_from_classes"]
     for name, run in result["runs"].items():
-        estimated = name.startswith("nnunet") and some is not None
+        estimated = name.startswith("nnunet") and few is not None
         memory = "not measured" if estimated else f"{run['peak_bytes'] / 1e9:.2f} GB"
         lines.append(
             f"| {NAMES[name]} | {run['seconds']:.{0 if run['seconds'] > 10 else 1}f} s"
@@ -175,11 +172,11 @@ def table(result: dict[str, Any]) -> str:
     text = (
         f"{result['case']} voxels; {result['boundary_cells']:.0%} of the cells lie at boundaries. "
     )
-    if some is not None:
+    if few is not None:
         classes = result["case"].split()[0]
-        text += f"nnU-Net's times are times of {some} classes, multiplied by {classes}/{some}. "
-    where = result["machine"]
-    text += f"{where['cores']} cores of {where['processor']}."
+        text += f"nnU-Net's times are times of {few} classes, multiplied by {classes}/{few}. "
+    hardware = result["machine"]
+    text += f"{hardware['cores']} cores of {hardware['processor']}."
     return "\n".join(lines) + f"\n\n{text}\n"
 
 
@@ -190,13 +187,22 @@ def main() -> int:
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--quick", action="store_true", help="extrapolate nnU-Net's default")
+    parser.add_argument(
+        "--quick", action="store_true", help="extrapolate nnU-Net's time from a few classes"
+    )
     parser.add_argument("--classes", type=int, default=118)
     parser.add_argument("--source", type=int, nargs=3, default=(100, 134, 134), metavar="N")
     parser.add_argument("--target", type=int, nargs=3, default=(300, 512, 512), metavar="N")
-    parser.add_argument("--repeats", type=int, default=3, help="of totalfast's nearest and linear")
-    parser.add_argument("--readme", action="store_true", help="also write README's table")
-    parser.add_argument("--growth", type=Path, metavar="PICTURE", help="draw how both grow")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of nearest and linear")
+    parser.add_argument(
+        "--readme", action="store_true", help="also write the table in scripts/results"
+    )
+    parser.add_argument(
+        "--growth",
+        type=Path,
+        metavar="PICTURE",
+        help="time nearest and linear only, and plot to this file",
+    )
     options = parser.parse_args()
     source, target = tuple(options.source), tuple(options.target)
     if options.growth:
@@ -210,26 +216,27 @@ def main() -> int:
         resample_data_or_seg_to_shape, is_seg=False, order=1, order_z=0, force_separate_z=None
     )
     by_torch = partial(
-        resample_torch_fornnunet, is_seg=False, force_separate_z=False,
-        memefficient_seg_resampling=False, num_threads=torch.get_num_threads(),
-    )  # fmt: skip
+        resample_torch_fornnunet,
+        is_seg=False,
+        force_separate_z=False,
+        memefficient_seg_resampling=False,
+        num_threads=torch.get_num_threads(),
+    )
     ours = partial(export_labels, logits, target, spacing=SPACING, new_spacing=SPACING)
-    some = logits[: QUICK_CLASSES if options.quick else None]
+    compared = logits[: QUICK_CLASSES if options.quick else None]
 
     def reference(resample: Callable[..., Any]) -> NDArray[Any]:
-        resampled = resample(some, target, SPACING, SPACING)
+        resampled = resample(compared, target, SPACING, SPACING)
         return np.asarray(torch.as_tensor(resampled).argmax(0))
 
     classes, boundary = label_map_facts(export_labels(logits, source, method="nearest"))
-    export_labels(
-        logits[:, :2, :8, :8], (4, 16, 16), method="linear"
-    )  # compiled before it is timed
+    export_labels(logits[:, :2, :8, :8], (4, 16, 16), method="linear")  # compiles
     result: dict[str, Any] = {
         "case": f"{options.classes} classes, {source} to {target}",
         "machine": machine(),
         "boundary_cells": boundary,
         "classes_present": classes,
-        "nnunet_default_extrapolated_from_classes": len(some) if options.quick else None,
+        "nnunet_default_extrapolated_from_classes": len(compared) if options.quick else None,
         "runs": {},
     }
 
@@ -239,16 +246,16 @@ def main() -> int:
             name, {key: round(value, 2) for key, value in result["runs"][name].items()}, flush=True
         )
 
-    scale = options.classes / len(some)
-    wanted, seconds, peak = measured(partial(reference, default))
+    scale = options.classes / len(compared)
+    expected, seconds, peak = measured(partial(reference, default))
     record("nnunet_default", scale * seconds, peak)
     if options.quick:
         _, seconds, peak = measured(partial(reference, by_torch))
         record("nnunet_torch", scale * seconds, peak)
-    found = export_labels(some, target, method="linear", spacing=SPACING, new_spacing=SPACING)
-    result["linear_differing_voxels"] = int(np.count_nonzero(found != wanted))
-    result["linear_compared_classes"] = len(some)
-    del wanted, found
+    actual = export_labels(compared, target, method="linear", spacing=SPACING, new_spacing=SPACING)
+    result["linear_differing_voxels"] = int(np.count_nonzero(actual != expected))
+    result["linear_compared_classes"] = len(compared)
+    del expected, actual
     labels_by: dict[str, NDArray[Any]] = {}
     for method in ("nearest", "linear"):
         runs = [measured(partial(ours, method=method)) for _ in range(options.repeats)]

@@ -1,18 +1,18 @@
-"""Time nnU-Net's predict command against ``totalfast nnunet`` on a folder of cases.
+"""Time nnU-Net's predict command and ``totalfast nnunet`` on a folder of cases.
 
     python scripts/benchmark_nnunet.py HOME --json FILE --shape 160 512 512 [--cases 10]
         [--programs nnU-Net totalfast] [--torch-plans] [--readme]
 
-The model is the stand-in for TotalSegmentator's 3 mm model in HOME (118 classes, made by
-scripts/make_standin_weights.py; with --tiny the network is small, so that the rest is seen), which
-is a plain nnU-Net model folder; with --torch-plans a copy whose plans name nnU-Net's torch
-resampling. The cases are one made CT with noise of its own each; shapes are (z, y, x). Both
-commands run on the same folder, as whole processes, all of which are watched alike; as nnU-Net
-takes long, it gets the first case only, totalfast that one and all. The label maps are compared.
+The model is the stand-in for TotalSegmentator's 3 mm model in HOME, a plain nnU-Net model folder
+with 118 classes from scripts/make_standin_weights.py. With --tiny weights, the time outside the
+network is visible. With --torch-plans, a copy of the model is used whose plans name nnU-Net's torch
+resampling. The cases are one synthetic CT with different noise; shapes are (z, y, x). Both commands
+run on the same folder as whole processes. nnU-Net runs on the first case only, because it is slow.
+totalfast runs on the first case and on all cases. The label maps are compared.
 
-nnU-Net keeps all classes at the scan's resolution, about twice in float16: 37 GB for 118 classes of
-300x512x512 voxels, by its peaks at 80 and 160 slices. So figures of several shapes are merged into
-FILE, and --programs tells which are to be run.
+nnU-Net keeps about two copies of all classes at the scan's resolution in float16. Its peaks at 80
+and 160 slices predict 37 GB for 118 classes of 300x512x512 voxels. Therefore the results of several
+calls are merged into FILE, and --programs selects the programs.
 """
 
 from __future__ import annotations
@@ -41,29 +41,29 @@ FOLDS = ["-f", "0"]
 
 
 def write_cases(folder: Path, shape_zyx: tuple[int, int, int], count: int) -> list[Path]:
-    """Write ``case0_0000.nii.gz`` and so on."""
+    """Write ``case0_0000.nii.gz``, ``case1_0000.nii.gz``, ...; return the paths."""
     folder.mkdir()
     size = "x".join(str(n) for n in shape_zyx[::-1])
-    made = make_scan(f"phantom:{size}:{'x'.join(str(mm) for mm in SPACING_MM)}", folder)
-    image = nib.load(made)
+    phantom = make_scan(f"phantom:{size}:{'x'.join(str(mm) for mm in SPACING_MM)}", folder)
+    image = nib.load(phantom)
     voxels = np.asanyarray(image.dataobj)
     paths = []
     for case in range(count):
         noise = np.random.default_rng(case).normal(0, 10, voxels.shape[:2]).astype(np.int16)
         paths.append(folder / f"case{case}_0000.nii.gz")
         nib.save(nib.Nifti1Image(voxels + noise[:, :, None], image.affine), paths[-1])
-    made.unlink()
+    phantom.unlink()
     return paths
 
 
 def command(program: str, model: Path, images: Path, target: Path) -> list[str | Path]:
-    """Command line of either program on a folder."""
+    """Return the command line of one of ``PROGRAMS`` for a folder."""
     flags = ["-i", images, "-o", target, "-m", model, *FOLDS, "-device", "cpu"]
     return [sys.executable, *PROGRAMS[program], *flags]
 
 
 def compare(theirs: Path, ours: Path) -> dict[str, Any]:
-    """Differing voxels of all label maps that both left, and what is in the first one."""
+    """Return differing voxels of all label maps, and classes and boundary of the first one."""
     voxels = differing = 0
     facts: tuple[int, float] | None = None
     for path in sorted(theirs.glob("*.nii.gz")):
@@ -74,7 +74,7 @@ def compare(theirs: Path, ours: Path) -> dict[str, Any]:
         differing += int(np.count_nonzero(one != two))
         facts = facts or label_map_facts(one)
     if facts is None:
-        raise RuntimeError("nnU-Net left no label map")
+        raise RuntimeError("nnU-Net wrote no label map")
     return {
         "voxels": voxels,
         "differing_voxels": differing,
@@ -84,7 +84,7 @@ def compare(theirs: Path, ours: Path) -> dict[str, Any]:
 
 
 def with_torch_resampling(model: Path, folder: Path) -> Path:
-    """Copy a model folder; its plans then name nnU-Net's torch resampling, as its planners do."""
+    """Copy a model folder, and write nnU-Net's torch resampling into the plans of the copy."""
     copy = folder / model.parent.name / model.name
     shutil.copytree(model, copy)
     plans = json.loads((copy / "plans.json").read_text())
@@ -99,10 +99,10 @@ def with_torch_resampling(model: Path, folder: Path) -> Path:
 
 
 def measure(program: str, model: Path, images: Path, target: Path) -> dict[str, Any]:
-    """Run a program on a folder."""
+    """Run a program on a folder; return seconds and peak bytes, or the error."""
     count = len(list(images.iterdir()))
     try:
-        figures: dict[str, Any] = run(
+        seconds: dict[str, Any] = run(
             command(program, model, images, target),
             {**os.environ, "TOTALFAST_BACKEND": "torch"},
             timed=True,
@@ -110,11 +110,11 @@ def measure(program: str, model: Path, images: Path, target: Path) -> dict[str, 
         )
     except RuntimeError as error:
         return {"cases": count, "failed": str(error)[-500:]}
-    return {"cases": count, "seconds_a_case": figures["wall_s"] / count, **figures}
+    return {"cases": count, "seconds_a_case": seconds["wall_s"] / count, **seconds}
 
 
 def benchmark(options: argparse.Namespace, scratch: Path) -> Iterator[dict[str, Any]]:
-    """Run what is asked for; yields figures as soon as they are known."""
+    """Run the selected programs; yield each result when it is complete."""
     (model,) = options.home.glob("nnunet/results/Dataset297_*/*__nnUNetPlans__3d_fullres")
     if options.torch_plans:
         model = with_torch_resampling(model, scratch / "torch")
@@ -139,11 +139,11 @@ def benchmark(options: argparse.Namespace, scratch: Path) -> Iterator[dict[str, 
 
 
 KEYS = ("program", "plans", "shape_zyx", "cases")
-"""What tells one run from another."""
+"""The keys that identify a run."""
 
 
 def table(result: dict[str, Any]) -> str:
-    """Markdown of all runs."""
+    """Return all runs as Markdown."""
     runs = [run for run in result["runs"] if run["program"] != "compared"]
     lines = [
         "| plans | shape | command | cases | time per case | speed-up | peak memory "
@@ -152,9 +152,9 @@ def table(result: dict[str, Any]) -> str:
     ]
     facts: dict[str, Any] = {}
     for one in sorted(runs, key=lambda run: (run["plans"], -run["shape_zyx"][0], run["program"])):
-        like = [r for r in result["runs"] if all(r[key] == one[key] for key in KEYS[1:3])]
-        theirs = next((r for r in like if r["program"] == "nnU-Net"), one)
-        compared = next((r for r in like if r["program"] == "compared"), {})
+        same_case = [r for r in result["runs"] if all(r[key] == one[key] for key in KEYS[1:3])]
+        theirs = next((r for r in same_case if r["program"] == "nnU-Net"), one)
+        compared = next((r for r in same_case if r["program"] == "compared"), {})
         facts = compared or facts
         faster = theirs["seconds_a_case"] / one["seconds_a_case"]
         cells = [one["plans"], "x".join(map(str, one["shape_zyx"])), one["program"]]
@@ -162,12 +162,12 @@ def table(result: dict[str, Any]) -> str:
         cells += ["" if theirs is one else f"{faster:.0f}x", f"{one['peak_bytes'] / 1e9:.1f} GB"]
         cells += ["" if theirs is one else str(compared.get("differing_voxels", ""))]
         lines.append(f"| {' | '.join(cells)} |")
-    where = result["machine"]
+    hardware = result["machine"]
     text = (
         f"{facts['classes']} classes, tiny stand-in network (3 mm, tiles overlap by half); the "
         f"label maps contain {facts['classes_present']} classes, and {facts['boundary_cells']:.0%} "
-        f"of their cells lie at boundaries. {where['cores']} cores of {where['processor']}, "
-        f"{where['memory_gb']} GB. One run each; memory was sampled during the timed run."
+        f"of their cells lie at boundaries. {hardware['cores']} cores of {hardware['processor']}, "
+        f"{hardware['memory_gb']} GB. One run each; memory was sampled during the timed run."
     )
     return "\n".join(lines) + f"\n\n{text}\n"
 
@@ -176,12 +176,18 @@ def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("home", type=Path, help="TOTALSEG_HOME_DIR with stand-in 297")
-    parser.add_argument("--json", type=Path, required=True, help="figures, added to what it has")
+    parser.add_argument(
+        "--json", type=Path, required=True, help="file to which the results are added"
+    )
     parser.add_argument("--shape", type=int, nargs=3, required=True, metavar="N")
     parser.add_argument("--cases", type=int, default=10)
     parser.add_argument("--programs", nargs="+", choices=PROGRAMS, default=list(PROGRAMS))
-    parser.add_argument("--torch-plans", action="store_true", help="nnU-Net's torch resampling")
-    parser.add_argument("--readme", action="store_true", help="also write README's table")
+    parser.add_argument(
+        "--torch-plans", action="store_true", help="use plans with nnU-Net's torch resampling"
+    )
+    parser.add_argument(
+        "--readme", action="store_true", help="also write the table in scripts/results"
+    )
     options = parser.parse_args()
     result = {"weights": WEIGHTS, "machine": machine(), "runs": []}
     if options.json.exists():

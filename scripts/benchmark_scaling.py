@@ -4,11 +4,11 @@
         [--programs totalfast upstream] [--flags "--fast -ml"] [--limit-gb 20] [--plot FILE.png]
         [--readme]
 
-Made CTs of 512x512 voxels a slice are segmented by each program as a whole process. Only what is
-named is run; the figures are merged into FILE, so that sessions can share the work. A program is
-not run on more slices once it has failed with the same flags, or has taken more than the limit, for
-which it is stopped; both are kept as results. Beside totalfast's peak stands what it said that it
-would need. HOME: stand-ins made by make_standin_weights.py.
+Each program segments synthetic CTs with slices of 512x512 voxels as a whole process. The results
+are merged into FILE, so the cases can be run in several calls. A program is stopped if its memory
+exceeds the limit. A program that failed or was stopped is not run on more slices with the same
+flags; the failure is kept as a result. The table also shows totalfast's own estimate of its memory.
+HOME: stand-in weights from make_standin_weights.py.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ SLICES = (100, 300, 531, 800, 1100, 1500)
 FLAGS = ("--fast -ml", "-ml")
 SPACING = "0.75x0.75x1"
 PLANNED = re.compile(rb"Memory: about ([0-9.]+) GB")
-"""What totalfast says before it takes any."""
+"""totalfast's estimate of its memory, which it prints before the run."""
 
 SETTLE_S = 5.0
-"""Pause before each run, in which the machine takes back the last one's memory."""
+"""Pause before each run, so that the system can free the memory of the previous run."""
 
 
 def measure(words: list[str | Path], home: Path, limit_gb: float) -> dict[str, Any]:
-    """Run a command: seconds, peak bytes of its process tree, and how it ended."""
+    """Run a command; return seconds, peak bytes of its process tree, and how it ended."""
     time.sleep(SETTLE_S)
     environment = {**os.environ, "TOTALSEG_HOME_DIR": str(home.absolute())}
     environment["TOTALFAST_BACKEND"] = "torch"
     began = time.perf_counter()
-    with tempfile.TemporaryFile() as said:
-        # A group of its own, so that upstream's worker processes can be stopped with it.
+    with tempfile.TemporaryFile() as output:
+        # A new process group, so that upstream's worker processes can be stopped too.
         process = subprocess.Popen(
-            words, env=environment, stdout=said, stderr=subprocess.DEVNULL, start_new_session=True
+            words, env=environment, stdout=output, stderr=subprocess.DEVNULL, start_new_session=True
         )
         watch, ended = Watch(process), "finished"
         while process.poll() is None:
@@ -55,24 +55,24 @@ def measure(words: list[str | Path], home: Path, limit_gb: float) -> dict[str, A
                 ended = f"stopped above {limit_gb:g} GB"
                 os.killpg(process.pid, 9)
         seconds = time.perf_counter() - began
-        said.seek(0)
-        planned = PLANNED.search(said.read())
+        output.seek(0)
+        planned = PLANNED.search(output.read())
     if process.returncode and ended == "finished":
         ended = f"failed with exit code {process.returncode}"
-    figures = {"wall_s": seconds, "peak_bytes": watch.peak_bytes, "ended": ended}
-    return figures | ({"planned_gb": float(planned[1])} if planned else {})
+    measured = {"wall_s": seconds, "peak_bytes": watch.peak_bytes, "ended": ended}
+    return measured | ({"planned_gb": float(planned[1])} if planned else {})
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Earlier results."""
+    """Return the earlier results, or an empty result."""
     if path.exists():
         content: dict[str, Any] = json.loads(path.read_text())
         return content
     return {"weights": "tiny stand-ins (scripts/make_standin_weights.py)", "runs": []}
 
 
-def is_hopeless(runs: list[dict[str, Any]], case: dict[str, Any]) -> bool:
-    """Whether the program has not come through on fewer slices."""
+def failed_on_fewer_slices(runs: list[dict[str, Any]], case: dict[str, Any]) -> bool:
+    """Whether the program failed or was stopped on fewer slices."""
     return any(
         run["ended"] != "finished"
         and run["slices"] < case["slices"]
@@ -82,7 +82,7 @@ def is_hopeless(runs: list[dict[str, Any]], case: dict[str, Any]) -> bool:
 
 
 def plot(runs: list[dict[str, Any]], path: Path) -> None:
-    """Draw seconds and gigabytes over slices; a cross is where a program ended early."""
+    """Plot seconds and gigabytes over slices; a cross marks a run that failed or was stopped."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -98,10 +98,10 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
             (row[1], "peak_bytes", 1e9, "peak memory, GB"),
         ):
             for program, colour in (("upstream", "tab:gray"), ("totalfast", "tab:blue")):
-                some = [run for run in runs if (run["flags"], run["program"]) == (flags, program)]
-                some.sort(key=lambda run: run["slices"])
+                series = [run for run in runs if (run["flags"], run["program"]) == (flags, program)]
+                series.sort(key=lambda run: run["slices"])
                 for ended, style in ((False, "o-"), (True, "x")):
-                    points = [run for run in some if (run["ended"] != "finished") == ended]
+                    points = [run for run in series if (run["ended"] != "finished") == ended]
                     panel.plot(
                         [run["slices"] for run in points],
                         [run[key] / scale for run in points],
@@ -118,14 +118,14 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Seconds and gigabytes by slices, a column for each program and set of flags."""
+    """Return seconds and gigabytes by slices, one column per program and set of flags."""
     runs = result["runs"]
     columns = sorted({(run["flags"], run["program"]) for run in runs}, reverse=True)
     titles = [f"`{flags}`, {program}" for flags, program in columns]
     lines = [f"| slices | {' | '.join(titles)} |", "|---" * (1 + len(columns)) + "|"]
     for slices in sorted({run["slices"] for run in runs}):
-        found = {(run["flags"], run["program"]): run for run in runs if run["slices"] == slices}
-        cells = [cell(found.get(column)) for column in columns]
+        row = {(run["flags"], run["program"]): run for run in runs if run["slices"] == slices}
+        cells = [cell(row.get(column)) for column in columns]
         lines.append(f"| {slices} | {' | '.join(cells)} |")
     machine = result["machine"]
     lines += [
@@ -138,7 +138,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def cell(run: dict[str, Any] | None) -> str:
-    """One run in a table; empty if it was not made."""
+    """Return one run as a cell of the table; empty if there is no such run."""
     if run is None:
         return ""
     if run["ended"] != "finished":
@@ -150,14 +150,23 @@ def cell(run: dict[str, Any] | None) -> str:
 def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("home", type=Path, help="TOTALSEG_HOME_DIR with stand-ins")
-    parser.add_argument("--json", type=Path, required=True, help="figures, added to what it has")
+    parser.add_argument("home", type=Path, help="TOTALSEG_HOME_DIR with stand-in weights")
+    parser.add_argument(
+        "--json", type=Path, required=True, help="file to which the results are added"
+    )
     parser.add_argument("--slices", type=int, nargs="*", default=list(SLICES))
     parser.add_argument("--programs", nargs="*", choices=list(PROGRAMS), default=list(PROGRAMS))
-    parser.add_argument("--flags", nargs="*", default=list(FLAGS), help='sets, "--fast -ml"')
+    parser.add_argument(
+        "--flags",
+        nargs="*",
+        default=list(FLAGS),
+        help='one or more sets of flags, such as "--fast -ml"',
+    )
     parser.add_argument("--limit-gb", type=float, default=20.0)
-    parser.add_argument("--plot", type=Path, metavar="PICTURE", help="draw all results so far")
-    parser.add_argument("--readme", action="store_true", help="also write README's table")
+    parser.add_argument("--plot", type=Path, metavar="PICTURE", help="plot all results of the file")
+    parser.add_argument(
+        "--readme", action="store_true", help="also write the table in scripts/results"
+    )
     options = parser.parse_args()
     result = load(options.json)
     result["machine"] = machine()
@@ -167,7 +176,7 @@ def main() -> int:
             for flags in options.flags:
                 for program in options.programs:
                     case = {"slices": slices, "flags": flags, "program": program}
-                    if is_hopeless(result["runs"], case):
+                    if failed_on_fewer_slices(result["runs"], case):
                         continue
                     target = Path(scratch) / "out" / "seg.nii.gz"
                     words = command(program, scan, target, flags.split())

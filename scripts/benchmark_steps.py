@@ -1,15 +1,14 @@
-"""Time single steps of a run in one process: upstream's functions against totalfast's.
+"""Time single steps in one process: upstream's functions and totalfast's.
 
     python scripts/benchmark_steps.py HOME --json FILE [--repeats N]
 
-- 117 masks of a 512x512x300 label map: upstream's pool of six processes that each read the label
-  map once a mask, as its command starts it, against ``write_masks``.
-- Statistics of a 488x404x336 scan: ``get_basic_statistics`` against ``measure``.
-- A second call in one session, ``fast``: seconds outside of the network, of totalfast alone.
+- 117 masks of a 512x512x300 label map: ``write_masks``, and upstream's pool of six processes, each
+  of which reads the label map once per mask.
+- Statistics of a 488x404x336 scan: ``measure`` and upstream's ``get_basic_statistics``.
+- A second call of one session with ``fast``: seconds outside the network, only totalfast.
 
-Label maps are those of the demonstration's phantom, repeated to that size. HOME: stand-ins made by
-scripts/make_standin_weights.py, of official size if the session's times are to mean something.
-Files and figures of both must be equal.
+The label maps are resampled from the demonstration's phantom. HOME: stand-in weights of official
+size from scripts/make_standin_weights.py. The files and statistics of both programs must be equal.
 """
 
 from __future__ import annotations
@@ -32,18 +31,18 @@ from readme import write_table
 
 MASKS_SHAPE, STATISTICS_SHAPE = (512, 512, 300), (488, 404, 336)
 SPACING_MM = (0.75, 0.75, 1.0)
-WHO = ("upstream", "totalfast")
+PROGRAMS = ("upstream", "totalfast")
 UPSTREAM_THREADS = 6
-"""Upstream's default of --nr_thr_saving."""
+"""Upstream's default for --nr_thr_saving."""
 
 
 def size_text(shape: tuple[int, ...]) -> str:
-    """As tables have it."""
+    """Return a shape as text for tables."""
     return "x".join(map(str, shape))
 
 
 def label_map(shape: tuple[int, int, int]) -> np.ndarray:
-    """The phantom's labels, nearest neighbour, (x, y, z), Fortran order as files have it."""
+    """Return the phantom's labels, nearest neighbour, (x, y, z), Fortran order as in files."""
     from totalfast.demo.phantom import make_phantom
 
     labels = make_phantom(3).labels
@@ -52,7 +51,7 @@ def label_map(shape: tuple[int, int, int]) -> np.ndarray:
 
 
 def upstream_masks(labels: np.ndarray, folder: Path, scratch: Path) -> float:
-    """Save as upstream's command does; returns seconds."""
+    """Save masks as upstream's command does; return seconds."""
     from totalsegmentator.map_to_binary import class_map
     from totalsegmentator.nnunet import save_segmentation_nifti
 
@@ -72,7 +71,7 @@ def upstream_masks(labels: np.ndarray, folder: Path, scratch: Path) -> float:
 
 
 def our_masks(labels: np.ndarray, folder: Path) -> float:
-    """Save as totalfast does; returns seconds."""
+    """Save masks as totalfast does; return seconds."""
     from totalfast.files.write import label_image, write_masks
     from totalfast.system.cores import usable_cores
     from totalfast.system.pending_files import PendingFiles
@@ -88,14 +87,14 @@ def our_masks(labels: np.ndarray, folder: Path) -> float:
 
 
 def masks(repeats: int, scratch: Path) -> dict[str, Any]:
-    """Both ways to save 117 masks."""
+    """Time saving 117 masks with both programs."""
     labels = label_map(MASKS_SHAPE)
     seconds: dict[str, list[float]] = {"upstream": [], "totalfast": []}
     our_masks(labels, scratch / "warm")
     for repeat in range(repeats):
         ours, theirs = scratch / f"ours{repeat}", scratch / f"theirs{repeat}"
         seconds["totalfast"].append(our_masks(labels, ours))
-        if repeat == 0:  # minutes
+        if repeat == 0:  # slow
             seconds["upstream"].append(upstream_masks(labels, theirs, scratch))
     compared = compare_folders("masks", scratch / "theirs0", scratch / "ours0")
     return {
@@ -106,8 +105,8 @@ def masks(repeats: int, scratch: Path) -> dict[str, Any]:
     }
 
 
-def measured(repeats: int, scratch: Path) -> dict[str, Any]:
-    """Both ways to measure volumes and intensities."""
+def statistics_of_both(repeats: int, scratch: Path) -> dict[str, Any]:
+    """Time measuring volumes and intensities with both programs."""
     from totalsegmentator.statistics import get_basic_statistics
 
     from totalfast.files.read import read_image
@@ -118,13 +117,13 @@ def measured(repeats: int, scratch: Path) -> dict[str, Any]:
     size = size_text(STATISTICS_SHAPE)
     scan = nib.load(make_scan(f"phantom:{size}:{'x'.join(map(str, SPACING_MM))}", scratch))
     image = read_image(scan)
-    scan.get_fdata()  # read and cached by then in upstream's command, too
+    scan.get_fdata()  # upstream's command has read and cached the scan at this point too
     voxel_mm3 = np.prod(scan.header.get_zooms())
     seconds: dict[str, list[float]] = {"upstream": [], "totalfast": []}
-    found: Any = None
+    ours: Any = None
     for _ in range(repeats):
         began = time.perf_counter()
-        found = measure(labels, image, CLASS_MAPS["total"], voxel_mm3=voxel_mm3, wanted=Wanted())
+        ours = measure(labels, image, CLASS_MAPS["total"], voxel_mm3=voxel_mm3, wanted=Wanted())
         seconds["totalfast"].append(time.perf_counter() - began)
     began = time.perf_counter()
     expected = get_basic_statistics(labels, scan, quiet=True)
@@ -133,16 +132,16 @@ def measured(repeats: int, scratch: Path) -> dict[str, Any]:
     return {
         "what": f"statistics of {count} structures in {size_text(STATISTICS_SHAPE)}",
         "seconds": seconds,
-        "equal": json.dumps(found) == json.dumps(expected),
+        "equal": json.dumps(ours) == json.dumps(expected),
     }
 
 
 def second_call(repeats: int, scratch: Path) -> dict[str, Any]:
-    """What a call of a session takes besides the network, once the first is over."""
+    """Time the calls of a session, in total and outside the network."""
     import totalfast
 
     hook: dict[str, Any] = {}
-    exec(FORWARD_HOOK, hook)  # noqa: S102 - as sitecustomize does in benchmark_command
+    exec(FORWARD_HOOK, hook)  # noqa: S102 - our own code
     size = size_text(STATISTICS_SHAPE)
     scan = make_scan(f"phantom:{size}:{'x'.join(map(str, SPACING_MM))}", scratch)
     session = totalfast.Session(device="cpu")
@@ -160,16 +159,16 @@ def second_call(repeats: int, scratch: Path) -> dict[str, Any]:
 
 
 def table(steps: dict[str, Any]) -> str:
-    """Markdown of all steps, medians."""
+    """Return the medians of all steps as Markdown."""
     lines = ["| step | upstream | totalfast | speed-up |", "|---|---|---|---|"]
     for name in ("masks", "statistics"):
         step = steps[name]
-        theirs, ours = (statistics.median(step["seconds"][who]) for who in WHO)
+        theirs, ours = (statistics.median(step["seconds"][program]) for program in PROGRAMS)
         lines.append(f"| {step['what']} | {theirs:.1f} s | {ours:.2f} s | {theirs / ours:.0f}x |")
     calls = steps["second call"]["calls"]
-    for title, some in (("first call", calls[:1]), ("later call", calls[1:])):
+    for title, title_calls in (("first call", calls[:1]), ("later call", calls[1:])):
         wall, outside = (
-            statistics.median(call[key] for call in some) for key in ("wall_s", "outside_s")
+            statistics.median(call[key] for call in title_calls) for key in ("wall_s", "outside_s")
         )
         lines.append(
             f"| {title} of a session, {steps['second call']['what']} | "
@@ -182,21 +181,26 @@ def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("home", type=Path, help="TOTALSEG_HOME_DIR with stand-in 297")
-    parser.add_argument("--json", type=Path, required=True, help="write the figures here")
+    parser.add_argument("--json", type=Path, required=True, help="write the results to this file")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--readme", action="store_true", help="also write README's table")
+    parser.add_argument(
+        "--readme", action="store_true", help="also write the table in scripts/results"
+    )
     options = parser.parse_args()
     os.environ["TOTALSEG_HOME_DIR"] = str(options.home.absolute())
     os.environ["TOTALFAST_BACKEND"] = "torch"
     result: dict[str, Any] = {"machine": machine(), "steps": {}}
-    for name, step in (("masks", masks), ("statistics", measured), ("second call", second_call)):
+    for name, step in (
+        ("masks", masks),
+        ("statistics", statistics_of_both),
+        ("second call", second_call),
+    ):
         with tempfile.TemporaryDirectory(prefix="totalfast-steps-") as scratch:
-            found = result["steps"][name] = step(options.repeats, Path(scratch))
-        if "seconds" in found:
-            found["times_faster"] = statistics.median(found["seconds"]["upstream"]) / (
-                statistics.median(found["seconds"]["totalfast"])
-            )
-        print(json.dumps(found, indent=1), flush=True)
+            step_result = result["steps"][name] = step(options.repeats, Path(scratch))
+        if "seconds" in step_result:
+            theirs, ours = (statistics.median(step_result["seconds"][who]) for who in PROGRAMS)
+            step_result["times_faster"] = theirs / ours
+        print(json.dumps(step_result, indent=1), flush=True)
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(result, indent=1) + "\n")
     steps = result["steps"]

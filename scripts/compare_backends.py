@@ -1,7 +1,7 @@
-"""Measure what the backends cost and change: seconds for a tile, and labels against torch's.
+"""Compare the backends: seconds per tile, and the labels with those of torch.
 
-Takes a model folder of official size, such as scripts/make_standin_weights.py makes, and a phantom
-at that model's spacing.
+The model folder must have the official size, as from scripts/make_standin_weights.py. The image is
+a phantom at the spacing of the model.
 
     python scripts/compare_backends.py HOME/nnunet/results/Dataset297*/* --json FILE [--readme]
 """
@@ -37,17 +37,19 @@ SEED = 3
 
 
 def main() -> None:
-    """Run all backends on one image and compare their labels with the first one's."""
+    """Run all backends on one image, and compare their labels with those of the first."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("model", type=Path, help="folder with plans.json")
-    parser.add_argument("--shape", default="125x100x190", help="voxels along x, y and z")
+    parser.add_argument("--shape", default="125x100x190", help="number of voxels along x, y and z")
     parser.add_argument("--backends", nargs="+", default=["torch", "compile", "openvino"])
-    parser.add_argument("--repeats", type=int, default=3, help="single tiles to time")
-    parser.add_argument("--json", type=Path, required=True, help="write the figures here")
-    parser.add_argument("--readme", action="store_true", help="also write README's table")
+    parser.add_argument("--repeats", type=int, default=3, help="number of timed tiles")
+    parser.add_argument("--json", type=Path, required=True, help="write the results to this file")
+    parser.add_argument(
+        "--readme", action="store_true", help="also write the table in scripts/results"
+    )
     options = parser.parse_args()
     x, y, z = map(int, options.shape.split("x"))
-    found: dict[str, Any] = {
+    result: dict[str, Any] = {
         "shape_xyz": [x, y, z],
         "model": options.model.parent.name,
         "weights": WEIGHTS,
@@ -65,20 +67,20 @@ def main() -> None:
                 reference = labels
             else:
                 row |= difference(labels, reference)
-            found["backends"][backend] = row
+            result["backends"][backend] = row
             print(backend, json.dumps(row), flush=True)
-    options.json.write_text(json.dumps(found, indent=1) + "\n")
+    options.json.write_text(json.dumps(result, indent=1) + "\n")
     if options.readme:
-        write_table(Path(__file__).name, table(found))
+        write_table(Path(__file__).name, table(result))
 
 
-def table(found: dict[str, Any]) -> str:
-    """Markdown of all backends."""
+def table(result: dict[str, Any]) -> str:
+    """Return the results of all backends as Markdown."""
     lines = [
         "| backend | load model | first tile | later tiles | differing voxels | lowest Dice |",
         "|---|---|---|---|---|---|",
     ]
-    for backend, row in found["backends"].items():
+    for backend, row in result["backends"].items():
         cells = [f"`{backend}`"]
         cells += [f"{row[key]:.1f} s" for key in ("load_s", "first_tile_s", "median_tile_s")]
         if "differing_voxels" in row:
@@ -87,14 +89,14 @@ def table(found: dict[str, Any]) -> str:
         else:
             cells += ["0", "1"]
         lines.append(f"| {' | '.join(cells)} |")
-    where = found["machine"]
+    hardware = result["machine"]
     lines += [
         "",
-        f"Model of `--fast`, {found['weights']}; {'x'.join(map(str, found['shape_xyz']))} voxels "
+        f"Model of `--fast`, {result['weights']}; {'x'.join(map(str, result['shape_xyz']))} voxels "
         "of a phantom. The caches are empty when the model is loaded and its first tile is run. "
-        f"{where['cores']} cores of {where['processor']} "
-        f"({found['instructions']}), torch {where['versions']['torch']}, OpenVINO "
-        f"{found['openvino']}.",
+        f"{hardware['cores']} cores of {hardware['processor']} "
+        f"({result['instructions']}), torch {hardware['versions']['torch']}, OpenVINO "
+        f"{result['openvino']}.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -102,7 +104,7 @@ def table(found: dict[str, Any]) -> str:
 def measure(
     folder: Path, shape_xyz: tuple[int, int, int], backend: str, repeats: int
 ) -> tuple[dict[str, Any], np.ndarray]:
-    """Seconds of one backend, and its labels (z, y, x)."""
+    """Return the seconds of one backend, and its labels, (z, y, x)."""
     began = time.perf_counter()
     model = load_model(folder, folds=(0,), device=CPU, backend=choose_backend(backend, CPU))
     row: dict[str, Any] = {"load_s": round(time.perf_counter() - began, 2)}
@@ -125,7 +127,7 @@ def measure(
 
 
 def make_image(model: Model, shape_xyz: tuple[int, int, int]) -> torch.Tensor:
-    """A phantom at the model's spacing, as its network gets it: (channels, z, y, x)."""
+    """Return a normalised phantom at the model's spacing, (channels, z, y, x)."""
     spacing = [float(mm) for mm in model.configuration.spacing]
     phantom = make_phantom(SEED, shape_xyz=shape_xyz, spacing_mm=spacing[0])
     voxels = np.ascontiguousarray(phantom.ct.transpose(2, 1, 0), np.float32)[None]
@@ -133,13 +135,13 @@ def make_image(model: Model, shape_xyz: tuple[int, int, int]) -> torch.Tensor:
 
 
 def cpu_s() -> float:
-    """Seconds that this process has computed: on a shared machine more telling than the clock."""
+    """Return the CPU seconds of this process; on a shared machine they vary less than wall time."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     return used.ru_utime + used.ru_stime
 
 
 def difference(labels: np.ndarray, reference: np.ndarray) -> dict[str, Any]:
-    """Differing voxels, and the lowest Dice of a class."""
+    """Return the differing voxels, and the lowest Dice of a class."""
     return {
         "differing_voxels": int((labels != reference).sum()),
         "differing_share": float((labels != reference).mean()),

@@ -1,11 +1,11 @@
-"""How much smoother masks from interpolated logits are worth: ``nearest`` against ``linear``.
+"""Compare the accuracy of ``nearest`` and ``linear`` exports.
 
     python scripts/compare_exports.py --json scripts/results/exports.json [--readme]
 
-Made phantoms, whose truth is known at 1.5 mm, are segmented with the demonstration model at 3 mm,
-once with each export. Compared with the truth, by size of the structure: Dice, and the mean
-distance between the two surfaces in mm (the mean of both directions). Islands that do not touch
-the true structure count for Dice only: they tell of the model, and nothing of how smooth masks are.
+The demonstration model segments synthetic phantoms at 3 mm, once per export. The true labels are
+known at 1.5 mm. The results are the Dice and the mean distance between the two surfaces in mm (mean
+of both directions), by size of the structure. Islands that do not touch the true structure count
+for the Dice only, because they depend on the model and not on the export.
 """
 
 from __future__ import annotations
@@ -24,15 +24,13 @@ if TYPE_CHECKING:
 SEEDS = range(1, 6)
 SIZES_ML = (1, 10, 30, 100, 10_000)
 MARGIN = 12
-"""Voxels around both masks in which distances are computed."""
+"""Margin in voxels around both masks for the distances."""
 EXPORTS = {"nearest": "auto", "linear": "linear"}
 
 
-def surface_distance(
-    found: NDArray[np.bool_], truth: NDArray[np.bool_], spacing_mm: float
-) -> float:
-    """Mean distance of the surface voxels of each mask to those of the other, in mm."""
-    surfaces = [mask & ~ndimage.binary_erosion(mask) for mask in (found, truth)]
+def surface_distance(mask: NDArray[np.bool_], truth: NDArray[np.bool_], spacing_mm: float) -> float:
+    """Return the mean distance between the surface voxels of two masks, in mm."""
+    surfaces = [m & ~ndimage.binary_erosion(m) for m in (mask, truth)]
     means = []
     for one, other in (surfaces, surfaces[::-1]):
         away = ndimage.distance_transform_edt(~other, sampling=spacing_mm)
@@ -40,15 +38,15 @@ def surface_distance(
     return statistics.mean(means)
 
 
-def touching(found: NDArray[np.bool_], truth: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """The connected parts of a mask that overlap with the truth; all, if none does."""
-    parts, _ = ndimage.label(found)
-    kept: NDArray[np.bool_] = np.isin(parts, parts[truth & found])
-    return kept if kept.any() else found
+def touching(mask: NDArray[np.bool_], truth: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Return the connected components that overlap the truth, or all if there are none."""
+    components, _ = ndimage.label(mask)
+    kept: NDArray[np.bool_] = np.isin(components, components[truth & mask])
+    return kept if kept.any() else mask
 
 
 def compare_seed(seed: int) -> list[dict[str, Any]]:
-    """One row a structure: name, true_ml, and Dice and surface distance of each export."""
+    """Return one row per structure: name, true_ml, and Dice and surface distance per export."""
     from totalfast.demo.phantom import make_phantom
     from totalfast.demo.score import score
     from totalfast.upstream import CLASS_MAPS
@@ -70,28 +68,28 @@ def compare_seed(seed: int) -> list[dict[str, Any]]:
             both = (labels == label) | (phantom.labels == label)
             (tight,) = ndimage.find_objects(both.view(np.uint8))
             box = tuple(slice(max(s.start - MARGIN, 0), s.stop + MARGIN) for s in tight)
-            found, truth = labels[box] == label, phantom.labels[box] == label
-            distance = surface_distance(touching(found, truth), truth, spacing_mm)
+            mask, truth = labels[box] == label, phantom.labels[box] == label
+            distance = surface_distance(touching(mask, truth), truth, spacing_mm)
             entry = rows.setdefault(label, {"name": structure, "true_ml": row.true_ml})
             entry[name] = {"dice": row.dice, "surface_mm": distance}
     return [row for row in rows.values() if all(name in row for name in EXPORTS)]
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Medians by size of the structure."""
+    """Return the medians by size of the structure as Markdown."""
     lines = [
         "| true size | structures | Dice: nearest | linear | surface distance: nearest | linear |",
         "|---|---|---|---|---|---|",
     ]
     for low, high in zip(SIZES_ML[:-1], SIZES_ML[1:], strict=True):
-        some = [row for row in rows if low <= row["true_ml"] < high]
+        sized = [row for row in rows if low <= row["true_ml"] < high]
         dice, distance = (
-            [statistics.median(row[name][what] for row in some) for name in EXPORTS]
+            [statistics.median(row[name][what] for row in sized) for name in EXPORTS]
             for what in ("dice", "surface_mm")
         )
         size = f"{low} to {high} ml" if high < SIZES_ML[-1] else f"{low} ml and more"
         lines.append(
-            f"| {size} | {len(some)} | {dice[0]:.3f} | {dice[1]:.3f} "
+            f"| {size} | {len(sized)} | {dice[0]:.3f} | {dice[1]:.3f} "
             f"| {distance[0]:.2f} mm | {distance[1]:.2f} mm |"
         )
     return "\n".join(lines) + "\n"

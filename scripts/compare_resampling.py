@@ -1,13 +1,13 @@
-"""What a plan's resampling costs, and what it is worth: nnU-Net's own export against totalfast's.
+"""Compare time and accuracy of the resampling in nnU-Net's plans, with both programs.
 
     python scripts/compare_resampling.py --json scripts/results/resampling.json [--readme]
 
-The demonstration model is used as a plain nnU-Net model: a made phantom, whose truth is known at
-1.5 mm, is brought to 3 mm, predicted once, and the same logits are exported in every way: by
-nnU-Net with its default resampling and with its torch resampling in the plans, and by totalfast.
-Recorded are seconds, and mean Dice of the structures of 1 ml or more. nnU-Net's planners without
-resampling are not among them: a model of theirs is another model, trained at the scans' spacings,
-and has nothing to export.
+The demonstration model is used as a plain nnU-Net model. A synthetic phantom, whose true labels are
+known at 1.5 mm, is resampled to 3 mm and predicted once. nnU-Net and totalfast export the same
+logits, with nnU-Net's default resampling and with its torch resampling in the plans. The results
+are seconds and the mean Dice of structures of 1 ml or more. nnU-Net's planners without resampling
+are not compared, because they train another model, at the spacings of the scans, and resample
+nothing.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ WAYS = {
     ("nearest", "default"): "totalfast `--export nearest`, any plans",
     ("linear", "torch"): "totalfast `--export linear`, any plans",
 }
-"""Who exports and which resampling the plans name, to a row's title."""
+"""The exporting program or method and the resampling in the plans, to the title of the row."""
 
 
 def measure_seed(seed: int) -> list[dict[str, Any]]:
-    """One row a way: seconds, and mean Dice against the phantom's truth."""
+    """Return one row per export: seconds, and mean Dice with the true labels."""
     import torch
     from nnunetv2.inference.export_prediction import (
         convert_predicted_logits_to_segmentation_with_correct_shape,
@@ -66,18 +66,22 @@ def measure_seed(seed: int) -> list[dict[str, Any]]:
 
     def exported(way: str, configuration: Any) -> NDArray[np.unsignedinteger]:
         if way == NNUNET:
-            found: NDArray[np.unsignedinteger] = (
+            segmentation: NDArray[np.unsignedinteger] = (
                 convert_predicted_logits_to_segmentation_with_correct_shape(
                     logits, plans, configuration, predictor.label_manager, case["data_properties"]
                 )
             )
-            return found
+            return segmentation
         return segmentation_from_logits(
-            logits, case["data_properties"], configuration, plans, predictor.label_manager,
+            logits,
+            case["data_properties"],
+            configuration,
+            plans,
+            predictor.label_manager,
             method=way,
-        )  # fmt: skip
+        )
 
-    exported("linear", predictor.configuration_manager)  # compiled before it is timed
+    exported("linear", predictor.configuration_manager)  # compiles
     rows = []
     for way, resampling in WAYS:
         configuration = with_resampling(predictor.configuration_manager, resampling)
@@ -92,8 +96,8 @@ def measure_seed(seed: int) -> list[dict[str, Any]]:
 
 
 def with_resampling(configuration: Any, resampling: str) -> Any:
-    """Return a configuration whose plans name one of nnU-Net's resamplers for probabilities."""
-    if resampling == "torch":  # what nnUNetPlannerResEncL_torchres writes
+    """Return a copy of a configuration with the named resampling of probabilities."""
+    if resampling == "torch":  # as nnUNetPlannerResEncL_torchres
         function, options = TORCH_RESAMPLING, TORCH_OPTIONS
     else:
         function = "resample_data_or_seg_to_shape"
@@ -106,11 +110,13 @@ def with_resampling(configuration: Any, resampling: str) -> Any:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Medians over the phantoms."""
+    """Return the medians over the phantoms as Markdown."""
     lines = ["| export | time in s | mean Dice |", "|---|---|---|"]
     for way in WAYS.values():
-        some = [row for row in rows if row["way"] == way]
-        seconds, dice = (statistics.median(row[key] for row in some) for key in ("seconds", "dice"))
+        way_rows = [row for row in rows if row["way"] == way]
+        seconds, dice = (
+            statistics.median(row[key] for row in way_rows) for key in ("seconds", "dice")
+        )
         lines.append(f"| {way} | {seconds:.{1 if seconds < 10 else 0}f} | {dice:.3f} |")
     return "\n".join(lines) + "\n"
 

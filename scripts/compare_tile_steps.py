@@ -1,12 +1,13 @@
-"""What fewer tiles cost: --tile_step_size against the default, in time and in labels.
+"""Compare values of --tile_step_size in time and accuracy.
 
     python scripts/compare_tile_steps.py --json scripts/results/tile_steps.json [--readme]
 
-Made phantoms two to three of the demonstration model's tiles long are segmented at 3 mm with
-several steps. Compared with the default's labels and with the truth, over the structures of 1 ml or
-more: Dice. Seconds are those of the network's forward passes. That model was trained on phantoms
-that fit into one tile and knows places in it: it finds less in other fields of view, and its labels
-change more with the tiles than those of a model that was trained on random patches.
+The demonstration model segments synthetic phantoms at 3 mm with several steps. The phantoms are two
+to three tiles long. The results are the Dice with the true labels and with the labels of the
+default step, over structures of 1 ml or more, and the seconds of the network's forward passes. The
+model was trained on phantoms that fit into one tile and has learned positions in it. It finds less
+in other fields of view, and its labels depend more on the tiles than those of a model that was
+trained on random patches.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ STEPS = (0.5, 0.8, 0.9, 1.0)
 DEFAULT = 0.8
 WIDTH, DEPTH, SPACING_MM = 250, 200, 1.5
 SLICES = (400, 476, 500)
-"""So that over all of them each step takes another number of tiles, of 128 slices at 3 mm."""
+"""Chosen so that each step has another total number of tiles, which have 128 slices of 3 mm."""
 LEAST_ML = 1.0
 
 
 class Clock:
-    """Counts and times the forward passes of a network; its last layer is run by itself."""
+    """Counts and times the forward passes of a network, whose last layer runs separately."""
 
     def __init__(self, forward: Any) -> None:
         self.tiles, self.seconds, self._began = 0, 0.0, 0.0
@@ -50,40 +51,40 @@ class Clock:
         self.tiles += hasattr(module, "decoder")
 
     def read(self) -> dict[str, float]:
-        """Tiles and seconds since the last reading."""
-        found = {"tiles": self.tiles, "network_s": self.seconds}
+        """Return tiles and seconds since the last call."""
+        reading = {"tiles": self.tiles, "network_s": self.seconds}
         self.tiles, self.seconds = 0, 0.0
-        return found
+        return reading
 
 
 @functools.cache
 def clock() -> Clock:
-    """Watch the demonstration model of the session that ``totalfast.segment`` uses."""
+    """Return the clock of the demonstration model in the session of ``totalfast.segment``."""
     from totalfast.options import Options
     from totalfast.session import default_session
 
     task = Options(fast=True).resolved_task()
-    loaded = default_session().load(task, task.parts[0], device="cpu", backend="torch")
+    loaded = default_session().models.load(task, task.parts[0], device="cpu", backend="torch")
     return Clock(loaded.result().forwards[0])
 
 
 def dice(one: NDArray[np.uint8], other: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """Of each of 256 labels; NaN where neither has it."""
+    """Return the Dice of each of 256 labels; NaN if neither label map has the label."""
     size_one, size_other, both = (
         np.bincount(labels.ravel(), minlength=256) for labels in (one, other, one[one == other])
     )
     with np.errstate(invalid="ignore"):
-        found: NDArray[np.float64] = 2 * both / (size_one + size_other)
-    return found
+        dice_by_label: NDArray[np.float64] = 2 * both / (size_one + size_other)
+    return dice_by_label
 
 
 def compare_seed(seed: int) -> list[dict[str, Any]]:
-    """One row a step and length."""
+    """Return one row per step and length."""
     return [row for slices in SLICES for row in compare(seed, slices)]
 
 
 def compare(seed: int, slices: int) -> list[dict[str, Any]]:
-    """One row a step."""
+    """Return one row per step."""
     from totalfast.demo.phantom import make_phantom
 
     shape = (WIDTH, DEPTH, slices)
@@ -91,19 +92,20 @@ def compare(seed: int, slices: int) -> list[dict[str, Any]]:
     truth = np.asarray(phantom.labels, dtype=np.uint8)
     sizes_ml = np.bincount(truth.ravel(), minlength=256) * SPACING_MM**3 / 1000
     counted = np.flatnonzero(sizes_ml[1:] >= LEAST_ML) + 1
-    found, figures = {}, {}
+    labels_by_step, readings = {}, {}
     for step in STEPS:
         clock().read()
-        found[step] = segmented(phantom, tile_step_size=step, backend="torch")
-        figures[step] = clock().read()
+        labels_by_step[step] = segmented(phantom, tile_step_size=step, backend="torch")
+        readings[step] = clock().read()
     rows = []
-    for step, labels in found.items():
-        same, true = (dice(labels, other)[counted] for other in (found[DEFAULT], truth))
+    for step, labels in labels_by_step.items():
+        default = labels_by_step[DEFAULT]
+        same, true = (dice(labels, other)[counted] for other in (default, truth))
         row = {
             "seed": seed,
             "slices": slices,
             "step": step,
-            **figures[step],
+            **readings[step],
             "structures": len(counted),
             "dice_truth": float(np.mean(true)),
             "dice_default": float(np.nanmean(same)),
@@ -115,16 +117,16 @@ def compare(seed: int, slices: int) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Means over the phantoms of all lengths."""
+    """Return the means over the phantoms of all lengths as Markdown."""
     lines = [
         "| step | tiles | time in the network | Dice, truth | Dice, labels of the default "
         "| lowest Dice, labels of the default |",
         "|---|---|---|---|---|---|",
     ]
     for step in STEPS:
-        some = [row for row in rows if row["step"] == step]
-        mean = {key: statistics.mean(row[key] for row in some) for key in some[0]}
-        lowest = min(row["lowest_dice_default"] for row in some)
+        step_rows = [row for row in rows if row["step"] == step]
+        mean = {key: statistics.mean(row[key] for row in step_rows) for key in step_rows[0]}
+        lowest = min(row["lowest_dice_default"] for row in step_rows)
         lines.append(
             f"| {step}{' (default)' if step == DEFAULT else ''} | {mean['tiles']:.2f} "
             f"| {mean['network_s']:.1f} s | {mean['dice_truth']:.3f} "

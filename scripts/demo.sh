@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Install totalfast into a virtual environment of its own and run its demo; downloads no model.
+# Install totalfast into its own virtual environment, and run its demo. Downloads no model.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 environment=${TOTALFAST_VENV:-.venv-demo}

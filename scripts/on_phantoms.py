@@ -1,4 +1,4 @@
-"""The demonstration model on made phantoms: what the scripts that measure it have in common."""
+"""Command line and prediction shared by the scripts that measure the demonstration model."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 
 def segmented(phantom: Phantom, **keywords: Any) -> NDArray[np.uint8]:
-    """Labels (x, y, z) that ``--fast`` and other options find in a phantom."""
+    """Segment a phantom with ``--fast`` and other options; return the labels, (x, y, z)."""
     import totalfast
 
     scan = nib.Nifti1Image(phantom.ct, phantom.affine)
-    found = totalfast.segment(scan, fast=True, device="cpu", quiet=True, **keywords)
-    return np.asarray(found.dataobj)
+    labels = totalfast.segment(scan, fast=True, device="cpu", quiet=True, **keywords)
+    return np.asarray(labels.dataobj)
 
 
 def main(
@@ -38,25 +38,27 @@ def main(
     measure: Callable[[int], list[dict[str, Any]]],
     table: Callable[[list[dict[str, Any]]], str],
 ) -> int:
-    """Command line of such a script.
+    """Run the command line of such a script.
 
     Parameters
     ----------
     script
-        Its path; README names the file beside the table.
+        Path of the script; its file name marks the table in scripts/results/README.md.
     description
-        For ``--help``; its first line is taken.
+        Docstring of the script; ``--help`` shows its first line.
     seeds
-        Phantoms, if none are named.
+        Default of ``--seeds``.
     measure
-        Rows of the JSON from the phantom of a seed.
+        Returns the rows of the JSON for the phantom of a seed.
     table
-        Markdown from all rows.
+        Returns Markdown for all rows.
     """
     parser = argparse.ArgumentParser(description=description.partition("\n")[0])
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=list(seeds))
-    parser.add_argument("--readme", action="store_true", help="also write README's table")
+    parser.add_argument(
+        "--readme", action="store_true", help="also write the table in scripts/results"
+    )
     options = parser.parse_args()
     from totalfast.cli.demo import MODEL
 

@@ -1,10 +1,10 @@
-"""Run every parity case: the real TotalSegmentator command against totalfast, file by file.
+"""Run all parity cases: the TotalSegmentator command and totalfast, compared file by file.
 
     python scripts/parity_matrix.py HOME [--only TEXT ...] [--json FILE]
 
-HOME holds tiny stand-in weights (scripts/make_standin_weights.py HOME --tiny); weights for tasks
-that look at a head are added below HOME/head. The public scans are found through
-TOTALFAST_TEST_DATA. Exit code 1 if anything differs.
+HOME contains tiny stand-in weights (scripts/make_standin_weights.py HOME --tiny). The script adds
+weights for tasks of the head in HOME/head. TOTALFAST_TEST_DATA names the folder of the public
+scans. The exit code is 1 if there is a difference.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from tests.parity.matrix import (
     Comparison,
     all_cases,
     input_file,
-    make_head,
-    make_small_v3,
+    make_head_weights,
+    make_small_v3_weights,
     run_pair,
 )
 
 
 def failures(case: Case, result: Comparison) -> list[str]:
-    """What makes a pair fail: differences, or a label map that proves little."""
-    found = list(result.problems)
+    """Return the reasons why a pair fails: differences, or too little structure."""
+    reasons = list(result.problems)
     if result.differing_voxels:
-        found.append(f"{result.differing_voxels} voxels differ")
-    if not result.classes and not case.finds_nothing and "-ss" not in case.flags:
-        found.append("nothing was found")
+        reasons.append(f"{result.differing_voxels} voxels differ")
+    if not result.classes and not case.expects_empty and "-ss" not in case.flags:
+        reasons.append("the label map is empty")
     if case.structured and (result.classes < MINIMUM_CLASSES or result.boundary > MAXIMUM_BOUNDARY):
-        found.append("the label map is not structured")
-    return found
+        reasons.append("the label map is not structured")
+    return reasons
 
 
 def main() -> int:
@@ -50,29 +50,33 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("home", type=Path, help="TOTALSEG_HOME_DIR with tiny stand-ins")
     parser.add_argument(
-        "--only", nargs="+", default=[""], help="run cases whose name has one of these"
+        "--only", nargs="+", default=[""], help="run cases whose name contains one of these texts"
     )
-    parser.add_argument("--rest", action="store_true", help="only what the tests do not run")
-    parser.add_argument("--jobs", type=int, default=1, help="pairs at a time")
-    parser.add_argument("--json", type=Path, help="write the results here")
+    parser.add_argument(
+        "--rest", action="store_true", help="run only cases that the tests do not run"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="number of pairs to run at the same time"
+    )
+    parser.add_argument("--json", type=Path, help="write the results to this file")
     options = parser.parse_args()
     rows, failed = [], 0
     home = options.home.absolute()
-    make_head(home)
-    make_small_v3(home)
+    make_head_weights(home)
+    make_small_v3_weights(home)
     with (
         tempfile.TemporaryDirectory(prefix="totalfast-parity-") as scratch,
         ThreadPoolExecutor(options.jobs) as pool,
     ):
         scans = Path(scratch) / "scans"
         scans.mkdir()
-        wanted = [
+        selected = [
             (case, input_file(case.scan, scans))
             for case in all_cases()
             if any(text in case.name for text in options.only) and not (options.rest and case.in_ci)
         ]
-        skipped = [case.name for case, scan in wanted if scan is None]
-        pairs = [(case, scan) for case, scan in wanted if scan is not None]
+        skipped = [case.name for case, scan in selected if scan is None]
+        pairs = [(case, scan) for case, scan in selected if scan is not None]
 
         def run(number: int) -> Comparison:
             case, scan = pairs[number]

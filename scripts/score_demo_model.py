@@ -1,11 +1,10 @@
-"""Score the demonstration model on ten phantoms that it has not seen.
+"""Score the demonstration model on ten phantoms that were not used for training.
 
     python scripts/score_demo_model.py --json scripts/results/demo_model.json
 
-Each phantom is segmented with ``--fast --export linear``, as ``totalfast demo`` does, and compared
-with its truth: Dice of every structure of 1 ml or more. Beside it stands what thresholds can do:
-for each structure and each phantom the best interval of HU there is, chosen with the truth at hand.
-The table in README is written from the JSON.
+Each phantom is segmented with ``--fast --export linear``, as in ``totalfast demo``. The result is
+the Dice of each structure of 1 ml or more with the true labels. For comparison, it also contains
+the Dice of the best interval of HU for each structure in each phantom, chosen with the true labels.
 """
 
 from __future__ import annotations
@@ -23,17 +22,25 @@ if TYPE_CHECKING:
 SEEDS = range(1, 11)
 BIN_HU = 4
 GROUPS = {
-    "lung": "lung lobes", "vertebrae": "vertebrae", "rib": "ribs", "kidney": "kidneys",
-    "autochthon": "muscles", "iliopsoas": "muscles",
-    "vena": "vessels", "vein": "vessels", "artery": "vessels", "aorta": "vessels",
-}  # fmt: skip
+    "lung": "lung lobes",
+    "vertebrae": "vertebrae",
+    "rib": "ribs",
+    "kidney": "kidneys",
+    "autochthon": "muscles",
+    "iliopsoas": "muscles",
+    "vena": "vessels",
+    "vein": "vessels",
+    "artery": "vessels",
+    "aorta": "vessels",
+}
+"""Part of a structure's name to its group in the table."""
 
 
 def best_intervals(ct: NDArray[np.int16], labels: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """Highest Dice that any interval of HU reaches, for each label.
+    """Return the highest Dice of any interval of HU, for each label.
 
-    With N voxels of the structure, S of them and T of all voxels in the interval, Dice is
-    2 S / (N + T).
+    If the structure has N voxels, and the interval contains S voxels of the structure and T voxels
+    in total, the Dice is 2 S / (N + T).
     """
     bins = (4096 // BIN_HU) + 1
     place = (
@@ -54,7 +61,7 @@ def best_intervals(ct: NDArray[np.int16], labels: NDArray[np.uint8]) -> NDArray[
 
 
 def score_seed(seed: int) -> dict[str, Any]:
-    """Dice of each structure: the model's, and that of the best threshold."""
+    """Return the Dice of each structure for the model and for the best interval."""
     from totalfast.demo.phantom import make_phantom
     from totalfast.demo.score import score
     from totalfast.upstream import CLASS_MAPS
@@ -75,17 +82,17 @@ def score_seed(seed: int) -> dict[str, Any]:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Mean Dice by kind of structure."""
+    """Return the mean Dice by group of structures as Markdown."""
     lines = ["| structures | model, Dice | best threshold, Dice |", "|---|---|---|"]
-    found: dict[str, list[tuple[float, float]]] = {}
+    groups: dict[str, list[tuple[float, float]]] = {}
     for result in results:
         for name, dice in result["dice"].items():
-            kind = next((k for word, k in GROUPS.items() if word in name), "organs and others")
-            found.setdefault(kind, []).append((dice, result["threshold"][name]))
-    every = [pair for pairs in found.values() for pair in pairs]
-    for kind, pairs in [*sorted(found.items()), ("**all**", every)]:
+            group = next((g for word, g in GROUPS.items() if word in name), "organs and others")
+            groups.setdefault(group, []).append((dice, result["threshold"][name]))
+    every = [pair for pairs in groups.values() for pair in pairs]
+    for group, pairs in [*sorted(groups.items()), ("**all**", every)]:
         model, threshold = (statistics.mean(values) for values in zip(*pairs, strict=True))
-        lines.append(f"| {kind} | {model:.3f} | {threshold:.3f} |")
+        lines.append(f"| {group} | {model:.3f} | {threshold:.3f} |")
     seeds = [result["mean"] for result in results]
     lines += [
         "",
@@ -96,7 +103,7 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def measure(seed: int) -> list[dict[str, Any]]:
-    """``score_seed``, and its mean said at once."""
+    """Return the result of ``score_seed`` as a list, and print its mean."""
     result = score_seed(seed)
     print(f"mean Dice {result['mean']:.3f}, ", end="")
     return [result]

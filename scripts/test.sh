@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Install totalfast into a virtual environment of its own and run its tests.
+# Install totalfast into its own virtual environment, and run the linters and the tests.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 environment=${TOTALFAST_VENV:-.venv-test}
@@ -11,8 +11,8 @@ python=${PYTHON:-python3}
 "$environment/bin/ruff" format --check .
 "$environment/bin/mypy"
 "$environment/bin/lint-imports" --no-cache
-# Tests that are marked slow run if they are asked for: ./scripts/test.sh -m slow
-# Two at a time: half of a test is the start of a command, which one core does. Threads that wait for
-# work must not keep the cores from one another meanwhile.
+# To run the slow tests: ./scripts/test.sh -m slow
+# Two processes, because the start of a command uses one core. Waiting OpenMP threads must not occupy
+# the cores.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 exec "$environment/bin/python" -m pytest -n 2 --dist worksteal -m "not slow" "$@"

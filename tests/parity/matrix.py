@@ -1,7 +1,8 @@
-"""Inputs, flags and comparison of the parity runs; the tests run some, scripts/ runs all.
+"""Inputs, flags and comparison of the parity pairs.
 
-Every case runs the installed ``TotalSegmentator`` command, on the CPU and offline, with tiny
-stand-in weights, and compares each file that it leaves with totalfast's.
+Each pair runs the installed ``TotalSegmentator`` command and totalfast, on the CPU and offline,
+with tiny stand-in weights, and compares all files. The tests run some pairs,
+scripts/parity_matrix.py runs all.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
 @functools.cache
 def script(name: str):
-    """Import one of the scripts, which are no package."""
+    """Import one of the scripts, which are not a package."""
     spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
@@ -43,18 +44,18 @@ def script(name: str):
 
 MINIMUM_CLASSES = 20
 MAXIMUM_BOUNDARY = 0.25
-"""What a label map must show to count as structured (where the task has that many classes)."""
+"""Limits for a structured label map, for tasks with at least that many classes."""
 
 EXTENT_MM = (150.0, 130.0, 120.0)
-"""Field of view of the made scans: a few tiny tiles in each axis."""
+"""Field of view of the synthetic scans: a few tiny tiles along each axis."""
 
 
 def phantom(spacing_mm: tuple[float, float, float]) -> nib.Nifti1Image:
-    """Part of the demo's thorax, int16, RAS+, at any spacing."""
+    """Return a part of the demo's thorax, int16, RAS+."""
     base_mm = 2.0
     ct, affine = _phantom_2mm()
     size = [int(mm / base_mm) for mm in EXTENT_MM]
-    # From the left flank to the midline, through lung base, liver and vertebrae.
+    # The centre of the phantom, with lung base, liver and vertebrae.
     start = [(n - s) // 2 for n, s in zip(ct.shape, size, strict=True)]
     part = ct[tuple(slice(a, a + s) for a, s in zip(start, size, strict=True))]
     zoomed = ndimage.zoom(part.astype(np.float32), base_mm / np.asarray(spacing_mm), order=1)
@@ -68,8 +69,8 @@ def phantom(spacing_mm: tuple[float, float, float]) -> nib.Nifti1Image:
 def _phantom_2mm():
     from totalfast.demo.phantom import make_phantom
 
-    made = make_phantom(7, shape_xyz=(188, 150, 188), spacing_mm=2.0)
-    return made.ct, made.affine
+    drawn = make_phantom(7, shape_xyz=(188, 150, 188), spacing_mm=2.0)
+    return drawn.ct, drawn.affine
 
 
 def reoriented(image: nib.Nifti1Image, axes: str) -> nib.Nifti1Image:
@@ -94,8 +95,8 @@ def with_slope(image: nib.Nifti1Image) -> nib.Nifti1Image:
     return scaled
 
 
-def made_input(name: str) -> nib.Nifti1Image:
-    """One of the made scans, by name."""
+def synthetic_scan(name: str) -> nib.Nifti1Image:
+    """Return one of the synthetic scans by name."""
     match name:
         case "iso1.5":
             return phantom((1.5, 1.5, 1.5))
@@ -139,11 +140,11 @@ class Case:
     flags: tuple[str, ...] = ()
     in_ci: bool = False
     structured: bool = True
-    """Whether the label map must show structure. Not asked of tasks with few classes, of one slice,
-    of small public scans, nor of five tiny models merged at 1.5 mm, whose borders cross."""
+    """Whether the label map must be structured. False for tasks with few classes, for one slice,
+    for small public scans, and for five tiny models merged at 1.5 mm, whose borders cross."""
 
-    finds_nothing: bool = False
-    """Whether the weights find no region or no structure there, so that both programs say so."""
+    expects_empty: bool = False
+    """Whether the label map is empty, because the weights find no region or no structure."""
 
     @property
     def name(self) -> str:
@@ -151,18 +152,19 @@ class Case:
 
     @property
     def task(self) -> str:
-        """What -ta asks for."""
+        """The task of -ta."""
         return self.flags[self.flags.index("-ta") + 1] if "-ta" in self.flags else "total"
 
     @property
-    def looks_at_head(self) -> bool:
-        """Whether a region is looked at, and that or what is looked for is not in the phantom."""
-        rough = TASK_CONFIGS[self.task].get("crop")
-        return bool(rough) and not HEAD.keys().isdisjoint([*rough, *CLASS_MAPS[self.task].values()])
+    def needs_head_weights(self) -> bool:
+        """Whether the phantom lacks the region of the task or its classes."""
+        region = TASK_CONFIGS[self.task].get("crop")
+        classes = CLASS_MAPS[self.task].values()
+        return bool(region) and not HEAD.keys().isdisjoint([*region, *classes])
 
     @property
     def target(self) -> str:
-        """Name of what -o asks for."""
+        """The name for -o."""
         if "-ot" in self.flags:
             return "seg.dcm"
         return "seg.nii.gz" if "-ml" in self.flags else "seg"
@@ -178,13 +180,13 @@ HEAD = {
     "hip_implant": "lung_upper_lobe_right",
     "coronary_arteries": "pulmonary_vein",
 }
-"""What tasks look at or for and the phantom lacks, and the structures that stand in for it in the
-weights below ``head`` of the stand-ins' folder."""
+"""Structures that tasks need and the phantom lacks, to the structures of the phantom that replace
+them in the weights in the folder ``head``."""
 
 HEAD_IDS = (297, 298, 115, 150, 260, 507, 509)
-"""Models that these weights are other ones of."""
+"""Models with other weights in the folder ``head``."""
 
-MADE = (
+SYNTHETIC = (
     "thick",
     "iso1.5",
     "iso3",
@@ -199,15 +201,15 @@ MADE = (
     "many-tiles",
 )
 ONE_WORKER = ("-ns", "1")
-"""Upstream starts one export process a model instead of six, each of which imports torch; its
-results are the same, and the matrix takes a third of the time."""
+"""Upstream starts one export process per model instead of six, each of which imports torch. The
+results are the same, and the matrix needs a third of the time."""
 
 SIX_WORKERS = {
     ("ct", ("--fast",)),
     ("lps", ("-ta", "body")),
-    ("oblique", ("-v1o", "--fast")),  # one worker gives upstream's masks wrong names
+    ("oblique", ("-v1o", "--fast")),  # with one worker, upstream's masks have wrong names
 }
-"""Cases that run with upstream's defaults all the same."""
+"""Cases that run with upstream's default of six processes."""
 
 PUBLIC = {
     "ct": "example_ct_sm.nii.gz",
@@ -215,7 +217,7 @@ PUBLIC = {
     "dicom": "example_ct_dicom",
     "dicom.zip": "example_ct_dicom",
 }
-"""Scans of TotalSegmentator's own tests, in the folder that TOTALFAST_TEST_DATA names."""
+"""Scans of TotalSegmentator's own tests, in the folder of TOTALFAST_TEST_DATA."""
 
 IN_CI_BY_INPUT = {
     ("thick", True),
@@ -228,14 +230,14 @@ IN_CI_BY_INPUT = {
 
 
 def all_cases() -> list[Case]:
-    """Each input in default and fast; each mode on two scans."""
+    """Return all pairs: each input in default and fast mode, and each other mode on some scans."""
     cases = [
         Case("ct", ("--fast",), in_ci=True, structured=False),
         Case("ct", ("-ml",), structured=False),
         Case("mr", ("-ta", "total_mr", "-ml"), in_ci=True, structured=False),
         Case("mr", ("-ta", "total_mr", "--fast"), structured=False),
     ]
-    for scan in MADE:
+    for scan in SYNTHETIC:
         for fast in (False, True):
             flags = ("--fast", "-ml") if fast else ("-ml",)
             in_ci = (scan, fast) in IN_CI_BY_INPUT
@@ -253,7 +255,7 @@ def all_cases() -> list[Case]:
         structured = "--fast" in flags and "-rs" not in flags
         cases.append(Case("oblique", flags, in_ci=in_ci, structured=structured))
         cases.append(Case("ct", flags, structured=False))
-    # Only some classes: the models, the region and the files that they need.
+    # Subsets of the classes, with their models, regions and files.
     subsets: list[tuple[tuple[str, ...], bool]] = [
         (("-rs", "liver", "vertebrae_T12", "-ml"), True),
         (("-rs", "heart", "stomach", "aorta", "--fast", "-s", "-sii"), True),
@@ -265,7 +267,7 @@ def all_cases() -> list[Case]:
         (("-bs", "--fast", "-rs", "liver", "-ml"), False),
         (("-ta", "body_mr", "-bs", "-ml"), False),
     ]
-    # Figures, and what is done to labels.
+    # Statistics and clean-up of labels.
     extras: list[tuple[tuple[str, ...], bool]] = [
         (("-s", "-sii", "-sx", "-sa", "median", "--fastest", "-ml"), True),
         (("-s", "-sii", "-rmb", "900", "-v1o", "--fast", "-ml"), True),
@@ -280,8 +282,8 @@ def all_cases() -> list[Case]:
         (("-ta", "vertebrae_pp_refined", "-ml"), False),
     ]
     for flags, in_ci in subsets + extras:
-        lacks = "brain" in flags  # and has no skull either
-        case = Case("oblique", flags, in_ci=in_ci, structured=False, finds_nothing=lacks)
+        no_brain = "brain" in flags  # the phantom has no brain and no skull
+        case = Case("oblique", flags, in_ci=in_ci, structured=False, expects_empty=no_brain)
         cases.append(case)
     # Statistics of a scan that is not resampled.
     cases.append(Case("iso3", ("-s", "-sii", "--fast", "-ml"), structured=False))
@@ -299,7 +301,7 @@ def all_cases() -> list[Case]:
         ("-ta", "total_v3", "-ml"),
         ("-ta", "total_v3", "--fast", "-ml"),
     ]
-    # Flags that change little.
+    # Other flags.
     plain = (
         ("-ff", "-ml", "-nr", "2", "-q"),
         ("-ff", "-ml", "-v", "--debug"),
@@ -310,8 +312,8 @@ def all_cases() -> list[Case]:
         ("-ta", "total_v3", "-ms", "small", "--fast", "-ml"),
     )
     cases += [Case("oblique", flags, structured=False) for flags in plain]
-    # Tasks that look at a region first: nnU-Net's own resampling (separate z, two folds), then
-    # TotalSegmentator's, other trainers and configurations, several models, the body's region.
+    # Tasks that crop to a region: nnU-Net's resampling (separate z, two folds), TotalSegmentator's
+    # resampling, other trainers and configurations, several models, the region of the body.
     tasks += [
         ("-ta", "lung_vessels_LEGACY", "-ml"),
         ("-ta", "lung_vessels_LEGACY", "-s", "-sx", "-sii", "-ml"),
@@ -333,19 +335,19 @@ def all_cases() -> list[Case]:
     )
     for flags in tasks:
         cases.append(Case("lps", flags, in_ci=flags in in_ci_tasks, structured=False))
-        if "-fs" not in flags:  # upstream fails where a third has fewer than 19 slices
+        if "-fs" not in flags:  # upstream fails if a third has fewer than 19 slices
             cases.append(Case("ct", flags, structured=False))
-    # All others, once; the masks of some are cut to what lies near the region.
+    # All other tasks once. Some remove voxels that are far from the region.
     others = [("-ta", name, "-ml") for name in TASKS if name != "test"]
     others += [("-ta", name) for name in TASKS if TASK_CONFIGS[name].get("remove_outside")]
-    tried = {case.task for case in cases}
+    tested = {case.task for case in cases}
     for flags in others:
         case = Case("lps", flags, structured=False)
-        if case.task not in tried or "-ml" not in flags:
+        if case.task not in tested or "-ml" not in flags:
             cases.append(case)
-    # DICOM in and out; upstream's own writers fail where a zip file comes in.
+    # DICOM input and output. Upstream's writers fail if the input is a zip file.
     dicom: list[tuple[str, tuple[str, ...], bool]] = [
-        ("made.dicom", ("-ff", "-ot", "nifti", "dicom_seg", "dicom_rtstruct"), True),
+        ("synthetic.dicom", ("-ff", "-ot", "nifti", "dicom_seg", "dicom_rtstruct"), True),
         ("dicom.zip", ("-ff", "-ml"), True),
         ("dicom", ("-ff", "-ot", "dicom_seg,dicom_rtstruct,nifti"), False),
         ("dicom", ("-ff",), False),
@@ -353,9 +355,9 @@ def all_cases() -> list[Case]:
         ("dicom", ("--fast", "-ot", "dicom_rtstruct"), False),
         ("dicom", ("-ot", "nifti,dicom_seg"), False),
         ("dicom", ("-rs", "liver", "aorta", "vertebrae_L1", "-ot", "dicom_seg"), False),
-        ("made.dicom", ("--fast", "-s", "-ot", "dicom_rtstruct,dicom_seg"), False),
-        ("made.dicom", ("-ta", "body", "-ot", "dicom_seg"), False),
-        ("made.zip", ("--fast",), False),
+        ("synthetic.dicom", ("--fast", "-s", "-ot", "dicom_rtstruct,dicom_seg"), False),
+        ("synthetic.dicom", ("-ta", "body", "-ot", "dicom_seg"), False),
+        ("synthetic.zip", ("--fast",), False),
     ]
     cases += [Case(scan, flags, in_ci=ci, structured=False) for scan, flags, ci in dicom]
     unique = {case.name: case for case in reversed(cases)}
@@ -363,7 +365,7 @@ def all_cases() -> list[Case]:
 
 
 def input_file(scan: str, folder: Path) -> Path | None:
-    """Write a made scan, or find a public one; None if that is not there."""
+    """Return the path of a synthetic scan, which is written, or of a public scan, or None."""
     if scan in PUBLIC:
         data = os.environ.get("TOTALFAST_TEST_DATA")
         path = (Path(data or ".") / PUBLIC[scan]).absolute()
@@ -372,16 +374,16 @@ def input_file(scan: str, folder: Path) -> Path | None:
         if scan.endswith(".zip") and not (folder / scan).exists():
             shutil.make_archive(str((folder / scan).with_suffix("")), "zip", path)
         return folder / scan if scan.endswith(".zip") else path
-    if scan.startswith("made."):
-        return made_series(folder, scan)
+    if scan.startswith("synthetic."):
+        return synthetic_series(folder, scan)
     path = folder / f"{scan}.nii.gz"
     if not path.exists():
-        nib.save(made_input(scan), path)
+        nib.save(synthetic_scan(scan), path)
     return path
 
 
-def made_series(folder: Path, name: str) -> Path:
-    """Part of the demo's thorax as a folder of axial slices, or as a zip file of them."""
+def synthetic_series(folder: Path, name: str) -> Path:
+    """Write a part of the demo's thorax as a folder of axial slices or as a zip file."""
     path = folder / name
     if path.exists():
         return path
@@ -409,12 +411,12 @@ if sys.argv[1] != "totalfast":
 sys.argv = sys.argv[1:]
 runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 """
-"""Runs a program in a process in which TotalSegmentator's licence check is replaced, and a function
-whose failure keeps the task teeth off the CPU (see known_differences.yaml)."""
+"""Runs a program without TotalSegmentator's licence check. Also replaces a function of upstream
+that makes the task teeth fail on the CPU (see known_differences.yaml)."""
 
 
-def make_head(home: Path) -> None:
-    """Below ``home``, weights whose rough models find a head and hips in the phantom's thorax."""
+def make_head_weights(home: Path) -> None:
+    """Make weights whose rough models find a head and hips in the phantom's thorax."""
     done, results = home / "head", home / "nnunet" / "results"
     if done.exists():
         return
@@ -434,8 +436,8 @@ def make_head(home: Path) -> None:
     head.rename(done)
 
 
-def make_small_v3(home: Path) -> None:
-    """The 3 mm model of ``total_v3`` again, under the name of its smaller sister."""
+def make_small_v3_weights(home: Path) -> None:
+    """Link the 3 mm model of ``total_v3`` under the name of the smaller model."""
     for folder in (home / "nnunet" / "results").glob("Dataset836_*/*__nnUNetPlans__3d_fullres"):
         small = folder.with_name(folder.name.replace("nnUNetPlans", "nnUNetResEncUNetLPlans_8"))
         if not small.exists():
@@ -444,7 +446,7 @@ def make_small_v3(home: Path) -> None:
 
 @dataclasses.dataclass
 class Comparison:
-    """What a pair of runs left."""
+    """Result of a pair of runs."""
 
     case: str
     voxels: int = 0
@@ -458,21 +460,21 @@ class Comparison:
 
 
 def run_pair(case: Case, scan: Path, home: Path, folder: Path) -> Comparison:
-    """Run both commands on one input and compare all that they leave."""
-    if case.looks_at_head and (home / "head").exists():
+    """Run both commands on one input and compare all files."""
+    if case.needs_head_weights and (home / "head").exists():
         home = home / "head"
     environment = {**os.environ, "TOTALSEG_HOME_DIR": str(home), "PYTHONWARNINGS": "ignore"}
     environment.pop("TOTALSEG_WEIGHTS_PATH", None)
-    environment["TOTALFAST_BACKEND"] = "torch"  # where OpenVINO is installed, it would be used
+    environment["TOTALFAST_BACKEND"] = "torch"  # also if OpenVINO is installed
     outputs, seconds, texts = {}, {}, {}
     workers = () if (case.scan, case.flags) in SIX_WORKERS else ONE_WORKER
-    # What upstream leaves in its temporary folder is none of our tests' business. The folder's path
-    # is short, as that of a socket in it may have 107 characters.
+    # Upstream gets its own temporary folder, because the tests check ours for leaked files. It has
+    # a short path, because the path of a socket may have at most 107 characters.
     with tempfile.TemporaryDirectory(prefix="u") as temporary:
         own = {"totalsegmentator.bin.TotalSegmentator": {"TMPDIR": temporary}, "totalfast": {}}
         for program, variables in own.items():
             output = folder / program.split(".")[0]
-            output.mkdir(parents=True)  # upstream does not where it writes DICOM or fast statistics
+            output.mkdir(parents=True)  # upstream does not create it for DICOM or fast statistics
             target = output / case.target
             command = [sys.executable, "-m", program]
             if TASK_CONFIGS[case.task].keys() & {"commercial", "crop_model"}:
@@ -501,7 +503,7 @@ def run_pair(case: Case, scan: Path, home: Path, folder: Path) -> Comparison:
 
 
 def compare_folders(name: str, expected: Path, actual: Path) -> Comparison:
-    """Compare all files below two folders: names, voxels, headers, extensions."""
+    """Compare all files in two folders: names, voxels, headers, extensions."""
     result = Comparison(case=name)
     files = {path.relative_to(expected) for path in expected.rglob("*") if path.is_file()}
     ours = {path.relative_to(actual) for path in actual.rglob("*") if path.is_file()}
@@ -540,7 +542,7 @@ def compare_folders(name: str, expected: Path, actual: Path) -> Comparison:
 
 
 def voxels_of(image: nib.Nifti1Image) -> np.ndarray:
-    """Voxels of a file of ours or upstream's, which are stored unscaled; igzip is quick."""
+    """Return the stored voxels of a file, which must have no scaling. igzip is fast."""
     proxy = image.dataobj
     opened = igzip.open if proxy.file_like.endswith(".gz") else open
     with opened(proxy.file_like, "rb") as stream:
@@ -550,7 +552,7 @@ def voxels_of(image: nib.Nifti1Image) -> np.ndarray:
 
 
 def header_problems(path: Path, one: nib.Nifti1Image, two: nib.Nifti1Image) -> list[str]:
-    """Fields, affine and extensions that differ between upstream's file and ours."""
+    """Return the header fields, affine and extensions that differ."""
     problems = []
     for field in one.header:
         a, b = one.header[field], two.header[field]
