@@ -1,11 +1,12 @@
-"""Write stand-ins for TotalSegmentator's models: official folders and networks, made weights.
+"""Write stand-ins for TotalSegmentator's models: official folders and networks, synthetic weights.
 
-The public weights cannot be had everywhere, yet speed and parity need models of the real shape
-whose label maps look like label maps. All layers but the last are seeded random filters; the last
-1x1x1 convolution is fitted, by regularised multinomial regression, to the labels of a made phantom.
-What comes out is no segmentation of anything, but it is smooth, many-classed and reproducible.
+Measurements of speed and parity need models of the official shape whose label maps look like
+anatomy, also where the public weights cannot be downloaded. All layers except the last are random
+filters with a fixed seed. The last 1x1x1 convolution is fitted to the labels of a synthetic
+phantom, by regularised multinomial regression. The labels are not a correct segmentation, but they
+are smooth, reproducible, and have many classes.
 
-    python scripts/make_standin_weights.py HOME             # official sizes, a minute a model
+    python scripts/make_standin_weights.py HOME             # official sizes, one minute per model
     python scripts/make_standin_weights.py HOME --tiny      # the same layout, for tests
 """
 
@@ -34,17 +35,17 @@ Labels = NDArray[np.uint8]
 Mask = NDArray[np.bool_]
 
 FIELD_OF_VIEW_MM = (375.0, 300.0, 375.0)
-"""What the phantom's standard volume covers, (x, y, z)."""
+"""Size of the phantom's standard volume, (x, y, z)."""
 TINY_DRAWN_AT_MM = 6.0
-"""Tiny models learn a miniature patient, drawn at this spacing whatever theirs is: a life-size one
-would fill hundreds of tiny tiles, and a small scan would show few of the classes."""
+"""Tiny models learn a small patient, drawn at this spacing for every model. A life-size patient
+would fill hundreds of tiny tiles, and a small scan would contain few of the classes."""
 FIT_SEED, CHECK_SEED = 1, 2
-"""Phantoms to fit on and to measure on."""
+"""Seeds of the phantoms for fitting and for measuring."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Intensities:
-    """Foreground statistics that nnU-Net's CT normalisation reads from the plans, in HU."""
+    """Foreground statistics for nnU-Net's CT normalisation, in HU."""
 
     low: float
     high: float
@@ -54,7 +55,7 @@ class Intensities:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """One row of the table: what cannot be read from upstream's own tables."""
+    """Properties of one model that upstream's tables do not contain."""
 
     classes: tuple[str, str]
     patch_zyx: tuple[int, int, int]
@@ -63,7 +64,7 @@ class Model:
     base_features: int = 32
     intensities: Intensities | None = None
     spacing_xyz_mm: tuple[float, float, float] | None = None
-    """For tasks whose images nnU-Net resamples; else TotalSegmentator's table has it."""
+    """For tasks whose images nnU-Net resamples; None: the spacing of TotalSegmentator's table."""
     folds: int = 1
 
 
@@ -99,8 +100,8 @@ def _total_parts(first_id: int, table: str) -> dict[int, Model]:
     }
 
 
-# Patch sizes, stages and intensities as published or, for the ids that publish none, by analogy.
-# Models that no row describes are made as upstream's table has them: see ``_plain_model``.
+# Patch sizes, stages and intensities are the published ones or, if there are none, those of a
+# similar model. Models without a row come from ``_plain_model``.
 MODELS: dict[int, Model] = {
     **_total_parts(291, "class_map_5_parts"),
     297: _ct("class_map", "total", (112, 112, 128), 5),
@@ -129,7 +130,8 @@ MODELS: dict[int, Model] = {
     952: _ct("class_map", "abdominal_muscles"),
     778: _ct("class_map_parts_headneck_muscles", "class_map_part_muscles_1"),
     779: _ct("class_map_parts_headneck_muscles", "class_map_part_muscles_2"),
-    # No public spacing: plausible ones, the brain's so coarse that nnU-Net resamples z by itself.
+    # Spacings are not public, so these are plausible ones. The brain's is so coarse in z that
+    # nnU-Net resamples z separately.
     258: replace(_ct("class_map", "lung_vessels_LEGACY"), spacing_xyz_mm=(0.8, 0.8, 1.25)),
     8: replace(_ct("class_map", "liver_vessels"), spacing_xyz_mm=(0.8, 0.8, 1.5)),
     150: replace(_ct("class_map", "cerebral_bleed"), spacing_xyz_mm=(0.6, 0.6, 5.0)),
@@ -143,12 +145,12 @@ MODELS: dict[int, Model] = {
 TINY_PATCH_ZYX = (72, 72, 64)
 TINY_STAGES, TINY_BASE_FEATURES = 3, 8
 TINY_COARSENING = 2.5
-"""Tiny models whose images nnU-Net resamples are this much coarser: small tiles, few of them."""
+"""Factor for the spacing of tiny models whose images nnU-Net resamples, so that tiles are few."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """A model with everything upstream's tables say about it."""
+    """A model with its entries in upstream's tables."""
 
     task_id: int
     folder: str
@@ -159,7 +161,7 @@ class Recipe:
     model: Model
     tiny: bool
     shown_as: Mapping[str, str]
-    """Which of the phantom's structures a class is to be found in, where it is not its own."""
+    """Class to the structure of the phantom that replaces it, for ``--exchange``."""
 
     @property
     def strides(self) -> list[list[int]]:
@@ -169,7 +171,7 @@ class Recipe:
 
 
 def label_map_facts(labels: NDArray[Any]) -> tuple[int, float]:
-    """How structured a label map is.
+    """Measure how structured a label map is.
 
     Parameters
     ----------
@@ -187,7 +189,7 @@ def label_map_facts(labels: NDArray[Any]) -> tuple[int, float]:
         If the map is not 3-D or thinner than two voxels.
     """
     if labels.ndim != 3 or min(labels.shape) < 2:
-        message = f"labels have shape {labels.shape}; expected 3-D with at least 2 voxels an axis."
+        message = f"labels have shape {labels.shape}; expected 3-D with at least 2 voxels per axis."
         raise ValueError(message)
     low = high = labels
     for axis in range(3):
@@ -201,7 +203,7 @@ def label_map_facts(labels: NDArray[Any]) -> tuple[int, float]:
 
 
 def recipe_for(task_id: int, *, tiny: bool, shown_as: Mapping[str, str]) -> Recipe:
-    """Join a row of ``MODELS`` with upstream's folder, trainer, spacing and class names."""
+    """Combine a row of ``MODELS`` with upstream's folder, trainer, spacing and class names."""
     from totalsegmentator import map_to_binary
     from totalsegmentator.map_tasks_config import TASK_ID_WEIGHTS_CONFIGS
 
@@ -233,7 +235,7 @@ def recipe_for(task_id: int, *, tiny: bool, shown_as: Mapping[str, str]) -> Reci
 
 
 def _configurations() -> Iterator[tuple[str, dict[str, Any], list[int]]]:
-    """Each task of upstream's table in each resolution: its name, configuration and models."""
+    """Yield name, configuration and models of each task and resolution in upstream's table."""
     from totalsegmentator.map_tasks_config import DEFAULT_CONFIG, TASK_CONFIGS
 
     for name, task in TASK_CONFIGS.items():
@@ -243,24 +245,24 @@ def _configurations() -> Iterator[tuple[str, dict[str, Any], list[int]]]:
 
 
 def all_ids() -> list[int]:
-    """Models of all tasks, but of those that have no folder of weights."""
+    """Return the models of all tasks that have a folder of weights."""
     from totalsegmentator.map_tasks_config import TASK_ID_WEIGHTS_CONFIGS
 
-    ids = {model_id for _, _, some in _configurations() for model_id in some}
+    ids = {model_id for _, _, task_ids in _configurations() for model_id in task_ids}
     return sorted(ids & TASK_ID_WEIGHTS_CONFIGS.keys())
 
 
 def _task_config(task_id: int) -> tuple[str, dict[str, Any]]:
-    """The first task of upstream's table that has the model, and its configuration."""
+    """Return the first task of upstream's table with the model, and its configuration."""
     for name, config, ids in _configurations():
         if task_id in ids:
             return name, config
-    message = f"TotalSegmentator's TASK_CONFIGS names no task for model {task_id}."
+    message = f"TotalSegmentator's TASK_CONFIGS has no task with model {task_id}."
     raise ValueError(message)
 
 
 def _plain_model(task: str, config: dict[str, Any]) -> Model:
-    """What a model without a row of its own is taken for: one of the 1.5 mm models."""
+    """Return the properties of a model without a row: those of the 1.5 mm models."""
     from totalsegmentator.registry import task_modality
 
     make = _mr if task_modality(task) == "MR" else _ct
@@ -268,11 +270,11 @@ def _plain_model(task: str, config: dict[str, Any]) -> Model:
 
 
 def dataset_json(recipe: Recipe) -> dict[str, Any]:
-    """Content of ``dataset.json``."""
+    """Return the content of ``dataset.json``."""
     labels = {"background": 0} | {name: k for k, name in enumerate(recipe.class_names, 1)}
     return {
         "name": recipe.folder.split("_", 1)[1],
-        "description": "Stand-in with made weights",
+        "description": "Stand-in with synthetic weights",
         "channel_names": {"0": "CT" if recipe.model.intensities else "MR"},
         "labels": labels,
         "numTraining": 0,
@@ -282,7 +284,7 @@ def dataset_json(recipe: Recipe) -> dict[str, Any]:
 
 
 def plans_json(recipe: Recipe) -> dict[str, Any]:
-    """Content of ``plans.json``, in the flat format of nnU-Net before 2.3."""
+    """Return the content of ``plans.json``, in the flat format of nnU-Net before 2.3."""
     model, strides = recipe.model, recipe.strides
     spacing_zyx = list(reversed(recipe.spacing_xyz_mm))
     field_zyx = np.array(FIELD_OF_VIEW_MM)[::-1]
@@ -315,7 +317,7 @@ def plans_json(recipe: Recipe) -> dict[str, Any]:
         "resampling_fn_probabilities_kwargs": resample | {"order": 1},
         "batch_dice": False,
     }
-    seen = model.intensities or Intensities(low=0, high=1500, mean=350, std=300)
+    intensities = model.intensities or Intensities(low=0, high=1500, mean=350, std=300)
     return {
         "dataset_name": recipe.folder,
         "plans_name": "nnUNetPlans",
@@ -329,20 +331,20 @@ def plans_json(recipe: Recipe) -> dict[str, Any]:
         "label_manager": "LabelManager",
         "foreground_intensity_properties_per_channel": {
             "0": {
-                "max": seen.high * 2,
-                "mean": seen.mean,
-                "median": seen.mean,
-                "min": seen.low,
-                "percentile_00_5": seen.low,
-                "percentile_99_5": seen.high,
-                "std": seen.std,
+                "max": intensities.high * 2,
+                "mean": intensities.mean,
+                "median": intensities.mean,
+                "min": intensities.low,
+                "percentile_00_5": intensities.low,
+                "percentile_99_5": intensities.high,
+                "std": intensities.std,
             }
         },
     }
 
 
 def build_network(recipe: Recipe) -> torch.nn.Module:
-    """The network as nnU-Net builds it from the plans."""
+    """Build the network from its plans, as nnU-Net does."""
     import warnings
 
     from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
@@ -364,17 +366,17 @@ def build_network(recipe: Recipe) -> torch.nn.Module:
 
 
 SMOOTH_STAGES = 2
-"""Stages at full and half resolution blur instead of sharpen, so that noise does not pass."""
+"""Number of stages, from full resolution, whose filters blur, so that noise is suppressed."""
 SKIP_GAIN = 0.2
-"""Weight of the skip connection against the deep features: smooth regions instead of texture."""
+"""Weight of the skip connection relative to the deep features; small gives smooth regions."""
 ROUGH = 0.15
-"""Share of unsmoothed filter in a smooth one."""
+"""Share of the random filter in a smooth filter."""
 NORM_BIAS = 0.5
-"""Spread of the norms' biases: moves the ReLU kinks, so that features differ in more than scale."""
+"""Standard deviation of the norms' biases, which moves the ReLU kinks, so that features differ."""
 
 
 def randomise(network: Any, seed: int) -> None:
-    """Fill all weights with seeded random filters whose last features are smooth."""
+    """Fill all weights with random filters that give smooth last features."""
     import torch
 
     random = torch.Generator().manual_seed(seed)
@@ -383,7 +385,7 @@ def randomise(network: Any, seed: int) -> None:
         for conv in _convolutions(stage):
             _fill(conv, random, smooth=depth < SMOOTH_STAGES)
     for depth, (up, stage) in enumerate(zip(decoder.transpconvs, decoder.stages, strict=True)):
-        # One value for all taps is nearest-neighbour upsampling: no checkerboard.
+        # Equal taps are nearest-neighbour upsampling, which gives no checkerboard.
         taps = torch.randn(*up.weight.shape[:2], 1, 1, 1, generator=random)
         up.weight.data = (taps / up.weight.shape[0] ** 0.5).expand_as(up.weight).clone()
         up.bias.data.zero_()
@@ -422,7 +424,7 @@ def _fill(conv: Any, random: torch.Generator, *, smooth: bool) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """A phantom on a model's grid: the normalised image and the wanted labels, (z, y, x)."""
+    """A phantom on a model's grid: the normalised image and the target labels, (z, y, x)."""
 
     image: NDArray[np.float32]
     labels: Labels
@@ -432,7 +434,7 @@ class Case:
 def _phantom_zyx(
     seed: int, spacing_xyz_mm: tuple[float, float, float]
 ) -> tuple[NDArray[np.int16], Labels]:
-    """CT and ``total`` labels, (z, y, x); drawn at the finest spacing, then resampled."""
+    """Return CT and ``total`` labels, (z, y, x), drawn at the finest spacing and resampled."""
     from scipy import ndimage
 
     finest = min(spacing_xyz_mm)
@@ -447,15 +449,16 @@ def _phantom_zyx(
 
 
 def make_case(recipe: Recipe, seed: int) -> Case:
-    """Draw a phantom for a model and normalise it as nnU-Net would."""
+    """Draw a phantom for a model, and normalise it like nnU-Net."""
     drawn_at_mm = recipe.spacing_xyz_mm
     if recipe.tiny:
         drawn_at_mm = (TINY_DRAWN_AT_MM,) * 3
     ct, total = _phantom_zyx(seed, drawn_at_mm)
     image = ct.astype(np.float32)
-    seen = recipe.model.intensities
-    if seen:
-        image = (np.clip(image, seen.low, seen.high) - seen.mean) / seen.std
+    intensities = recipe.model.intensities
+    if intensities:
+        image = np.clip(image, intensities.low, intensities.high)
+        image = (image - intensities.mean) / intensities.std
     else:
         image = (image - image.mean()) / max(float(image.std()), 1e-8)
     image = np.ascontiguousarray(image, np.float32)
@@ -464,18 +467,18 @@ def make_case(recipe: Recipe, seed: int) -> Case:
 
 
 BALL_MM = 16.0
-"""Radius of what stands in for a class that the phantom lacks."""
+"""Radius of the ball that replaces a class that the phantom lacks."""
 COLLECTIVE_NAMES = {
     "vertebrae": ("vertebrae_", ""),
     "lung": ("lung_", ""),
     "lung_left": ("lung_", "left"),
     "lung_right": ("lung_", "right"),
 }
-"""Names of the MR models and ours, as start and end of the CT names they sum up."""
+"""Names of classes that combine several CT classes: start and end of the CT names."""
 
 
 class Targets:
-    """The labels a model is to give: read off the phantom, or made from its geometry."""
+    """The target labels of a model, from the phantom's labels or its geometry."""
 
     def __init__(
         self,
@@ -493,7 +496,7 @@ class Targets:
         self.spacing_zyx_mm = np.array(spacing_xyz_mm)[::-1]
 
     def labels(self) -> Labels:
-        """uint8, (z, y, x)."""
+        """Return the target labels, uint8, (z, y, x)."""
         derived: dict[str, Callable[[], Mask]] = {
             "vertebrae_body": self._vertebral_bodies,
             "intervertebral_discs": self._discs,
@@ -520,7 +523,7 @@ class Targets:
         return self._with_stand_ins(result, absent)
 
     def _with_stand_ins(self, result: Labels, absent: Sequence[int]) -> Labels:
-        """Give classes that the phantom lacks (brain, C1, ...) balls of free body tissue."""
+        """Add a ball of unlabelled tissue for each class that the phantom lacks (brain, C1)."""
         from scipy import ndimage
 
         free = np.argwhere(ndimage.binary_erosion(self._body() & (result == 0)))
@@ -539,11 +542,11 @@ class Targets:
         return result
 
     def _structures(self, name: str) -> Mask:
-        """A structure of the phantom, or all that a collective name stands for."""
+        """Return the mask of a structure, or of all structures of a collective name."""
         start, end = COLLECTIVE_NAMES.get(name, (name, name))
         chosen = np.zeros(256, bool)
-        for known, label in self.ids.items():
-            chosen[label] = known.startswith(start) and known.endswith(end)
+        for structure, label in self.ids.items():
+            chosen[label] = structure.startswith(start) and structure.endswith(end)
         return chosen[self.total]
 
     def _grown(self, mask: Mask, mm: float) -> Mask:
@@ -553,7 +556,7 @@ class Targets:
         return np.asarray(ndimage.binary_dilation(mask, iterations=steps))
 
     def _vertebral_bodies(self) -> Mask:
-        """The thick part of the vertebrae: an opening takes the processes away."""
+        """Return the thick part of the vertebrae; an opening removes the processes."""
         from scipy import ndimage
 
         bones = self._structures("vertebrae")
@@ -579,14 +582,14 @@ class Targets:
         return np.stack(filled)
 
     def _across(self) -> NDArray[np.float64]:
-        """Distance from the sagittal plane in mm, as (1, 1, x)."""
+        """Return the distance from the midsagittal plane in mm, (1, 1, x)."""
         columns = np.flatnonzero(self._body().any(axis=(0, 1)))
         middle = columns.mean() if len(columns) else self.total.shape[2] / 2
         offset = np.arange(self.total.shape[2]) - middle
         return np.asarray(np.abs(offset * self.spacing_zyx_mm[2]))[None, None, :]
 
     def _flanks(self) -> Mask:
-        """The phantom holds its arms up: the outer flanks stand in for extremities."""
+        """Return the outer flanks, which replace the arms, because those are outside the image."""
         body, across = self._body(), self._across()
         return body & (across > 0.84 * np.max(across * body.any(axis=(0, 1))))
 
@@ -601,7 +604,7 @@ class Targets:
         return body & self._chest_slices() & middle & front & (depth < 32)
 
     def _cavity(self) -> Mask:
-        """Body without its wall of skin, fat and muscle."""
+        """Return the body without its wall of skin, fat and muscle."""
         from scipy import ndimage
 
         return np.asarray(
@@ -638,30 +641,30 @@ def _tiles(shape: Sequence[int], patch: Sequence[int], step: float) -> list[tupl
 
 
 def _padded(array: NDArray[Any], patch: Sequence[int], value: int) -> NDArray[Any]:
-    """Padded to the patch as the sliding window pads: half below, the rest above."""
+    """Pad to the patch like the sliding window: half below, the rest above."""
     missing = [max(p - n, 0) for n, p in zip(array.shape, patch, strict=True)]
     return np.pad(array, [(m // 2, m - m // 2) for m in missing], constant_values=value)
 
 
 FIT_TILES, TINY_FIT_TILES = 3, 8
 SAMPLES_A_CLASS, BACKGROUND_SAMPLES = 700, 6000
-"""Voxels taken from each tile: rare classes whole, large ones thinned."""
+"""Maximum number of voxels from each tile, per class and for the background."""
 BALANCE = 1.0
-"""0 weights every voxel alike, which drops small structures; 1 every class alike, which bloats
-them. Fitting starts from the bloated end; ``_calmed`` then goes back as far as is needed."""
+"""0 gives all voxels the same weight, and small structures disappear. 1 gives all classes the same
+weight, and small structures grow. The fit uses this value; ``_calmed`` then reduces it."""
 PROBE_VOXELS = 48
-"""Edge of the middle of every tile on which boundaries and classes are counted."""
+"""Edge of the cube in the middle of each tile in which boundaries and classes are counted."""
 CLASSES_KEPT, BOUNDARY_LIMIT = 22, 0.22
-"""A map is to keep this many classes, or all it had, as long as boundaries stay below the limit."""
+"""A map keeps this many classes, or all, if the share of boundary cells is below the limit."""
 BOUNDARY_GOAL = 0.17
-"""The phantom itself has 3 to 13 %, at 6 mm 20 %."""
+"""Target share of boundary cells. The phantom has 3 to 13 %, and 20 % at 6 mm."""
 SAMPLES, TINY_SAMPLES = 25_000, 6_000
-"""Voxels that enter the regression: all its time goes into them."""
+"""Maximum number of voxels in the regression, whose time is proportional to it."""
 RIDGE, FIT_STEPS = 1e-4, 40
 
 
 def fit_last_layer(network: Any, recipe: Recipe, case: Case, seed: int) -> None:
-    """Replace the last 1x1x1 convolution by the best one for the case's labels."""
+    """Fit the last 1x1x1 convolution to the labels of a case."""
     import torch
 
     random = np.random.default_rng(seed)
@@ -686,9 +689,9 @@ def fit_last_layer(network: Any, recipe: Recipe, case: Case, seed: int) -> None:
         chosen = torch.from_numpy(np.sort(random.permutation(len(y))[:limit]))
         x, y, w = x[chosen], y[chosen], w[chosen]
     classes = head.weight.shape[0]
-    voxels_a_class = torch.zeros(classes).index_add_(0, y, w)
-    kernel, offsets = _regress(x, y, w, voxels_a_class)
-    offsets = _calmed(kernel, offsets, voxels_a_class, probes)
+    class_voxels = torch.zeros(classes).index_add_(0, y, w)
+    kernel, offsets = _regress(x, y, w, class_voxels)
+    offsets = _calmed(kernel, offsets, class_voxels, probes)
     head.weight.data = kernel[:, :, None, None, None].contiguous()
     head.bias.data = offsets
 
@@ -696,7 +699,7 @@ def fit_last_layer(network: Any, recipe: Recipe, case: Case, seed: int) -> None:
 def _fit_tiles(
     recipe: Recipe, case: Case, random: np.random.Generator
 ) -> Iterator[tuple[NDArray[np.float32], Labels]]:
-    """Tiles spread over the volume."""
+    """Yield image and labels of some random tiles."""
     patch = recipe.model.patch_zyx
     image, labels = _padded(case.image, patch, 0), _padded(case.labels, patch, 0)
     tiles = _tiles(image.shape, patch, 0.5)
@@ -706,7 +709,7 @@ def _fit_tiles(
 
 
 def penultimate(network: Any, image: NDArray[np.float32]) -> torch.Tensor:
-    """Features that enter the last layer, (channels, z, y, x)."""
+    """Return the input of the last layer, (channels, z, y, x)."""
     import torch
 
     caught: list[torch.Tensor] = []
@@ -726,7 +729,7 @@ def penultimate(network: Any, image: NDArray[np.float32]) -> torch.Tensor:
 def _sample(
     labels: Labels, classes: int, random: np.random.Generator
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Voxel indices, and for each how many voxels of its class it stands for."""
+    """Return indices of sampled voxels, and for each the number of voxels that it represents."""
     voxels, weights = [], []
     for label in range(classes):
         members = np.flatnonzero(labels == label)
@@ -741,15 +744,15 @@ def _regress(
     features: torch.Tensor,
     wanted: torch.Tensor,
     weights: torch.Tensor,
-    voxels_a_class: torch.Tensor,
+    class_voxels: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weighted multinomial regression; returns weight (classes, channels) and bias."""
+    """Fit a weighted multinomial regression; return weight (classes, channels) and bias."""
     import torch
 
     mean, std = features.mean(0), features.std(0).clamp_min(1e-4)
     inputs = (features - mean) / std
-    classes = len(voxels_a_class)
-    weights = weights * voxels_a_class.clamp_min(1)[wanted] ** -BALANCE
+    classes = len(class_voxels)
+    weights = weights * class_voxels.clamp_min(1)[wanted] ** -BALANCE
     weights = weights / weights.sum()
     weight = torch.zeros(classes, inputs.shape[1], requires_grad=True)
     bias = torch.zeros(classes, requires_grad=True)
@@ -767,8 +770,8 @@ def _regress(
 
     solver.step(loss)  # type: ignore[no-untyped-call]
     weight, bias = weight.detach(), bias.detach()
-    # A class without voxels would otherwise win wherever the others are unsure.
-    bias[voxels_a_class == 0] = -12.0
+    # Otherwise a class without voxels wins where the other classes have low logits.
+    bias[class_voxels == 0] = -12.0
     weight = weight / std
     return weight, bias - weight @ mean
 
@@ -776,17 +779,17 @@ def _regress(
 def _calmed(
     weight: torch.Tensor,
     bias: torch.Tensor,
-    voxels_a_class: torch.Tensor,
+    class_voxels: torch.Tensor,
     probes: Sequence[torch.Tensor],
 ) -> torch.Tensor:
-    """Bias shifted towards the common classes until the map's boundaries are anatomy-like.
+    """Shift the bias towards common classes until the share of boundary cells is like anatomy's.
 
-    A shift of d log(voxels) is what fitting with a ``BALANCE`` smaller by d would give, for free.
-    It ends early where classes would be lost and the boundaries are few enough.
+    A shift of d log(voxels) equals a fit with a ``BALANCE`` that is smaller by d. The shift ends
+    early if classes would be lost and the share is below the limit.
     """
     import torch
 
-    sizes = voxels_a_class.clamp_min(1).log()
+    sizes = class_voxels.clamp_min(1).log()
     logits = [torch.addmm(bias, p.reshape(len(p), -1).T, weight.T) for p in probes]
     best, best_share, wanted = bias, 1.0, 0
     for shift in np.arange(0, BALANCE + 0.01, 0.03):
@@ -806,7 +809,7 @@ def _calmed(
 
 
 def save(network: Any, recipe: Recipe, results: Path, seed: int) -> Path:
-    """Write the model folder and return it."""
+    """Write the model folder and return its path."""
     import torch
 
     plans, dataset = plans_json(recipe), dataset_json(recipe)
@@ -846,12 +849,12 @@ def save(network: Any, recipe: Recipe, results: Path, seed: int) -> Path:
         (folder / f"fold_{fold}").mkdir(exist_ok=True)
         checkpoint["init_args"]["fold"] = fold
         torch.save(checkpoint, folder / f"fold_{fold}" / "checkpoint_final.pth")
-        head *= 1 + 0.05 * torch.randn(head.shape, generator=random)  # the next one differs
+        head *= 1 + 0.05 * torch.randn(head.shape, generator=random)  # the folds differ
     return folder
 
 
 def _optimizer_state(network: Any, recipe: Recipe, seed: int) -> dict[str, Any]:
-    """SGD's state; official files hold the momentum, so loading one reads twice the weights."""
+    """Return the state of SGD; official files contain the momentum, which doubles their size."""
     import torch
 
     random = torch.Generator().manual_seed(seed)
@@ -863,10 +866,17 @@ def _optimizer_state(network: Any, recipe: Recipe, seed: int) -> dict[str, Any]:
             for k, p in enumerate(parameters)
         }
     group = {
-        "lr": 1e-5, "momentum": 0.99, "dampening": 0, "weight_decay": 3e-5, "nesterov": True,
-        "maximize": False, "foreach": None, "differentiable": False, "initial_lr": 0.01,
+        "lr": 1e-5,
+        "momentum": 0.99,
+        "dampening": 0,
+        "weight_decay": 3e-5,
+        "nesterov": True,
+        "maximize": False,
+        "foreach": None,
+        "differentiable": False,
+        "initial_lr": 0.01,
         "params": list(range(len(parameters))),
-    }  # fmt: skip
+    }
     return {"state": momentum, "param_groups": [group]}
 
 
@@ -885,33 +895,36 @@ def _training_log(classes: int, epochs: int = 100) -> dict[str, list[Any]]:
 
 
 CHECK_STEP = 0.8
-"""Tile step that TotalSegmentator uses for its tasks with many classes."""
+"""TotalSegmentator's tile step for tasks with many classes."""
 
 
 def predict(folder: Path, image: NDArray[np.float32]) -> Labels:
-    """Label map of nnU-Net's own predictor for a normalised image, (z, y, x)."""
+    """Return the labels of nnU-Net's predictor for a normalised image, (z, y, x)."""
     import contextlib
     import io
     import warnings
 
     import torch
-    import totalsegmentator.nnunet  # noqa: F401 - makes its trainers known to nnU-Net
+    import totalsegmentator.nnunet  # noqa: F401 - registers its trainers in nnU-Net
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
-    # nnU-Net announces its fallback to the CPU on stdout, once for every model.
+    # nnU-Net prints a message about its fallback to the CPU for every model.
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         predictor = nnUNetPredictor(
-            tile_step_size=CHECK_STEP, use_mirroring=False, device=torch.device("cpu"),
-            allow_tqdm=False, perform_everything_on_device=False,
-        )  # fmt: skip
+            tile_step_size=CHECK_STEP,
+            use_mirroring=False,
+            device=torch.device("cpu"),
+            allow_tqdm=False,
+            perform_everything_on_device=False,
+        )
         predictor.initialize_from_trained_model_folder(str(folder), use_folds=(0,))
         logits = predictor.predict_sliding_window_return_logits(torch.from_numpy(image)[None])
     return np.asarray(torch.as_tensor(logits).argmax(0).to(torch.uint8).numpy())
 
 
 def make_model(recipe: Recipe, results: Path, *, seed: int, fitted: bool, whole: bool) -> str:
-    """Make, write, load and measure one model; returns the line to print."""
+    """Make, write, load and measure one model; return a summary."""
     started_s = time.perf_counter()
     network = build_network(recipe)
     randomise(network, seed + recipe.task_id)
@@ -939,7 +952,7 @@ def make_model(recipe: Recipe, results: Path, *, seed: int, fitted: bool, whole:
 
 
 def write_config(home: Path) -> None:
-    """TotalSegmentator's configuration for silent runs without a network."""
+    """Write TotalSegmentator's configuration for silent runs without internet."""
     home.mkdir(parents=True, exist_ok=True)
     config = {
         "totalseg_id": "totalseg_OFFLINE1",
@@ -955,19 +968,21 @@ def main() -> None:
     from totalsegmentator.map_to_binary import class_map
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("home", type=Path, help="becomes TOTALSEG_HOME_DIR")
-    parser.add_argument("--tiny", action="store_true", help="few features, small patches")
+    parser.add_argument("home", type=Path, help="folder to write, used as TOTALSEG_HOME_DIR")
+    parser.add_argument(
+        "--tiny", action="store_true", help="networks with few features and small patches"
+    )
     parser.add_argument(
         "--ids",
         type=int,
         nargs="+",
         metavar="ID",
-        help="models to make; default: those described here, with --tiny all of TotalSegmentator's",
+        help="models to make; default: those in MODELS, with --tiny all models of TotalSegmentator",
     )
-    parser.add_argument("--random", action="store_true", help="leave the last layer random")
+    parser.add_argument("--random", action="store_true", help="do not fit the last layer")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--whole", action="store_true", help="measure on a whole volume, not on one tile"
+        "--whole", action="store_true", help="measure on a whole phantom, not on one tile"
     )
     parser.add_argument(
         "--exchange",
@@ -975,18 +990,18 @@ def main() -> None:
         action="append",
         default=[],
         metavar=("A", "B"),
-        help="draw class A where the phantom has B and the other way round",
+        help="exchange the classes A and B in the phantom",
     )
     options = parser.parse_args()
-    known = {name for names in class_map.values() for name in names.values()}
+    all_names = {name for names in class_map.values() for name in names.values()}
     for name in (name for pair in options.exchange for name in pair):
-        if name not in known:
+        if name not in all_names:
             parser.error(f"--exchange: no task has a class {name}.")
     ids = options.ids or (all_ids() if options.tiny else sorted(MODELS))
     shown_as = {a: b for pair in options.exchange for a, b in (pair, pair[::-1])}
     write_config(options.home)
     results = options.home / "nnunet" / "results"
-    # Models of one spacing follow each other, so that their phantom is drawn once.
+    # Models of the same spacing are consecutive, so their phantom is drawn once.
     recipes = [recipe_for(task_id, tiny=options.tiny, shown_as=shown_as) for task_id in ids]
     for recipe in sorted(recipes, key=lambda r: (r.spacing_xyz_mm, r.task_id)):
         line = make_model(

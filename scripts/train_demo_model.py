@@ -1,20 +1,23 @@
-"""Train the small model that ``totalfast demo`` shows, on made phantoms only.
+"""Train the small model of ``totalfast demo`` on synthetic phantoms.
 
     python scripts/train_demo_model.py WORK [--output totalfast/demo/model]
 
-WORK is a folder for what a second call reuses: the drawn phantoms (about 800 MB), and the layers
-below full resolution once they are trained. The result has the layout of TotalSegmentator's 3 mm
-model (id 297, 118 channels) with a network of a thirtieth of its size. It takes half an hour on two
-cores; equal seeds give equal weights on equal machines. What is printed is the log that is kept in
+WORK is a folder for files that a second call uses again: the phantoms (about 800 MB) and the
+trained layers below full resolution. The result has the layout of TotalSegmentator's 3 mm model (id
+297, 118 channels), but its network is 30 times smaller. The training takes half an hour on two
+cores. Equal seeds give equal weights on equal machines. The printed log is stored in
 scripts/results.
 
-How it learns a lot from little: the labels are those of the 1.5 mm phantom, and each step's loss
-looks at some thousand of its voxels, chosen so that small structures count. First the layers below
-half resolution are trained, where a step is cheap and the layout is learnt, then those below full
-resolution, their features interpolated at those places. Then the full-resolution layers alone learn
-where borders are: their kernels are one voxel, so that they are computed only where they are looked
-at, and borders are looked at most. At last the frequencies of classes, which the choice hid, go
-into the biases. Logits are interpolated as ``--export linear`` does it.
+The labels are those of the 1.5 mm phantom. The loss of each step uses some thousand voxels, chosen
+so that small structures have enough weight. The training has four parts:
+
+1. The layers below half resolution. A step is cheap, and the network learns the layout of the body.
+2. The layers below full resolution, with features interpolated at the chosen voxels. 3. The
+full-resolution layers alone, which learn the borders. Their kernels are one voxel, so they are
+computed at the chosen voxels only, most of which lie at borders. 4. The biases, which get the
+frequencies of the classes, because the choice of voxels changed them.
+
+The logits are interpolated as in ``--export linear``.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -35,38 +38,40 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
+Untyped: TypeAlias = Any  # nnU-Net has no types
+
 MODEL_ID, SPACING_MM, DRAWN_MM, CLASSES = 297, 3.0, 1.5, 118
 PATCH_ZYX = (128, 112, 128)
 """One tile holds the phantom's 125x100x125 voxels."""
 FIRST_SEED = 1000
-"""Phantoms for training; those shown and scored have seeds below."""
+"""First seed of the phantoms for training; the shown and scored ones have lower seeds."""
 FEATURES = (16, 32, 48, 52, 56, 48)
-"""oneDNN pads channels to whole vectors: 16 take half the memory of 20, and 32 the time of 24."""
+"""Features per stage. oneDNN pads them to whole vectors: 20 need twice the memory of 16."""
 CONVOLUTIONS = (1, 1, 1, 1, 2, 1)
 DECODER_CONVOLUTIONS = (1, 1, 1, 1, 2)
 LOW_HU, HIGH_HU, MEAN_HU, STD_HU = -1004.0, 1588.0, -50.38697721419439, 503.39235619144
 """The foreground statistics of the official 3 mm model."""
 KEPT_POINTS, COARSE_POINTS, FULL_POINTS = 64_000, 24_000, 12_000
-"""Voxels of a phantom that are ever looked at, and in a step of either part."""
+"""Number of voxels that are kept per phantom, and used per step in parts 1 and 2, and 3."""
 RARITY = 0.6
-"""A class of n voxels gets n ** RARITY of the points."""
+"""The number of points of a class is proportional to its voxels ** RARITY."""
 BORDER = 5.0
-"""How many times likelier a voxel at a border is chosen."""
+"""Factor for the probability of voxels at borders."""
 STATISTICS_VOXELS = 24_000
-"""Voxels that mean and deviation of a full-resolution layer are estimated from."""
+"""Number of voxels for the mean and the variance of a full-resolution layer."""
 RAMPS_HU = (-950, -500, -150, -100, -40, 10, 40, 65, 90, 115, 140, 175, 220, 300, 420, 650)
-"""Where the first layer's channels bend: soft tissues lie close together."""
+"""Kinks of the first layer's channels; close together for soft tissue."""
 VALIDATION_SEEDS = (2000, 2001)
 CHECKED_SHARE = 0.04
 SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
-"""Shares of the log frequencies that are tried in the biases."""
+"""Candidate factors for the log frequencies in the biases."""
 KERNEL_SHARES = {"quarter": 0.08, "half": 0.05}
-"""Of a kernel, that a step changes at most."""
+"""Maximum share of a kernel's norm that one step changes."""
 REPORT_STEPS = 20
 
 
 def draw(seed: int, *, folder: Path) -> Path:
-    """Draw one phantom: its scan as the network gets it, and labelled places in it.
+    """Draw one phantom, and write its network input and labelled places.
 
     The file holds ``tile``, float32 (z, y, x), normalised and padded; ``places``, (points, 3) in
     voxels of the tile; their ``labels``; and the voxels ``counts`` of each class.
@@ -96,16 +101,22 @@ def draw(seed: int, *, folder: Path) -> Path:
     tile = (np.clip(image, LOW_HU, HIGH_HU) - np.float32(MEAN_HU)) / np.float32(STD_HU)
     tile = np.pad(tile, [(m // 2, m - m // 2) for m in margins])
     part = path.with_suffix(".part.npz")
-    np.savez(part, tile=tile, places=places.astype(np.float32), labels=labels.ravel()[picked],
-             counts=counts)  # fmt: skip
+    np.savez(
+        part,
+        tile=tile,
+        places=places.astype(np.float32),
+        labels=labels.ravel()[picked],
+        counts=counts,
+    )
     part.replace(path)
     return path
 
 
 def tile_places(voxels: NDArray[np.integer[Any]], shape: tuple[int, ...]) -> NDArray[np.float64]:
-    """Where voxels (n, 3) of a phantom of ``shape`` lie in the padded tile, in its voxels.
+    """Return the places of a phantom's voxels (n, 3) in the padded tile, in voxels of the tile.
 
-    The model grid's corner voxels coincide with the scan's.
+    ``shape`` is the shape of the phantom. The corner voxels of the model grid and of the scan have
+    the same position.
     """
     sizes = [round(n * DRAWN_MM / SPACING_MM) for n in shape]
     scale = [(m - 1) / (n - 1) for n, m in zip(shape, sizes, strict=True)]
@@ -114,7 +125,7 @@ def tile_places(voxels: NDArray[np.integer[Any]], shape: tuple[int, ...]) -> NDA
 
 
 def _borders(labels: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """Voxels with a neighbour of another label."""
+    """Return a mask of the voxels that have a neighbour with another label."""
     border = np.zeros(labels.shape, bool)
     for axis in range(3):
         ahead, behind = [slice(None)] * 3, [slice(None)] * 3
@@ -126,7 +137,7 @@ def _borders(labels: NDArray[np.uint8]) -> NDArray[np.bool_]:
 
 
 def architecture() -> dict[str, Any]:
-    """The network as nnU-Net's plans describe it."""
+    """Return the network's entry in nnU-Net's plans."""
     stages = len(FEATURES)
     return {
         "network_class_name": "dynamic_network_architectures.architectures.unet.PlainConvUNet",
@@ -134,7 +145,7 @@ def architecture() -> dict[str, Any]:
             "n_stages": stages,
             "features_per_stage": list(FEATURES),
             "conv_op": "torch.nn.modules.conv.Conv3d",
-            # At full resolution the kernels are 1x1x1: cheap, and enough to sharpen borders.
+            # At full resolution, 1x1x1 kernels are cheap and sufficient to sharpen borders.
             "kernel_sizes": [[1, 1, 1]] + [[3, 3, 3]] * (stages - 1),
             "strides": [[1, 1, 1]] + [[2, 2, 2]] * (stages - 2) + [[2, 1, 2]],
             "n_conv_per_stage": list(CONVOLUTIONS),
@@ -152,10 +163,10 @@ def architecture() -> dict[str, Any]:
 
 
 def plans(dataset_name: str) -> dict[str, Any]:
-    """Content of plans.json."""
+    """Return the content of plans.json."""
     resample = {"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": None}
     shape = [125, 100, 125]
-    seen = {"max": HIGH_HU, "min": LOW_HU, "mean": MEAN_HU, "median": MEAN_HU, "std": STD_HU}
+    intensities = {"max": HIGH_HU, "min": LOW_HU, "mean": MEAN_HU, "median": MEAN_HU, "std": STD_HU}
     return {
         "dataset_name": dataset_name,
         "plans_name": "nnUNetPlans",
@@ -187,19 +198,19 @@ def plans(dataset_name: str) -> dict[str, Any]:
         "experiment_planner_used": "ExperimentPlanner",
         "label_manager": "LabelManager",
         "foreground_intensity_properties_per_channel": {
-            "0": seen | {"percentile_00_5": LOW_HU, "percentile_99_5": HIGH_HU}
+            "0": intensities | {"percentile_00_5": LOW_HU, "percentile_99_5": HIGH_HU}
         },
     }
 
 
 def dataset() -> dict[str, Any]:
-    """Content of dataset.json."""
+    """Return the content of dataset.json."""
     from totalfast.upstream import CLASS_MAPS
 
     names = CLASS_MAPS["total"]
     return {
         "name": "totalfast demonstration model",
-        "description": "Trained on made phantoms by scripts/train_demo_model.py. Not one of "
+        "description": "Trained on synthetic phantoms by scripts/train_demo_model.py. Not one of "
         "TotalSegmentator's models; of no use for patients.",
         "channel_names": {"0": "CT"},
         "labels": {"background": 0} | {names[label]: label for label in sorted(names)},
@@ -208,7 +219,7 @@ def dataset() -> dict[str, Any]:
     }
 
 
-def build_network() -> Any:  # noqa: ANN401 - nnU-Net is untyped
+def build_network() -> Untyped:
     """Build the network from its plans, as nnU-Net does."""
     from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
@@ -224,11 +235,11 @@ def build_network() -> Any:  # noqa: ANN401 - nnU-Net is untyped
     )
 
 
-def set_ramps(network: Any, tile: torch.Tensor) -> None:  # noqa: ANN401
-    """Fix the first layer, a function of one voxel: leaky ramps, each of unit deviation.
+def set_ramps(network: Untyped, tile: torch.Tensor) -> None:
+    """Set the first layer, a function of one voxel, to leaky ramps with unit variance.
 
-    A norm of one channel's intensities undoes whatever else a 1x1x1 convolution could learn; drawn
-    by chance, all channels would bend at the same HU.
+    An instance norm of one channel cancels everything else that a 1x1x1 convolution could learn.
+    With random weights, all channels would have their kink at the same HU.
     """
     import torch
 
@@ -244,8 +255,8 @@ def set_ramps(network: Any, tile: torch.Tensor) -> None:  # noqa: ANN401
     network.encoder.stages[0].requires_grad_(False)
 
 
-def decoded(network: Any, tile: torch.Tensor, *, left_out: int = 1) -> torch.Tensor:  # noqa: ANN401
-    """Features of the decoder without its last ``left_out`` stages: (1, features, z, y, x)."""
+def decoded(network: Untyped, tile: torch.Tensor, *, left_out: int = 1) -> torch.Tensor:
+    """Return features of the decoder without its last stages, (1, features, z, y, x)."""
     import torch
 
     skips, decoder = network.encoder(tile), network.decoder
@@ -257,14 +268,14 @@ def decoded(network: Any, tile: torch.Tensor, *, left_out: int = 1) -> torch.Ten
 
 
 class Example:
-    """One phantom as a step sees it.
+    """One phantom as a training step uses it.
 
     Parameters
     ----------
     path
-        What ``draw`` wrote.
+        A file of ``draw``.
     random
-        Decides gain and offset of the intensities.
+        Chooses gain and offset of the intensities.
     """
 
     def __init__(self, path: Path, random: np.random.Generator) -> None:
@@ -277,18 +288,18 @@ class Example:
 
 
 def logits_at(
-    network: Any,  # noqa: ANN401
+    network: Untyped,
     tile: torch.Tensor,
     below: torch.Tensor,
     places: NDArray[np.floating[Any]],
     random: np.random.Generator,
 ) -> torch.Tensor:
-    """The network's logits, interpolated at places of a tile.
+    """Return the network's logits, interpolated at places of a tile.
 
     Parameters
     ----------
     network
-        Its full-resolution layers have kernels of one voxel.
+        Network whose full-resolution layers have kernels of one voxel.
     tile
         (z, y, x).
     below
@@ -321,7 +332,7 @@ def logits_at(
 
 
 def _full_resolution(
-    network: Any,  # noqa: ANN401
+    network: Untyped,
     tile: torch.Tensor,
     below: torch.Tensor,
     voxels: NDArray[np.int64],
@@ -329,9 +340,9 @@ def _full_resolution(
     blocks: int | None = None,
     raw: bool = False,
 ) -> torch.Tensor:
-    """Features of the last stage at some voxels; the last of them give the norms' statistics.
+    """Return features of the last stage at some voxels; the last voxels give the norms' statistics.
 
-    Only the first ``blocks`` are run; with ``raw`` also the convolution of the next.
+    Runs only the first ``blocks`` blocks, and with ``raw`` also the convolution of the next block.
     """
     import torch
 
@@ -340,7 +351,7 @@ def _full_resolution(
     z, y, x = voxels.T
     values = tile.flatten()[torch.from_numpy((z * tile.shape[1] + y) * tile.shape[2] + x)]
     parent = torch.from_numpy(((z // 2) * half[1] + y // 2) * half[2] + x // 2)
-    # A transposed convolution of stride 2 has one matrix for each of the eight children.
+    # A transposed convolution of stride 2 has one matrix per child voxel.
     up = network.decoder.transpconvs[-1]
     matrices = up.weight.flatten(2).permute(2, 1, 0)
     child = torch.from_numpy((z % 2) * 4 + (y % 2) * 2 + x % 2)
@@ -350,12 +361,12 @@ def _full_resolution(
     risen = risen[torch.argsort(order)] + up.bias
 
     (first,) = _blocks(network.encoder.stages[0])
-    seen = linear(values[:, None], first.conv.weight.flatten(1), first.conv.bias)
+    skip = linear(values[:, None], first.conv.weight.flatten(1), first.conv.bias)
     mean, deviation = tile.mean(), tile.var(unbiased=False)
     weight = first.conv.weight.flatten()
     centre = weight * mean + first.conv.bias
-    seen = _normed(seen, first.norm, centre, weight.square() * deviation)
-    features = torch.cat([risen, seen], 1)
+    skip = _normed(skip, first.norm, centre, weight.square() * deviation)
+    features = torch.cat([risen, skip], 1)
     for depth, block in enumerate(_blocks(network.decoder.stages[-1])):
         if depth == blocks and not raw:
             break
@@ -367,18 +378,18 @@ def _full_resolution(
     return features
 
 
-def _blocks(stage: Any) -> list[Any]:  # noqa: ANN401
-    """The convolution blocks of a stage."""
+def _blocks(stage: Untyped) -> list[Any]:
+    """Return the convolution blocks of a stage."""
     return [module for module in stage.modules() if hasattr(module, "conv")]
 
 
 def _normed(
     features: torch.Tensor,
-    norm: Any,  # noqa: ANN401
+    norm: Untyped,
     mean: torch.Tensor,
     variance: torch.Tensor,
 ) -> torch.Tensor:
-    """Instance norm with given statistics, and the leaky ReLU that follows it."""
+    """Apply an instance norm with the given statistics, and a leaky ReLU."""
     import torch
 
     scaled = norm.weight * (features - mean) / torch.sqrt(variance + norm.eps) + norm.bias
@@ -386,7 +397,7 @@ def _normed(
 
 
 def train_coarse(
-    network: Any,  # noqa: ANN401
+    network: Untyped,
     files: list[Path],
     name: str,
     left_out: int,
@@ -394,7 +405,7 @@ def train_coarse(
     share: float,
     random: np.random.Generator,
 ) -> None:
-    """Train the network without the decoder's last stages, and a head for what it then gives."""
+    """Train the network without the decoder's last stages, with the head of that stage."""
     import torch
 
     decoder = network.decoder
@@ -409,20 +420,20 @@ def train_coarse(
         last = np.array(features.shape[2:]) - 1
         places = 2 * ((example.places[chosen] + 0.5) / scale - 0.5) / last - 1
         grid = torch.from_numpy(places[:, ::-1].astype(np.float32))[None, :, None, None]
-        found = torch.nn.functional.grid_sample(
+        sampled = torch.nn.functional.grid_sample(
             features, grid, mode="bilinear", padding_mode="border", align_corners=True
         )[0, :, :, 0, 0].T
         target = torch.from_numpy(example.labels[chosen].astype(np.int64))
-        return torch.nn.functional.linear(found, head.weight.flatten(1), head.bias), target
+        return torch.nn.functional.linear(sampled, head.weight.flatten(1), head.bias), target
 
     layers = [network.encoder, *stages, head]
-    _run(
-        name, layers, logits_and_target, len(files), steps, random, kernel_share=share
-    )  # fmt: skip
+    _run(name, layers, logits_and_target, len(files), steps, random, kernel_share=share)
 
 
-def train_full(network: Any, files: list[Path], steps: int, random: np.random.Generator) -> None:  # noqa: ANN401
-    """Train the full-resolution layers, which begin by handing on what they get."""
+def train_full(
+    network: Untyped, files: list[Path], steps: int, random: np.random.Generator
+) -> None:
+    """Train the full-resolution layers, which start as identity."""
     import torch
 
     ready = []
@@ -447,12 +458,12 @@ def train_full(network: Any, files: list[Path], steps: int, random: np.random.Ge
 
 
 def _hand_on(
-    network: Any,  # noqa: ANN401
+    network: Untyped,
     tile: torch.Tensor,
     below: torch.Tensor,
     random: np.random.Generator,
 ) -> None:
-    """Make the full-resolution stage copy its input, and its head that of the stage below."""
+    """Initialise the full-resolution stage as identity, and its head from the stage below."""
     import torch
 
     decoder = network.decoder
@@ -476,16 +487,16 @@ def _hand_on(
 
 
 class Muon:
-    """Momentum whose steps are orthogonalised: in few steps it learns what AdamW needs many for.
+    """Momentum with orthogonalised steps, which needs fewer steps than AdamW.
 
     K. Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024. A step
-    changes a kernel, as a matrix with a row for each output, by a share of its norm, and the norm
-    stays: an instance norm follows and undoes scale.
+    changes a kernel, as a matrix with one row per output, by a share of its norm. The norm is
+    constant, because the following instance norm cancels the scale.
     """
 
     MOMENTUM = 0.9
     NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-    """Coefficients that drive all singular values of a matrix near 1, in five iterations."""
+    """Coefficients that move all singular values of a matrix near 1 in five iterations."""
 
     def __init__(self, kernels: list[torch.Tensor]) -> None:
         import torch
@@ -495,7 +506,7 @@ class Muon:
         self._norms = [float(kernel.detach().norm()) for kernel in kernels]
 
     def step(self, share: float) -> None:
-        """Use and forget the gradients."""
+        """Take one step, and delete the gradients."""
         import torch
 
         with torch.no_grad():
@@ -529,10 +540,10 @@ def _run(
     rate: float = 4e-3,
     kernel_share: float | None = None,
 ) -> None:
-    """Take steps: every phantom in turn, then by chance.
+    """Take training steps: first each phantom once, then random phantoms.
 
-    ``rate`` is AdamW's, ``kernel_share`` the share of a kernel that Muon changes in a step (None:
-    AdamW does kernels too); both at their highest.
+    ``rate`` is the maximum learning rate of AdamW. ``kernel_share`` is the maximum share of a
+    kernel that Muon changes in one step; None trains the kernels with AdamW.
     """
     import torch
 
@@ -566,8 +577,8 @@ def _run(
             )
 
 
-def shift_biases(network: Any, files: list[Path], checks: list[Path]) -> None:  # noqa: ANN401
-    """Add some share of the log frequencies to the biases: what does best on other phantoms."""
+def shift_biases(network: Untyped, files: list[Path], checks: list[Path]) -> None:
+    """Add the log frequencies to the biases, with the factor that is best on other phantoms."""
     import torch
 
     counts = sum(np.load(path)["counts"].astype(np.float64) for path in files)
@@ -576,15 +587,15 @@ def shift_biases(network: Any, files: list[Path], checks: list[Path]) -> None:  
     for shift, value in zip(SHARES, dice, strict=True):
         print(f"log frequencies times {shift}: estimated Dice {value:.3f}")
     best = SHARES[int(np.argmax(dice))]
-    print(f"kept {best}", flush=True)
+    print(f"chosen: {best}", flush=True)
     with torch.no_grad():
         network.decoder.seg_layers[-1].bias += best * logs
 
 
-def _dice_of_shifts(network: Any, path: Path, logs: torch.Tensor) -> list[float]:  # noqa: ANN401
-    """Mean Dice of the classes of 1 ml or more, for each of ``SHARES``.
+def _dice_of_shifts(network: Untyped, path: Path, logs: torch.Tensor) -> list[float]:
+    """Return the mean Dice of the classes of 1 ml or more, for each of ``SHARES``.
 
-    Estimated from some of the phantom's voxels, evenly spread.
+    The Dice is estimated from random voxels of the phantom.
     """
     import torch
 
@@ -596,16 +607,16 @@ def _dice_of_shifts(network: Any, path: Path, logs: torch.Tensor) -> list[float]
     voxels = np.flatnonzero(random.random(labels.size) < CHECKED_SHARE)
     truth = labels.ravel()[voxels]
     places = tile_places(np.stack(np.unravel_index(voxels, labels.shape), axis=1), labels.shape)
-    found: list[list[NDArray[np.int64]]] = [[] for _ in SHARES]
+    labels_by_share: list[list[NDArray[np.int64]]] = [[] for _ in SHARES]
     with torch.no_grad():
         below = decoded(network, example.tile[None, None])[0].flatten(1).T.contiguous()
         for part in np.array_split(places, 1 + len(places) // 50_000):
             logits = logits_at(network, example.tile, below, part, random)
-            for shift, answers in zip(SHARES, found, strict=True):
+            for shift, answers in zip(SHARES, labels_by_share, strict=True):
                 answers.append((logits + shift * logs).argmax(1).numpy())
     scored = np.flatnonzero(example.counts * 0.001 * DRAWN_MM**3 >= 1)[1:]
     result = []
-    for answers in found:
+    for answers in labels_by_share:
         answer = np.concatenate(answers)
         both = np.bincount(truth[answer == truth], minlength=CLASSES)
         sizes = np.bincount(answer, minlength=CLASSES) + np.bincount(truth, minlength=CLASSES)
@@ -613,8 +624,8 @@ def _dice_of_shifts(network: Any, path: Path, logs: torch.Tensor) -> list[float]
     return result
 
 
-def save(network: Any, output: Path) -> Path:  # noqa: ANN401
-    """Write the model folder; return the checkpoint."""
+def save(network: Untyped, output: Path) -> Path:
+    """Write the model folder; return the path of the checkpoint."""
     import torch
 
     from totalfast.upstream import TASK_ID_WEIGHTS_CONFIGS
@@ -650,7 +661,9 @@ def save(network: Any, output: Path) -> Path:  # noqa: ANN401
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("work", type=Path, help="folder for the drawn phantoms")
+    parser.add_argument(
+        "work", type=Path, help="folder for the phantoms and the partly trained network"
+    )
     parser.add_argument("--output", type=Path, default=Path("totalfast/demo/model"))
     parser.add_argument("--phantoms", type=int, default=120)
     parser.add_argument("--steps-quarter", type=int, default=200)
@@ -665,8 +678,7 @@ def main() -> None:
     with ProcessPoolExecutor(2) as pool:
         files = list(pool.map(partial(draw, folder=options.work), seeds))
     print(
-        f"{len(files) - ready} phantoms drawn, {ready} were there: "
-        f"{time.perf_counter() - began:.0f} s",
+        f"{len(files) - ready} phantoms drawn, {ready} reused: {time.perf_counter() - began:.0f} s",
         flush=True,
     )
     files, checks = files[: options.phantoms], files[options.phantoms :]
@@ -684,14 +696,13 @@ def main() -> None:
         network.load_state_dict(torch.load(below, weights_only=True))
         print(f"layers below full resolution taken from {below.name}", flush=True)
     else:
-        for name, left_out, steps in (
-            ("quarter", 2, options.steps_quarter), ("half", 1, options.steps_half),
-        ):  # fmt: skip
+        parts = (("quarter", 2, options.steps_quarter), ("half", 1, options.steps_half))
+        for name, left_out, steps in parts:
             train_coarse(
                 network, files, f"{name} resolution", left_out, steps, KERNEL_SHARES[name], random
             )
         torch.save(network.state_dict(), below)
-    # A second call, which takes the layers below from the file, must go on in the same way.
+    # A second call, which reads the layers below from the file, must have the same random state.
     torch.manual_seed(options.seed)
     random = np.random.default_rng((options.seed, 1))
     train_full(network, files, options.steps_full, random)
