@@ -8,7 +8,7 @@ from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import nibabel as nib
 
@@ -41,6 +41,18 @@ REASONS = {
     "MISSING_DICOM_FILES": "its time points have different numbers of slices",
 }
 """dicom2nifti's error codes and their meaning."""
+
+UNEXPECTED_CONTENT = (
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""Errors that the converter raises for unexpected headers and pixels."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -224,19 +236,6 @@ def _convert(source: Path, folder: Path, path: Path) -> nib.Nifti1Image:
         raise InputError(
             f"{source} can't be converted: {REASONS.get(code, code)} ({code})."
         ) from error
-    except _DAMAGE + (InvalidDicomError,) as error:
+    except (InvalidDicomError, *UNEXPECTED_CONTENT) as error:
         raise InputError(f"{source} can't be converted: {type(error).__name__}: {error}") from error
     return nib.load(path, mmap=False)
-
-
-_DAMAGE: tuple[Any, ...] = (
-    ArithmeticError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
-"""Errors that the converter raises for unexpected headers and pixels."""
