@@ -1,4 +1,4 @@
-"""Trained nnU-Net models made by hand: official layout, small random networks, any labels."""
+"""Synthetic nnU-Net models: the official folder layout, small random networks, any labels."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from scipy import ndimage
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Made:
-    """One model and the images that it is for."""
+class SyntheticModel:
+    """One model and its images."""
 
     dims: int = 3
     channels: int = 1
@@ -58,8 +58,8 @@ class Made:
             default = {"is_seg": False, "order": 1, "order_z": 0, "force_separate_z": None}
             resampling = default | resampling
         data = {"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": None}
-        seen = {"max": 900.0, "min": -900.0, "mean": 10.0, "median": 0.0, "std": 300.0}
-        seen |= {"percentile_00_5": -800.0, "percentile_99_5": 800.0}
+        intensities = {"max": 900.0, "min": -900.0, "mean": 10.0, "median": 0.0, "std": 300.0}
+        intensities |= {"percentile_00_5": -800.0, "percentile_99_5": 800.0}
         configuration = {
             "data_identifier": "data",
             "preprocessor_name": "DefaultPreprocessor",
@@ -89,7 +89,7 @@ class Made:
             del configurations[self.previous_stage]["previous_stage"]
         backward = np.argsort(self.transpose).tolist()
         return {
-            "dataset_name": "Dataset001_Made",
+            "dataset_name": "Dataset001_Synthetic",
             "plans_name": "nnUNetPlans",
             "original_median_spacing_after_transp": [2.0, 1.5, 1.5],
             "original_median_shape_after_transp": [30, 40, 40],
@@ -100,7 +100,7 @@ class Made:
             "experiment_planner_used": "ExperimentPlanner",
             "label_manager": "LabelManager",
             "foreground_intensity_properties_per_channel": {
-                str(k): seen for k in range(self.channels)
+                str(k): intensities for k in range(self.channels)
             },
         }
 
@@ -146,13 +146,13 @@ class Made:
         (folder / "plans.json").write_text(json.dumps(self.plans()))
         (folder / "dataset.json").write_text(json.dumps(dataset))
         inputs = self.channels + (self.classes - 1 if self.previous_stage else 0)
-        described = self.architecture()
+        architecture = self.architecture()
         for fold in range(self.folds):
             torch.manual_seed(fold)
             network = get_network_from_plans(
-                described["network_class_name"],
-                described["arch_kwargs"],
-                described["_kw_requires_import"],
+                architecture["network_class_name"],
+                architecture["arch_kwargs"],
+                architecture["_kw_requires_import"],
                 inputs,
                 self.heads,
                 deep_supervision=False,
@@ -170,7 +170,7 @@ class Made:
         return folder
 
     def write_images(self, folder: Path, cases: int = 2) -> Path:
-        """Write some cases of smooth noise: sizes and spacings of their own, a black rim."""
+        """Write cases of smooth noise with different sizes and spacings, and a border of zeros."""
         folder.mkdir()
         for case in range(cases):
             random = np.random.default_rng(case)
@@ -184,7 +184,7 @@ class Made:
         return folder
 
     def write_previous_stage(self, images: Path, folder: Path) -> Path | None:
-        """Write labels as the first stage of a cascade leaves them."""
+        """Write labels like the first stage of a cascade."""
         if self.previous_stage is None:
             return None
         folder.mkdir()

@@ -1,4 +1,4 @@
-"""Probabilities and logits at the scan's resolution, against upstream's command and nnU-Net's."""
+"""Probabilities, and logits at the scan's resolution, against upstream's command and nnU-Net."""
 
 from __future__ import annotations
 
@@ -33,27 +33,32 @@ if __name__ == "__main__":
         higher_order_resampling=True, nr_thr_saving=1, quiet=True,
     )
 """
-"""Upstream's --higher_order_resampling without its approximation: nnU-Net's own export."""
+"""Upstream's --higher_order_resampling without its approximation, with nnU-Net's own export."""
 
 
 @pytest.mark.parametrize(
     ("scan", "flags"),
     [("oblique", ("--fast", "-ml")), ("lps", ("-ta", "body", "-ml", "-fs"))],
 )
-def test_probabilities_are_upstreams(scan, flags, scans, standin_home, tmp_path):
+def test_probabilities_equal_upstreams(scan, flags, scans, standin_home, tmp_path):
     saved = {}
     source = input_file(scan, scans)
     environment = {**os.environ, "TOTALSEG_HOME_DIR": str(standin_home)}
     for program in ("totalsegmentator.bin.TotalSegmentator", "totalfast"):
         folder = tmp_path / program.partition(".")[0]
         folder.mkdir()
-        # Only ours: upstream's worker processes need a short path for their sockets.
+        # Not for upstream, whose worker processes need a short path for their sockets.
         own = {"TMPDIR": str(folder)} if program == "totalfast" else {}
         subprocess.run(
-            [sys.executable, "-m", program, "-i", source, "-o", folder / "seg.nii.gz",
-             "-d", "cpu", "-ns", "1", "-sp", folder / "all.npz", *flags],
-            env=environment | own, check=True, capture_output=True,
-        )  # fmt: skip
+            [
+                *(sys.executable, "-m", program, "-i", source, "-o", folder / "seg.nii.gz"),
+                *("-d", "cpu", "-ns", "1", "-sp", folder / "all.npz"),
+                *flags,
+            ],
+            env=environment | own,
+            check=True,
+            capture_output=True,
+        )
         saved[folder.name] = (
             np.load(folder / "all.npz")["probabilities"],
             pickle.loads((folder / "all.pkl").read_bytes()),  # noqa: S301 - just written
@@ -71,7 +76,7 @@ def test_probabilities_are_upstreams(scan, flags, scans, standin_home, tmp_path)
     ("scan", "task", "fast"),
     [("thick", "total", True), ("lps", "liver_segments", False)],
 )
-def test_higher_order_resampling_is_nnunets_full_export(
+def test_higher_order_resampling_equals_nnunets_full_export(
     scan, task, fast, scans, standin_home, tmp_path, monkeypatch
 ):
     source = input_file(scan, scans)
@@ -82,13 +87,13 @@ def test_higher_order_resampling_is_nnunets_full_export(
     subprocess.run(
         [sys.executable, program, source, target, task, str(fast)], check=True, capture_output=True
     )
-    found = totalfast.segment(
+    image = totalfast.segment(
         source, task=task, fast=fast, device="cpu", quiet=True, higher_order_resampling=True
     )
     expected = nib.load(target)
-    np.testing.assert_array_equal(np.asarray(found.dataobj), np.asarray(expected.dataobj))
-    np.testing.assert_array_equal(found.affine, expected.affine)
-    assert np.count_nonzero(np.unique(found.dataobj)) > 1
+    np.testing.assert_array_equal(np.asarray(image.dataobj), np.asarray(expected.dataobj))
+    np.testing.assert_array_equal(image.affine, expected.affine)
+    assert np.count_nonzero(np.unique(image.dataobj)) > 1
 
 
 def test_higher_order_resampling_differs_from_upstreams_approximation_as_listed(
@@ -103,7 +108,7 @@ def test_higher_order_resampling_differs_from_upstreams_approximation_as_listed(
 
 
 @pytest.mark.parametrize("name", ["seg.pkl", "."])
-def test_paths_that_cannot_hold_probabilities_are_refused_at_once(name, tmp_path):
+def test_invalid_paths_of_probabilities_are_refused_before_any_work(name, tmp_path):
     scan = nib.Nifti1Image(np.zeros((8, 8, 8), np.int16), np.eye(4))
     with pytest.raises(totalfast.TotalfastError, match="save_probabilities"):
         totalfast.segment(scan, save_probabilities=tmp_path / name, quiet=True)

@@ -1,4 +1,4 @@
-"""``ArgmaxPredictor`` and ``totalfast nnunet`` against nnU-Net, called, on models made by hand."""
+"""``ArgmaxPredictor`` and ``totalfast nnunet`` against nnU-Net, on synthetic models."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from totalfast.cli.nnunet import build_parser
 from totalfast.nnunet import export_prediction_from_logits
 from totalfast.nnunet.cases import list_cases
 
-from .nnunet_models import Made
+from .nnunet_models import SyntheticModel
 
 TORCH = "resample_torch_fornnunet"
 TORCH_OPTIONS = (
@@ -30,37 +30,37 @@ TORCH_OPTIONS = (
     ("memefficient_seg_resampling", False),
 )
 MODELS = {
-    "3-D": Made(),
-    "same spacing": Made(spacing=(2.7, 1.3, 1.1)),
-    "2-D": Made(dims=2, patch=(24, 32), spacing=(1.5, 1.5)),
-    "two channels": Made(channels=2, normalization="CTNormalization"),
-    "regions": Made(regions=True),
-    "2-D regions": Made(dims=2, patch=(24, 32), spacing=(1.5, 1.5), regions=True),
-    "ignore label": Made(ignore=True),
-    "three folds": Made(folds=3),
-    "mirroring": Made(mirroring=(0, 1, 2)),
-    "2-D mirroring": Made(dims=2, patch=(24, 32), spacing=(1.5, 1.5), mirroring=(0, 1)),
-    "separate z": Made(spacing=(8.0, 1.5, 1.5), patch=(8, 24, 16)),
-    "transposed": Made(transpose=(2, 0, 1), spacing=(1.5, 2.0, 1.5)),
-    "300 classes": Made(classes=300),
-    "cubic": Made(options=(("order", 3),)),
-    "torch": Made(resampling=TORCH, options=TORCH_OPTIONS),
-    "no resampling": Made(resampling="no_resampling_hack", spacing=(2.7, 1.3, 1.1)),
-    "masked": Made(normalization="ZScoreNormalization", use_mask=True),
-    "rescaled": Made(normalization="RescaleTo01Normalization"),
-    "residual": Made(network="ResidualEncoderUNet"),
-    "cascade": Made(previous_stage="3d_lowres"),
-    "nibabel reader": Made(reader="NibabelIOWithReorient"),
+    "3-D": SyntheticModel(),
+    "same spacing": SyntheticModel(spacing=(2.7, 1.3, 1.1)),
+    "2-D": SyntheticModel(dims=2, patch=(24, 32), spacing=(1.5, 1.5)),
+    "two channels": SyntheticModel(channels=2, normalization="CTNormalization"),
+    "regions": SyntheticModel(regions=True),
+    "2-D regions": SyntheticModel(dims=2, patch=(24, 32), spacing=(1.5, 1.5), regions=True),
+    "ignore label": SyntheticModel(ignore=True),
+    "three folds": SyntheticModel(folds=3),
+    "mirroring": SyntheticModel(mirroring=(0, 1, 2)),
+    "2-D mirroring": SyntheticModel(dims=2, patch=(24, 32), spacing=(1.5, 1.5), mirroring=(0, 1)),
+    "separate z": SyntheticModel(spacing=(8.0, 1.5, 1.5), patch=(8, 24, 16)),
+    "transposed": SyntheticModel(transpose=(2, 0, 1), spacing=(1.5, 2.0, 1.5)),
+    "300 classes": SyntheticModel(classes=300),
+    "cubic": SyntheticModel(options=(("order", 3),)),
+    "torch": SyntheticModel(resampling=TORCH, options=TORCH_OPTIONS),
+    "no resampling": SyntheticModel(resampling="no_resampling_hack", spacing=(2.7, 1.3, 1.1)),
+    "masked": SyntheticModel(normalization="ZScoreNormalization", use_mask=True),
+    "rescaled": SyntheticModel(normalization="RescaleTo01Normalization"),
+    "residual": SyntheticModel(network="ResidualEncoderUNet"),
+    "cascade": SyntheticModel(previous_stage="3d_lowres"),
+    "nibabel reader": SyntheticModel(reader="NibabelIOWithReorient"),
 }
 
 
 @pytest.fixture(params=MODELS, scope="module")
-def made(request, tmp_path_factory):
+def synthetic(request, tmp_path_factory):
     """A model, its folder, images, and the first stage's labels of a cascade."""
     model, folder = MODELS[request.param], tmp_path_factory.mktemp("nnunet")
     images = model.write_images(folder / "images")
-    before = model.write_previous_stage(images, folder / "before")
-    return model, model.write(folder), images, before
+    previous = model.write_previous_stage(images, folder / "previous")
+    return model, model.write(folder), images, previous
 
 
 def predictor_of(kind, folder, **settings):
@@ -73,7 +73,7 @@ def segmentations(folder):
     return {path.name: np.asarray(nib.load(path).dataobj) for path in folder.glob("case*.nii.gz")}
 
 
-def predicted(kind, folder, images, output, *, before=None, probabilities=False):
+def predicted(kind, folder, images, output, *, previous=None, probabilities=False):
     output.mkdir()
     predictor = predictor_of(kind, folder)
     call = {nnUNetPredictor: "predict_from_files_sequential", ArgmaxPredictor: "predict_from_files"}
@@ -81,7 +81,7 @@ def predicted(kind, folder, images, output, *, before=None, probabilities=False)
         str(images),
         str(output),
         save_probabilities=probabilities,
-        folder_with_segs_from_prev_stage=None if before is None else str(before),
+        folder_with_segs_from_prev_stage=None if previous is None else str(previous),
     )
     return output
 
@@ -91,15 +91,15 @@ def files_of(folder):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_files_are_nnunets(made, tmp_path):
-    _, folder, images, before = made
-    theirs = predicted(nnUNetPredictor, folder, images, tmp_path / "theirs", before=before)
-    ours = predicted(ArgmaxPredictor, folder, images, tmp_path / "ours", before=before)
-    expected, found = segmentations(theirs), segmentations(ours)
-    assert set(expected) == set(found) == {"case0.nii.gz", "case1.nii.gz"}
+def test_files_equal_nnunets(synthetic, tmp_path):
+    _, folder, images, previous = synthetic
+    theirs = predicted(nnUNetPredictor, folder, images, tmp_path / "theirs", previous=previous)
+    ours = predicted(ArgmaxPredictor, folder, images, tmp_path / "ours", previous=previous)
+    expected, actual = segmentations(theirs), segmentations(ours)
+    assert set(expected) == set(actual) == {"case0.nii.gz", "case1.nii.gz"}
     for name, labels in expected.items():
-        np.testing.assert_array_equal(found[name], labels)
-        assert found[name].dtype == labels.dtype
+        np.testing.assert_array_equal(actual[name], labels)
+        assert actual[name].dtype == labels.dtype
         assert len(np.unique(labels)) > 1
         one, two = nib.load(theirs / name), nib.load(ours / name)
         assert np.array_equal(one.affine, two.affine)
@@ -108,13 +108,13 @@ def test_files_are_nnunets(made, tmp_path):
 
 @pytest.fixture(scope="module")
 def simple(tmp_path_factory):
-    """A model of regions, its folder and its images."""
-    model, folder = Made(regions=True, mirroring=(2,)), tmp_path_factory.mktemp("simple")
+    """A region-based model, its folder and its images."""
+    model, folder = SyntheticModel(regions=True, mirroring=(2,)), tmp_path_factory.mktemp("simple")
     return model, model.write(folder), model.write_images(folder / "images")
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_probabilities_are_nnunets(simple, tmp_path):
+def test_probabilities_equal_nnunets(simple, tmp_path):
     _, folder, images = simple
     theirs = predicted(nnUNetPredictor, folder, images, tmp_path / "a", probabilities=True)
     ours = predicted(ArgmaxPredictor, folder, images, tmp_path / "b", probabilities=True)
@@ -130,7 +130,7 @@ def test_probabilities_are_nnunets(simple, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_arrays_are_predicted_as_nnunet_does(simple):
+def test_predictions_from_arrays_equal_nnunets(simple):
     _, folder, images = simple
     theirs, ours = (predictor_of(kind, folder) for kind in (nnUNetPredictor, ArgmaxPredictor))
     reader = ours.plans_manager.image_reader_writer_class()
@@ -141,16 +141,16 @@ def test_arrays_are_predicted_as_nnunet_does(simple):
     ]
     single = ours.predict_single_npy_array(pairs[0][0], dict(pairs[0][1]), None, None, False)
     np.testing.assert_array_equal(single, expected[0])
-    found = ours.predict_from_list_of_npy_arrays(
+    several = ours.predict_from_list_of_npy_arrays(
         [image for image, _ in pairs], None, [dict(properties) for _, properties in pairs], None
     )
-    for one, two in zip(found, expected, strict=True):
+    for one, two in zip(several, expected, strict=True):
         np.testing.assert_array_equal(one, two)
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("probabilities", [False, True])
-def test_export_takes_what_nnunets_takes(simple, tmp_path, probabilities):
+def test_export_has_nnunets_interface_and_files(simple, tmp_path, probabilities):
     from nnunetv2.inference import export_prediction
 
     _, folder, images = simple
@@ -178,7 +178,7 @@ def test_export_takes_what_nnunets_takes(simple, tmp_path, probabilities):
     assert files_of(tmp_path / "ours") == files_of(tmp_path / "theirs")
 
 
-def test_cases_of_a_folder_are_nnunets(tmp_path):
+def test_cases_of_a_folder_equal_nnunets(tmp_path):
     names = "b_0001.nii.gz b_0000.nii.gz a_1_0000.nii.gz a_0000.nii.gz a10_0000.nii.gz"
     for name in [*names.split(), "a_0000.nii", "notes.txt"]:
         (tmp_path / name).touch()
@@ -199,7 +199,7 @@ def test_no_process_is_started(simple, tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_network_that_exists_is_taken(simple):
+def test_manual_initialization_uses_the_given_network(simple):
     _, folder, _ = simple
     loaded = predictor_of(ArgmaxPredictor, folder)
     manual = ArgmaxPredictor(device=torch.device("cpu"), allow_tqdm=False)
@@ -217,7 +217,7 @@ def test_a_network_that_exists_is_taken(simple):
     assert torch.equal(manual.predict_labels_from_preprocessed_data(image), expected)
 
 
-def test_command_leaves_what_nnunets_command_leaves(simple, tmp_path, capsys):
+def test_files_of_the_command_equal_those_of_nnunets_command(simple, tmp_path, capsys):
     _, folder, images = simple
     flags = ["-i", images, "-m", folder, "-f", "0", "-step_size", "0.7", "-device", "cpu"]
     theirs, ours = tmp_path / "theirs", tmp_path / "ours"
@@ -229,7 +229,7 @@ def test_command_leaves_what_nnunets_command_leaves(simple, tmp_path, capsys):
     )
     done = subprocess.run(
         [sys.executable, script, *flags, "-o", theirs, "-npp", "1", "-nps", "1"],
-        env=os.environ | {"TMPDIR": "/tmp"},  # noqa: S108 - paths of sockets may be short only
+        env=os.environ | {"TMPDIR": "/tmp"},  # noqa: S108 - sockets need short paths
         capture_output=True,
         text=True,
         check=False,
@@ -239,12 +239,12 @@ def test_command_leaves_what_nnunets_command_leaves(simple, tmp_path, capsys):
     assert f"2 cases in {ours}" in capsys.readouterr().out
     assert files_of(theirs) == files_of(ours)
     np.testing.assert_equal(segmentations(ours), segmentations(theirs))
-    # What is there is left alone.
+    # Existing results are not written again.
     (ours / "case0.nii.gz").unlink()
-    before = (ours / "case1.nii.gz").stat().st_mtime_ns
+    modified_ns = (ours / "case1.nii.gz").stat().st_mtime_ns
     assert main(["nnunet", *map(str, flags), "-o", str(ours), "--continue_prediction"]) == 0
     assert "1 cases" in capsys.readouterr().out
-    assert (ours / "case1.nii.gz").stat().st_mtime_ns == before
+    assert (ours / "case1.nii.gz").stat().st_mtime_ns == modified_ns
     np.testing.assert_equal(segmentations(ours), segmentations(theirs))
 
 
@@ -273,28 +273,27 @@ def test_clear_errors(simple, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("entry", ["predict_entry_point", "predict_entry_point_modelfolder"])
-def test_flags_and_their_defaults_are_nnunets(entry, monkeypatch):
+def test_flags_and_their_defaults_equal_nnunets(entry, monkeypatch):
     from nnunetv2.inference import predict_from_raw_data
 
-    class FoundError(Exception):
+    class ParserError(Exception):
         pass
 
     def parse(parser, *_):
-        raise FoundError(parser)
+        raise ParserError(parser)
 
     with monkeypatch.context() as patched:
         patched.setattr(argparse.ArgumentParser, "parse_args", parse)
-        with pytest.raises(FoundError) as found:
+        with pytest.raises(ParserError) as raised:
             getattr(predict_from_raw_data, entry)()
     ours = {flag: action for action in build_parser()._actions for flag in action.option_strings}
-    for action in found.value.args[0]._actions:
+    for action in raised.value.args[0]._actions:
         for flag in action.option_strings:
             assert flag in ours
             own = ours[flag]
-            assert (type(own), own.type or str, own.nargs) == (
-                type(action), action.type or str, action.nargs,
-            )  # fmt: skip
-            # Without a CUDA device ours takes what there is; -m and -d exclude each other.
+            assert type(own) is type(action)
+            assert (own.type or str, own.nargs) == (action.type or str, action.nargs)
+            # Without a CUDA device our command uses the CPU; -m and -d exclude each other.
             if flag == "-device":
                 assert own.default is None
             elif flag == "-f":

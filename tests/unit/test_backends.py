@@ -54,7 +54,7 @@ def installed(monkeypatch):
     return lambda there: monkeypatch.setattr(backends, "openvino_is_installed", lambda: there)
 
 
-def made_network(dimensions: int = 3) -> torch.nn.Module:
+def small_network(dimensions: int = 3) -> torch.nn.Module:
     torch.manual_seed(dimensions)
     network = PlainConvUNet(
         input_channels=1,
@@ -75,18 +75,18 @@ def made_network(dimensions: int = 3) -> torch.nn.Module:
     return network.eval()
 
 
-def answers(backend, network, tile):
-    """A tile's logits by torch and by another backend."""
+def logits_of_both(backend, network, tile):
+    """A tile's logits from torch and from another backend."""
     with inference_settings(CPU):
         forward = backend(network, tuple(tile.shape))
-        found = forward(tile)
+        logits = forward(tile)
         forward.release()
-        return run_by_torch(network, tuple(tile.shape))(tile), found
+        return run_by_torch(network, tuple(tile.shape))(tile), logits
 
 
 @pytest.mark.parametrize("dimensions", [2, 3])
-def test_torch_drops_skip_connections_once_they_are_read_and_changes_no_bit(dimensions):
-    network = made_network(dimensions)
+def test_torch_drops_skip_connections_after_reading_and_changes_no_bit(dimensions):
+    network = small_network(dimensions)
     tile = torch.randn((1, 1, *[16] * dimensions), generator=torch.Generator().manual_seed(1))
     given, left = [], []
     network.decoder.register_forward_pre_hook(lambda module, inputs: given.append(inputs[0]))
@@ -94,8 +94,8 @@ def test_torch_drops_skip_connections_once_they_are_read_and_changes_no_bit(dime
         lambda module, inputs: left.append(list(given[-1]))
     )
     with inference_settings(CPU):
-        expected, found = network(tile), run_by_torch(network, tuple(tile.shape))(tile)
-    assert torch.equal(found, expected)
+        expected, logits = network(tile), run_by_torch(network, tuple(tile.shape))(tile)
+    assert torch.equal(logits, expected)
     plain, forgetful = left
     assert [answer is None for answer in plain] == [False, False]
     assert forgetful == [None, None]
@@ -103,7 +103,7 @@ def test_torch_drops_skip_connections_once_they_are_read_and_changes_no_bit(dime
 
 @pytest.mark.parametrize("kind", [torch.nn.InstanceNorm2d, torch.nn.InstanceNorm3d])
 @pytest.mark.parametrize("affine", [True, False])
-def test_normalised_in_place_with_the_same_bits(kind, affine):
+def test_normalisation_in_place_gives_identical_bits(kind, affine):
     generator = torch.Generator().manual_seed(0)
     network = torch.nn.Sequential(kind(8, affine=affine)).eval()
     with torch.inference_mode():
@@ -117,14 +117,12 @@ def test_normalised_in_place_with_the_same_bits(kind, affine):
         assert other(image) is image
         assert torch.equal(image, expected)
         assert torch.equal(network(before), expected)
-        # Two images are not one: torch's own normalisation sees to them.
+        # A batch of two images uses torch's own normalisation.
         pair = torch.cat([before, 2 * before])
         assert torch.equal(other(pair), network(pair))
 
 
-def test_auto_is_openvino_where_it_is_installed_and_of_use_and_says_so(
-    installed, monkeypatch, caplog
-):
+def test_auto_is_openvino_on_cpus_if_it_is_installed_and_logs_this(installed, monkeypatch, caplog):
     monkeypatch.delenv(backends.DEFAULT_VARIABLE)
     monkeypatch.setattr(backends.importlib.metadata, "version", lambda name: "2025.0")
     installed(False)
@@ -141,7 +139,7 @@ def test_auto_is_openvino_where_it_is_installed_and_of_use_and_says_so(
     assert "--backend torch" in message
 
 
-def test_the_environment_says_what_auto_is_and_no_more(installed, monkeypatch):
+def test_the_environment_variable_changes_auto_only(installed, monkeypatch):
     installed(True)
     monkeypatch.setenv(backends.DEFAULT_VARIABLE, "compile")
     assert choose_backend("auto", CPU).__name__ == "run_compiled"
@@ -151,7 +149,7 @@ def test_the_environment_says_what_auto_is_and_no_more(installed, monkeypatch):
         resolve_backend("auto")
 
 
-def test_what_cannot_run_is_refused_before_anything_is_done(installed):
+def test_unusable_backends_are_refused_before_any_work(installed):
     installed(False)
     with pytest.raises(OptionError, match=r"pip install 'totalfast\[cpu\]'"):
         totalfast.segment("scan.nii.gz", backend="openvino")
@@ -162,10 +160,10 @@ def test_what_cannot_run_is_refused_before_anything_is_done(installed):
         choose_backend("compile", torch.device("mps"))
 
 
-def test_cache_is_the_users_or_where_the_environment_says(cache, monkeypatch, tmp_path):
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have other folders")
+def test_cache_is_the_users_or_the_environment_variables(cache, monkeypatch, tmp_path):
     assert disk_cache.cache_folder() == cache
     monkeypatch.delenv(disk_cache.FOLDER_VARIABLE)
-    monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert disk_cache.cache_folder() == tmp_path / "xdg/totalfast"
     monkeypatch.delenv("XDG_CACHE_HOME")
@@ -173,8 +171,8 @@ def test_cache_is_the_users_or_where_the_environment_says(cache, monkeypatch, tm
     assert disk_cache.cache_folder() == tmp_path / "home/.cache/totalfast"
 
 
-def test_key_is_of_weights_layers_and_what_else_matters():
-    network = made_network()
+def test_key_depends_on_weights_layers_and_settings():
+    network = small_network()
     key = disk_cache.content_key(network, {"shape": TILE})
     assert disk_cache.content_key(copy.deepcopy(network), {"shape": TILE}) == key
     assert disk_cache.content_key(network, {"shape": (1, 1, 16, 16, 32)}) != key
@@ -191,7 +189,7 @@ def test_key_is_of_weights_layers_and_what_else_matters():
     assert len(keys) == 3
 
 
-def test_entries_are_made_once_and_damaged_ones_anew(cache):
+def test_entries_are_written_once_and_again_if_damaged(cache):
     made = []
 
     def make(folder):
@@ -215,7 +213,7 @@ def test_entries_are_made_once_and_damaged_ones_anew(cache):
     assert [path.name for path in cache.iterdir()] == ["key"]
 
 
-def test_entry_that_fails_leaves_nothing_and_an_unwritable_cache_is_done_without(
+def test_failed_entry_leaves_nothing_and_an_unwritable_cache_is_not_used(
     cache, monkeypatch, tmp_path, caplog
 ):
     def fail(folder):
@@ -239,35 +237,35 @@ def test_compiled_network_agrees(caplog):
     )
     tile = torch.randn(TILE, generator=torch.Generator().manual_seed(0))
     torch._dynamo.reset()
-    expected, found = answers(choose_backend("compile", CPU), network, tile)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    expected, logits = logits_of_both(choose_backend("compile", CPU), network, tile)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
     assert "runs uncompiled" not in caplog.text
 
 
-def test_a_session_may_compile_more_networks_than_torch_would(monkeypatch):
+def test_a_session_can_compile_more_networks_than_torchs_default(monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     for _ in range(9):
         network = torch.nn.Sequential(torch.nn.Conv3d(1, 2, 3))
-        expected, found = answers(choose_backend("compile", CPU), network, torch.ones(TILE))
-        assert torch.equal(found, expected)
+        expected, logits = logits_of_both(choose_backend("compile", CPU), network, torch.ones(TILE))
+        assert torch.equal(logits, expected)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 9
 
 
-def test_without_a_compiler_a_network_is_run_as_it_is(monkeypatch, caplog):
+def test_without_a_compiler_a_network_runs_uncompiled(monkeypatch, caplog):
     from torch._inductor import config
 
     monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
     monkeypatch.setattr(config, "force_disable_caches", True)
     network = torch.nn.Sequential(torch.nn.Conv3d(1, 3, 3), torch.nn.ELU(0.123))
     torch._dynamo.reset()
-    expected, found = answers(choose_backend("compile", CPU), network, torch.ones(TILE))
-    assert torch.equal(found, expected)
+    expected, logits = logits_of_both(choose_backend("compile", CPU), network, torch.ones(TILE))
+    assert torch.equal(logits, expected)
     assert len([m for m in caplog.messages if "runs uncompiled" in m]) == 1
 
 
-class Unheard(torch.nn.Module):
+class Unsupported(torch.nn.Module):
     """A network with an operation that OpenVINO does not have."""
 
     def __init__(self):
@@ -280,11 +278,13 @@ class Unheard(torch.nn.Module):
 
 @needs_openvino
 @pytest.mark.parametrize("dimensions", [2, 3])
-def test_openvino_agrees_in_float32_and_leaves_the_process_as_it_was(dimensions):
+def test_openvino_agrees_in_float32_and_does_not_change_the_process(dimensions):
     tile = torch.randn(TILE[: dimensions + 2], generator=torch.Generator().manual_seed(0))
-    expected, found = answers(choose_backend("openvino", CPU), made_network(dimensions), tile)
-    # Bfloat16, the default of some CPUs, is off by a hundred times as much.
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    expected, logits = logits_of_both(
+        choose_backend("openvino", CPU), small_network(dimensions), tile
+    )
+    # The error of bfloat16, the default on some CPUs, is a hundred times larger.
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
     subnormal = torch.full((100000,), 1e-40)
     assert torch.all(subnormal * 1.0 > 0)
     assert np.float32(1e-40) * np.float32(0.5) > 0
@@ -293,38 +293,38 @@ def test_openvino_agrees_in_float32_and_leaves_the_process_as_it_was(dimensions)
 
 
 @needs_openvino
-def test_openvino_normalises_scans_with_much_air_as_well_as_torch():
+def test_openvino_normalises_scans_with_much_air_like_torch():
     network = torch.nn.Sequential(torch.nn.Conv3d(1, 16, 3), torch.nn.InstanceNorm3d(16)).eval()
     tile = torch.full((1, 1, 100, 100, 100), -1.2)
     tile[..., 40:60, 40:60, 40:60] = torch.randn(20, generator=torch.Generator().manual_seed(0))
-    expected, found = answers(choose_backend("openvino", CPU), network, tile)
-    # OpenVINO's own normalisation is off by more than a hundred times as much.
-    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+    expected, logits = logits_of_both(choose_backend("openvino", CPU), network, tile)
+    # The error of OpenVINO's own normalisation is more than a hundred times larger.
+    assert (logits - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
 @needs_openvino
-def test_openvino_is_told_to_compute_in_float32():
-    forward = choose_backend("openvino", CPU)(made_network(), TILE)
+def test_openvino_computes_in_float32():
+    forward = choose_backend("openvino", CPU)(small_network(), TILE)
     (run,) = forward.body.args
     assert run.compiled.get_property("INFERENCE_PRECISION_HINT").to_string() == "f32"
     assert run.compiled.get_property("CPU_DENORMALS_OPTIMIZATION") is False
 
 
 @needs_openvino
-def test_openvino_joins_no_features_and_copies_none_to_answer():
-    forward = choose_backend("openvino", CPU)(made_network(), TILE)
+def test_openvino_neither_joins_features_nor_transposes_its_output():
+    forward = choose_backend("openvino", CPU)(small_network(), TILE)
     (run,) = forward.body.args
     model = run.compiled.get_runtime_model()
     kinds = [node.get_rt_info()["layerType"].astype(str) for node in model.get_ops()]
-    assert kinds.count("Convolution") == 4  # two of the encoder's, two halves of the decoder's
+    assert kinds.count("Convolution") == 4  # two in the encoder, two halves in the decoder
     assert "Concatenation" not in kinds
     assert "Transpose" not in kinds
 
 
 @needs_openvino
 @pytest.mark.parametrize("dimensions", [2, 3])
-def test_openvinos_answers_outlive_the_next_tile_and_a_release(dimensions):
-    network = made_network(dimensions)
+def test_openvinos_outputs_stay_valid_after_the_next_tile_and_a_release(dimensions):
+    network = small_network(dimensions)
     tile = torch.randn(TILE[: dimensions + 2], generator=torch.Generator().manual_seed(0))
     with inference_settings(CPU):
         forward = choose_backend("openvino", CPU)(network, tuple(tile.shape))
@@ -339,7 +339,7 @@ def test_openvinos_answers_outlive_the_next_tile_and_a_release(dimensions):
 
 
 @needs_openvino
-def test_labels_are_torchs_and_a_second_load_converts_nothing(folder, cache, monkeypatch):
+def test_labels_agree_with_torchs_and_a_second_load_converts_nothing(folder, cache, monkeypatch):
     from totalfast.engine.backends import openvino
 
     torchs = load_model(folder, folds=(0,), device=CPU)
@@ -350,22 +350,22 @@ def test_labels_are_torchs_and_a_second_load_converts_nothing(folder, cache, mon
     second = load_model(folder, folds=(0,), device=CPU, backend=choose_backend("openvino", CPU))
     assert len(list(cache.iterdir())) == 1
     image = torch.randn((1, 90, 60, 70), generator=torch.Generator().manual_seed(0))
-    expected, found, again = (
+    expected, labels, again = (
         predict_labels(model, image, Tiling(step=0.8)) for model in (torchs, first, second)
     )
-    assert torch.equal(found, again)
-    assert (found != expected).float().mean() < 1e-3
+    assert torch.equal(labels, again)
+    assert (labels != expected).float().mean() < 1e-3
 
 
 @needs_openvino
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
-def test_openvino_keeps_neither_a_trace_nor_the_file_of_weights_in_memory(cache):
+def test_openvino_keeps_neither_the_trace_nor_the_weights_file_in_memory(cache):
     from totalfast.engine.backends.openvino import run_by_openvino
 
     gc.collect()
-    gc.disable()  # chance might come to help
+    gc.disable()  # it could free the weights by chance
     try:
-        network = made_network()
+        network = small_network()
         weights = [weakref.ref(tensor) for tensor in network.parameters()]
         forward = run_by_openvino(network, TILE)
         del network
@@ -378,11 +378,13 @@ def test_openvino_keeps_neither_a_trace_nor_the_file_of_weights_in_memory(cache)
 
 
 @needs_openvino
-def test_networks_that_openvino_lacks_are_run_by_torch_and_not_stored(cache, caplog):
-    expected, found = answers(choose_backend("openvino", CPU), Unheard(), torch.ones(TILE))
-    assert torch.equal(found, expected)
+def test_unsupported_networks_run_by_torch_and_are_not_cached(cache, caplog):
+    expected, logits = logits_of_both(
+        choose_backend("openvino", CPU), Unsupported(), torch.ones(TILE)
+    )
+    assert torch.equal(logits, expected)
     (message,) = caplog.messages
-    assert message.startswith("OpenVINO can't run Unheard, so torch does: ")
+    assert message.startswith("OpenVINO can't run Unsupported, so torch does: ")
     assert "bessel_j0" in message
     assert not cache.exists()
 
@@ -394,7 +396,7 @@ asked = []
 
 
 def watch(event, arguments):
-    # OpenVINO's telemetry forks processes that do the asking.
+    # OpenVINO's telemetry connects from forked processes.
     if event.startswith(("socket.getaddrinfo", "socket.gethostby", "socket.connect", "os.fork")):
         asked.append((event, arguments))
         raise OSError(f"not allowed: {event} {arguments}")
@@ -417,10 +419,10 @@ assert not loaded, loaded
 
 
 @needs_openvino
-def test_openvino_reports_to_nobody(tmp_path):
+def test_openvino_opens_no_connection(tmp_path):
     home = tmp_path / "home"
     home.mkdir()
-    # Telemetry is silent in CI, which these variables tell.
+    # OpenVINO sends no telemetry in CI, which it detects by these variables.
     environment = {
         name: value
         for name, value in os.environ.items()

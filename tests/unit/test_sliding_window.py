@@ -14,7 +14,7 @@ from totalfast.engine.tiles import Tiling, plan_tiles
 from totalfast.export.nearest import first_maximum
 
 SHAPES = [(32, 24, 40), (21, 33, 80), (100, 30, 70)]
-"""Of images of one tile, of two, and of two along the axis that the window rolls along and more."""
+"""Images of one tile, of two tiles, and of several tiles along z, where the window moves."""
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def test_labels_and_logits_are_nnunets(predictors, shape, step):
     assert labels.dtype == torch.uint8
 
 
-def test_images_of_one_after_another_leave_nothing_in_the_windows_memory(predictors):
+def test_shared_window_memory_does_not_change_labels(predictors):
     model, memory = predictors[1].model, WindowMemory()
     for shape in reversed(SHAPES):
         image = torch.randn((1, *shape), generator=torch.Generator().manual_seed(0))
@@ -56,7 +56,7 @@ def test_images_of_one_after_another_leave_nothing_in_the_windows_memory(predict
         assert torch.equal(shared, alone)
 
 
-def test_window_memory_is_used_again_and_grows():
+def test_window_memory_is_reused_and_grows():
     memory = WindowMemory()
     first = memory.zeros((2, 6))
     first[:] = 1
@@ -67,7 +67,7 @@ def test_window_memory_is_used_again_and_grows():
     assert not memory.zeros((5, 5)).any()
 
 
-def test_two_folds_are_averaged_in_half_precision_as_nnunet_does(folder, tmp_path):
+def test_two_folds_are_averaged_in_half_precision_like_nnunet(folder, tmp_path):
     import shutil
 
     from totalfast.engine.loading import read_checkpoint
@@ -119,14 +119,14 @@ def test_tiles_by_hand():
 
 
 def test_each_tile_is_reported(predictors):
-    seen = []
+    reports = []
     predict_labels(
         predictors[1].model,
         torch.zeros((1, 50, 24, 48)),
         Tiling(step=0.5),
-        on_tile=lambda: seen.append(1),
+        on_tile=lambda: reports.append(1),
     )
-    assert len(seen) == plan_tiles((50, 24, 48), predictors[1].model.patch_size, 0.5).count
+    assert len(reports) == plan_tiles((50, 24, 48), predictors[1].model.patch_size, 0.5).count
 
 
 @pytest.mark.parametrize(
@@ -148,14 +148,14 @@ def test_first_maximum_is_argmax_with_ties_signed_zeros_and_nan(values, classes,
     assert torch.equal(first_maximum(logits), logits.argmax(0))
 
 
-def test_first_maximum_finds_the_last_of_many_classes_and_tells_float64_numbers_apart():
+def test_first_maximum_finds_the_last_of_many_classes_and_distinguishes_float64_numbers():
     logits = torch.zeros(2**16, 2, dtype=torch.half)
     logits[-1] = 6e-8
     assert first_maximum(logits).tolist() == [2**16 - 1] * 2
     assert first_maximum(torch.tensor([[1.0], [1.0 + 1e-12]], dtype=torch.float64)).item() == 1
 
 
-def test_first_maximum_tells_all_neighbouring_float16_numbers_apart():
+def test_first_maximum_distinguishes_all_neighbouring_float16_numbers():
     numbers = torch.arange(0, 0x7C00, dtype=torch.int16).view(torch.half)
     numbers = torch.cat((-numbers.flip(0), numbers))
     pairs = torch.stack((numbers[:-1], numbers[1:]))
@@ -169,7 +169,7 @@ def test_first_maximum_tells_all_neighbouring_float16_numbers_apart():
     "shape",
     [(8, 72, 72, 64), (32, 112, 112, 40), (32, 9, 31, 17), (20, 33, 40, 47), (64, 40, 33, 47)],
 )
-def test_last_layer_by_itself_gives_the_same_bits(classes, shape, threads):
+def test_last_layer_by_slices_gives_identical_bits(classes, shape, threads):
     torch.manual_seed(classes)
     head = torch.nn.Conv3d(shape[0], classes, 1)
     features = torch.nn.functional.leaky_relu(10 * torch.randn(1, *shape))
@@ -187,7 +187,7 @@ def test_last_layer_by_itself_gives_the_same_bits(classes, shape, threads):
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_split_networks_share_weights_and_leave_the_original_whole(predictors, threads):
+def test_split_networks_share_weights_and_do_not_change_the_original(predictors, threads):
     network = predictors[1].model.networks[0]
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
