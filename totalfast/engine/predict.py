@@ -1,7 +1,4 @@
-"""Run one model on a model image: labels on the model grid, or straight on a finer one.
-
-Knows models and label maps; knows nothing of files or orientations.
-"""
+"""Run one model on a model image; label the model grid, or directly a finer grid."""
 
 from __future__ import annotations
 
@@ -65,19 +62,19 @@ def predict_part(
     model
         A loaded model.
     tiling
-        How tiles are laid, mirrored and weighted.
+        How tiles are placed, mirrored and weighted.
     memory
-        Where logits are summed up on the CPU; None allocates it.
+        Memory for the sums of logits on the CPU; None allocates it.
     on_tile
         Called after each tile.
     linear_to
-        Shape (z, y, x) of a grid over the same field of view, corner voxels coinciding. The
-        logits are interpolated there, and the labels are that grid's. None: the model grid's
-        labels, equal to nnU-Net's.
+        Shape (z, y, x) of a grid with the same field of view and the same corner voxels. The
+        logits are interpolated to this grid and then turned into labels. None returns labels on
+        the model grid, equal to nnU-Net's.
 
     Returns
     -------
-        uint8 (uint16 from 255 labels on), (z, y, x), the model's own labels.
+        uint8 (uint16 for 255 or more labels), (z, y, x), with the model's label numbers.
     """
     image = to_network_image(voxels[None], spacing_mm=spacing_mm, model=model)
     return predict_network_image(
@@ -95,7 +92,7 @@ def predict_network_image(
     method: str = "auto",
     linear_to: tuple[int, int, int] | None = None,
 ) -> NDArray[np.unsignedinteger]:
-    """Label every voxel of what an image was before it was cropped, and resampled by nnU-Net.
+    """Label every voxel of the image before cropping and before nnU-Net's resampling.
 
     Parameters
     ----------
@@ -104,7 +101,7 @@ def predict_network_image(
     model, tiling, memory, on_tile, linear_to
         As for ``predict_part``.
     method
-        How logits of another grid become labels, as in ``export_labels``.
+        How logits on another grid become labels, as in ``export_labels``.
 
     Returns
     -------
@@ -118,29 +115,30 @@ def predict_network_image(
     if linear_to is not None:
         shape = tuple(linear_to[axis] for axis in model.plans.transpose_forward)
         box, axes = _axes_to(shape, image)
-        found = _linear(model, tensor, axes, tiling=tiling, memory=memory, on_tile=on_tile)
+        cropped = _linear(model, tensor, axes, tiling=tiling, memory=memory, on_tile=on_tile)
     elif image.was_resampled:
-        found = _resampled(
+        cropped = _resampled(
             image, tensor, model, method, tiling=tiling, memory=memory, on_tile=on_tile
         )
     else:
-        found = predict_labels(model, tensor, tiling, memory=memory, on_tile=on_tile).numpy()
-    labels = np.zeros(shape, dtype=found.dtype)
-    labels[box] = found
+        cropped = predict_labels(model, tensor, tiling, memory=memory, on_tile=on_tile).numpy()
+    labels = np.zeros(shape, dtype=cropped.dtype)
+    labels[box] = cropped
     restored: NDArray[np.unsignedinteger] = labels.transpose(model.plans.transpose_backward)
     return restored
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probabilities:
-    """What nnU-Net gives for ``save_probabilities``.
+    """nnU-Net's result for ``save_probabilities``.
 
     Parameters
     ----------
     values
-        float32, (classes, z, y, x), model grid. For a model of regions each is one of its own.
+        float32, (classes, z, y, x), model grid. The probabilities of a region-based model are
+        independent of each other.
     cropping
-        What nnU-Net's properties say of the box that the network looked at.
+        nnU-Net's properties of the box that the network was run on.
     """
 
     values: NDArray[np.float32]
@@ -156,12 +154,12 @@ def predict_probabilities(
     memory: WindowMemory | None,
     on_tile: Callable[[], None],
 ) -> tuple[NDArray[np.unsignedinteger], Probabilities]:
-    """Label a model image through the probabilities of all classes, by nnU-Net's own export.
+    """Label a model image by the probabilities of all classes, with nnU-Net's own export.
 
-    The labels are the probabilities' argmax, whose ties are not the logits'. Takes the memory that
-    nnU-Net takes: all classes on the model grid, in float32 and more than once.
+    The labels are the argmax of the probabilities, which have other ties than the logits. Needs as
+    much memory as nnU-Net: several float32 copies of all classes on the model grid.
 
-    Parameters are those of ``predict_part``.
+    The parameters are those of ``predict_part``.
     """
     import torch
     from nnunetv2.inference.export_prediction import (
@@ -180,7 +178,7 @@ def predict_probabilities(
     }
     properties = {"spacing": [image.spacing_mm[axis] for axis in backward]} | cropping
     with inference_settings(model.device):
-        # With nnU-Net's number of threads: a softmax's last bits depend on it.
+        # With nnU-Net's number of threads, because the last bits of a softmax depend on it.
         labels, values = convert_predicted_logits_to_segmentation_with_correct_shape(
             logits,
             model.plans,
@@ -195,10 +193,10 @@ def predict_probabilities(
 def _axes_to(
     shape: tuple[int, ...], image: NetworkImage
 ) -> tuple[tuple[slice, ...], list[LinearWeights]]:
-    """Where the network image lies in a grid of ``shape``, and how to interpolate it there.
+    """The network image's box in a grid of ``shape``, and the interpolation weights per axis.
 
-    The steps from the network grid (half-pixel centres) over the box in the model grid to the
-    target (corners) are all straight lines, so they are one interpolation.
+    The coordinates change from the network grid (half-pixel centres) to the box in the model grid
+    to the target (corners). All these changes are linear, so they are one interpolation.
     """
     box, axes = [], []
     for axis, part in enumerate(image.box):
@@ -254,7 +252,7 @@ def _resampled(
     memory: WindowMemory | None,
     on_tile: Callable[[], None],
 ) -> NDArray[np.unsignedinteger]:
-    """Where the plans' spacing gives another grid: nnU-Net's export, without its memory."""
+    """nnU-Net's export for plans with another spacing than the image, in less memory."""
     resampling = model.configuration.resampling_fn_probabilities
     if method == "auto":
         method = choose_method(resampling, coordinates=CENTERS)
