@@ -13,7 +13,7 @@ from pydicom.uid import generate_uid
 
 from tests.dicom_series import AXIAL, new_file, write_series
 from totalfast import InputError
-from totalfast.cli.main import _task_of_modality
+from totalfast.cli.segment import task_of_modality
 from totalfast.files.dicom import find as dicom_files
 from totalfast.files.dicom.read import open_series
 from totalfast.files.read import read_image
@@ -247,5 +247,5 @@ def test_multi_frame_files_with_a_wrong_conversion_are_refused(tmp_path):
 )
 def test_command_selects_the_task_of_the_modality(tmp_path, asked, modality, expected):
     folder = write_series(tmp_path / "scan", VOXELS[:1], Modality=modality)
-    assert _task_of_modality(asked, folder) == expected
-    assert _task_of_modality(asked, tmp_path / "scan.nii.gz") == asked
+    assert task_of_modality(asked, folder) == expected
+    assert task_of_modality(asked, tmp_path / "scan.nii.gz") == asked

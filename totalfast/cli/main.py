@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 from totalfast.cli.exit_codes import run_to_exit_code
 from totalfast.cli.parser import build_parser
 from totalfast.cli.segment import run_main_command
-from totalfast.cli.segment import task_of_modality as _task_of_modality  # noqa: F401
 from totalfast.system.process_memory import prepare_process
 
 if TYPE_CHECKING:
