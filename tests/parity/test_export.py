@@ -75,16 +75,16 @@ def test_linear_equals_nnunet(make, spacings, classes):
     ):
         for magnitude in (1e-3, 1.0, 30.0):
             logits = make(random, classes, source, magnitude)
-            wanted = nnunet(logits, target, spacings, resampler())
-            found = export_labels(
+            expected = nnunet(logits, target, spacings, resampler())
+            labels = export_labels(
                 logits,
                 target,
                 method="linear",
                 spacing=spacings[0],
                 new_spacing=spacings[1],
             )
-            assert found.dtype == (np.uint8 if classes < 256 else np.uint16)
-            np.testing.assert_array_equal(found, wanted)
+            assert labels.dtype == (np.uint8 if classes < 256 else np.uint16)
+            np.testing.assert_array_equal(labels, expected)
 
 
 @pytest.mark.parametrize("make", [structured, one_ulp_apart, noise, with_infinities])
@@ -97,14 +97,15 @@ def test_linear_on_a_device_equals_linear_by_cells(make, separate, regions, dtyp
     for source, target in (((6, 7, 8), (17, 15, 20)), ((9, 8, 10), (5, 11, 10))):
         logits = torch.from_numpy(make(random, 5, source, 1.0).astype(dtype))
         axes = resampling_axes(source, target, CENTERS, separate)
-        wanted, found = np.full((2, *target), 9, np.uint8)
-        CellExport(axes, wanted, rounded_to=dtype, regions=regions, threads=2).add(0, logits)
-        on_device = DeviceExport(axes, found, rounded_to=dtype, regions=regions)
-        for start in range(source[0]):  # as from a window, whose memory is used again
-            slab = logits[:, start : start + 1].to(device, copy=True)
-            on_device.add(start, slab)
-            slab.zero_()
-        np.testing.assert_array_equal(found, wanted)
+        by_cells, labels = np.full((2, *target), 9, np.uint8)
+        with CellExport(axes, by_cells, rounded_to=dtype, regions=regions, threads=2) as export:
+            export.add(0, logits)
+        with DeviceExport(axes, labels, rounded_to=dtype, regions=regions) as export:
+            for start in range(source[0]):  # as from a window, whose memory is used again
+                slab = logits[:, start : start + 1].to(device, copy=True)
+                export.add(start, slab)
+                slab.zero_()
+        np.testing.assert_array_equal(labels, by_cells)
 
 
 @settings(deadline=None, max_examples=60)
@@ -119,8 +120,8 @@ def test_no_dropped_class_wins(seed, classes, exponent, quantised):
     random = np.random.default_rng(seed)
     make = one_ulp_apart if quantised else noise
     logits = make(random, classes, (2, 2, 3), 10.0**exponent)
-    wanted = nnunet(logits, (7, 6, 8), ISOTROPIC, resampler())
-    np.testing.assert_array_equal(export_labels(logits, (7, 6, 8), method="linear"), wanted)
+    expected = nnunet(logits, (7, 6, 8), ISOTROPIC, resampler())
+    np.testing.assert_array_equal(export_labels(logits, (7, 6, 8), method="linear"), expected)
 
 
 @pytest.mark.parametrize("spacings", [ISOTROPIC, COARSE_Z])
@@ -132,7 +133,7 @@ def test_regions_equal_nnunet(spacings, method):
     manager = LabelManager(names, (1, 2, 3))
     logits = noise(np.random.default_rng(0), 3, (6, 7, 8), 1e-6)
     resampled = resampler()(torch.from_numpy(logits), (13, 14, 15), *spacings)
-    found = export_labels(
+    labels = export_labels(
         logits,
         (13, 14, 15),
         method=method,
@@ -141,7 +142,7 @@ def test_regions_equal_nnunet(spacings, method):
         resampling=resampler(),
         regions=(1, 2, 3),
     )
-    np.testing.assert_array_equal(found, manager.convert_logits_to_segmentation(resampled))
+    np.testing.assert_array_equal(labels, manager.convert_logits_to_segmentation(resampled))
 
 
 @pytest.mark.parametrize("spacings", [ISOTROPIC, COARSE_Z])
@@ -161,10 +162,10 @@ def test_plans_equals_nnunet(spacings):
         ((6, 7, 8), no_resampling_hack),
     ):
         assert choose_method(resampling, coordinates="centers") == "plans"
-        found = export_labels(
+        labels = export_labels(
             logits, shape, resampling=resampling, spacing=spacings[0], new_spacing=spacings[1]
         )
-        np.testing.assert_array_equal(found, nnunet(logits, shape, spacings, resampling))
+        np.testing.assert_array_equal(labels, nnunet(logits, shape, spacings, resampling))
 
 
 @pytest.mark.parametrize("target", [(5, 14, 9), (2, 3, 20), (6, 7, 8)])
@@ -172,12 +173,12 @@ def test_nearest_picks_scipys_voxels(target):
     from scipy import ndimage
 
     logits = noise(np.random.default_rng(2), 9, (6, 7, 8), 1.0)
-    labels = logits.argmax(0).astype(np.uint8)
-    zoom = [m / n for n, m in zip(labels.shape, target, strict=True)]
+    source = logits.argmax(0).astype(np.uint8)
+    zoom = [m / n for n, m in zip(source.shape, target, strict=True)]
     for coordinates, grid_mode in (("corners", False), ("centers", True)):
-        found = export_labels(logits, target, method="nearest", coordinates=coordinates)
-        wanted = ndimage.zoom(labels, zoom, order=0, mode="nearest", grid_mode=grid_mode)
-        np.testing.assert_array_equal(found, wanted)
+        labels = export_labels(logits, target, method="nearest", coordinates=coordinates)
+        expected = ndimage.zoom(source, zoom, order=0, mode="nearest", grid_mode=grid_mode)
+        np.testing.assert_array_equal(labels, expected)
 
 
 @pytest.mark.parametrize("forced", [True, False, None])
@@ -186,10 +187,10 @@ def test_auto_follows_the_options_of_the_plans(forced, threshold):
     logits = noise(np.random.default_rng(3), 7, (6, 7, 8), 3.0)
     resampling = resampler(force_separate_z=forced, separate_z_anisotropy_threshold=threshold)
     spacings = ((2.0, 1.0, 1.0), (1.0, 0.6, 0.6))
-    found = export_labels(
+    labels = export_labels(
         logits, (12, 12, 13), resampling=resampling, spacing=spacings[0], new_spacing=spacings[1]
     )
-    np.testing.assert_array_equal(found, nnunet(logits, (12, 12, 13), spacings, resampling))
+    np.testing.assert_array_equal(labels, nnunet(logits, (12, 12, 13), spacings, resampling))
 
 
 def test_auto_and_odd_arguments():

@@ -1,4 +1,4 @@
-"""The compiled loops: what is compiled ahead is what a run needs; half precision."""
+"""The compiled loops of the linear export: compiled ahead of a run, and half precision."""
 
 import subprocess
 import sys
@@ -6,15 +6,15 @@ import sys
 import numba
 import numpy as np
 
-from totalfast.export import cells
+from totalfast.export import summaries
 
 SCRIPT = """
 import numpy as np
-from totalfast.export import cells, export_labels
+from totalfast.export import cells, export_labels, summaries
 from totalfast.export.cell_export import prepare
 
 prepare()
-loops = (cells.summarise, cells.fill_labels)
+loops = (summaries.summarise, cells.fill_labels)
 before = [set(loop.signatures) for loop in loops]
 assert all(len(signatures) == 1 for signatures in before), before
 logits = np.random.default_rng(0).normal(size=(5, 6, 70, 8)).astype(np.float16)
@@ -33,7 +33,7 @@ def test_prepare_compiles_the_loops_for_the_layouts_of_a_run():
 def test_every_half_precision_number_is_widened():
     @numba.njit(error_model="numpy")
     def load(source, block, bits):
-        cells.load_row(source, 0, len(source), block, bits, 0)
+        summaries.load_row(source, 0, len(source), block, bits, 0)
 
     halves = np.arange(2**16, dtype=np.uint16)
     block = np.empty((1, halves.size), np.float32)

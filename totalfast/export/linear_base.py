@@ -1,10 +1,10 @@
-"""The order in which source slices are taken and target slices filled; how is a subclass's."""
+"""The order in which source slices are taken and target slices are filled."""
 
 from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -17,12 +17,16 @@ if TYPE_CHECKING:
     from totalfast.geometry import LinearWeights
 
 
+AnyExport = TypeVar("AnyExport", bound="LinearExport")
+
 MANTISSA_BITS = {"float16": (10, -14), "float32": (23, -126), "float64": (52, -1022)}
 """Stored mantissa bits and smallest normal exponent of the dtypes that logits come in."""
 
 
 class LinearExport(ABC):
     """Takes the source slices in order and fills the target slices that they complete.
+
+    Use it in a ``with`` statement, which ends the threads of an export.
 
     Parameters
     ----------
@@ -33,7 +37,7 @@ class LinearExport(ABC):
     rounded_to
         "float16", "float32" or "float64": what nnU-Net's array of resampled logits would hold.
     regions
-        For region-based models, the label of each channel in the order they are painted; None
+        For region-based models, the label of each channel in the order of painting; None
         takes the first maximum.
     """
 
@@ -58,6 +62,13 @@ class LinearExport(ABC):
         self._rows_of = needed
         self._used = {int(k) for axis in (axes[0].lower, axes[0].upper) for k in axis}
 
+    def __enter__(self: AnyExport) -> AnyExport:
+        return self
+
+    @abstractmethod
+    def __exit__(self, *_: object) -> None:
+        """End the threads, if there are any."""
+
     def add(self, first: int, slab: torch.Tensor) -> None:
         """Take slices ``first, first + 1, ...``: logits (classes, slices, y, x), any device."""
         if self._out.size == 0:
@@ -74,11 +85,11 @@ class LinearExport(ABC):
 
     @abstractmethod
     def _take(self, index: int, logits: torch.Tensor) -> None:
-        """Keep what a slice (classes, y, x) says until the one after the next comes."""
+        """Keep a slice (classes, y, x) until the slice after the next is taken."""
 
     @abstractmethod
     def _fill(self, rows: list[int], lower: int, upper: int) -> None:
-        """Fill neighbouring target slices, all of them between the same two source slices."""
+        """Fill neighbouring target slices, all of which lie between the same two source slices."""
 
 
 def _groups(rows: list[int], axis: LinearWeights) -> Iterator[list[int]]:
@@ -95,10 +106,10 @@ def _groups(rows: list[int], axis: LinearWeights) -> Iterator[list[int]]:
 
 @functools.cache
 def region_threshold(dtype: str) -> float:
-    """Smallest logit whose float32 sigmoid exceeds 0.5: what nnU-Net paints a region for."""
+    """Smallest logit whose float32 sigmoid exceeds 0.5, so that nnU-Net paints the region."""
     import torch
 
-    # Positive floats are ordered as their bits are.
+    # Positive floats and their bits have the same order.
     kind = torch.int16 if dtype == "float16" else torch.int32
     real = torch.half if dtype == "float16" else torch.float32
 

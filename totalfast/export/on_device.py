@@ -42,6 +42,9 @@ class DeviceExport(LinearExport):
         self._in_plane: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
         """Corners along y and x, on the device."""
 
+    def __exit__(self, *_: object) -> None:
+        """There are no threads to end."""
+
     def _take(self, index: int, logits: torch.Tensor) -> None:
         if not self._in_plane:
             self._in_plane = [_corners(self._axes[k], k, logits.device) for k in (1, 2)]

@@ -1,0 +1,29 @@
+"""The numba decorator of the compiled loops, and a choice without a branch."""
+
+from __future__ import annotations
+
+import functools
+
+import numba
+
+jit = functools.partial(numba.njit, nogil=True, cache=True, error_model="numpy")
+
+
+@numba.extending.intrinsic
+def choose(typing_context, condition, one, other):
+    """``one if condition else other`` without a branch.
+
+    A branch that leaves an array's element unchanged becomes a masked store, which on some
+    processors is slower than the rest of the loop.
+    """
+
+    def generate(context, builder, signature, arguments):
+        return builder.select(*arguments)
+
+    return one(numba.types.boolean, one, one), generate
+
+
+@jit
+def smaller(one, other):
+    """The smaller of two numbers, without a branch."""
+    return choose(other < one, other, one)
