@@ -1,7 +1,6 @@
-"""Clean-up of label maps on the model grid, and the masks that are derived from the result.
+"""Clean-up of label maps on the model grid, and the mask of the skin.
 
-Knows label maps and voxel sizes; knows nothing of networks or files. The rules are those of
-TotalSegmentator 2.18.0, postprocessing.py.
+The rules are those of TotalSegmentator 2.18.0, postprocessing.py.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from totalfast.labels.blobs import label_blobs
 from totalfast.labels.boxes import label_boxes
 from totalfast.upstream import CLASS_MAPS
 
@@ -25,16 +25,16 @@ BODY_EXTREMITY_MINIMUM_MM3 = 50_000.0
 """Blobs of body_extremities up to this volume are removed."""
 
 SKIN_HU = (-200.0, 250.0)
-"""Exclusive bounds of what counts as skin."""
+"""Intensities of skin; the bounds are exclusive."""
 
 SKIN_EROSIONS = 3
-"""Voxels from the (once dilated) body surface inwards that may be skin."""
+"""Depth of the skin in voxels, from the surface of the body dilated by one voxel."""
 
 SKIN_MINIMUM_VOXELS = 5
 """Blobs of skin of up to this many voxels are removed."""
 
 SKIN_SLAB = 64
-"""Slices that skin is computed on at a time."""
+"""Slices per slab in which the skin is computed."""
 
 
 def clean_labels(
@@ -44,7 +44,7 @@ def clean_labels(
     classes: Mapping[int, str],
     voxel_mm3: np.floating[Any],
 ) -> NDArray[np.uint8]:
-    """Apply the clean-up that upstream gives a task: blobs of ``body``, auxiliary labels.
+    """Apply upstream's clean-up of a task: blobs of ``body``, auxiliary labels.
 
     Parameters
     ----------
@@ -55,7 +55,7 @@ def clean_labels(
     classes
         Label to class name.
     voxel_mm3
-        Volume of a voxel, float32 as upstream has it.
+        Volume of a voxel, float32 as in upstream.
     """
     auxiliary = list(CLASS_MAPS.get(f"{task}_auxiliary", ()))
     if auxiliary:
@@ -88,7 +88,7 @@ def remove_small_blobs(
     up_to_mm3
         The largest volume that is removed.
     voxel_mm3
-        Volume of a voxel, float32 as upstream has it: its rounding decides on the limit.
+        Volume of a voxel, float32 as in upstream: its rounding changes the limit.
     """
     return _keep_blobs(labels, dict.fromkeys(classes, _above(up_to_mm3 / voxel_mm3)))
 
@@ -112,18 +112,11 @@ def _keep_blobs(labels: NDArray[np.uint8], rules: Mapping[int, Rule]) -> NDArray
     boxes = label_boxes(labels)
     for label in rules.keys() & boxes.keys():
         part = labels[boxes[label]]
-        mask = part == label
-        blobs, sizes = _blob_sizes(mask)
+        # In C order, in which the first of several largest blobs is upstream's.
+        mask = np.ascontiguousarray(part == label)
+        blobs, sizes = label_blobs(mask)
         part[mask & ~rules[label](sizes)[blobs]] = 0
     return labels
-
-
-def _blob_sizes(mask: NDArray[np.bool_]) -> tuple[NDArray[np.int32], NDArray[np.intp]]:
-    """6-connected blobs: their map, and their sizes; index 0 is what is not in the mask."""
-    from scipy import ndimage
-
-    blobs, _ = ndimage.label(mask)
-    return blobs, np.bincount(blobs.ravel())
 
 
 def skin_mask(image: ScannerImage, body: NDArray[np.bool_]) -> NDArray[np.uint8]:
@@ -142,18 +135,18 @@ def skin_mask(image: ScannerImage, body: NDArray[np.bool_]) -> NDArray[np.uint8]
 
     Notes
     -----
-    Upstream works on the whole volume; here slabs with a halo give the same voxels: dilation and
-    erosion reach 4 slices, and a blob of up to 5 voxels spans at most 5.
+    Upstream works on the whole volume. Slabs with a halo give the same voxels: dilation and erosion
+    reach 4 slices, and a blob of up to 5 voxels spans at most 5.
     """
     size_z = body.shape[2]
     skin = np.empty(body.shape, dtype=np.uint8, order="F")
     for start in range(0, size_z, SKIN_SLAB):
         stop = min(start + SKIN_SLAB, size_z)
-        # Blobs are judged on a slab that is larger by their reach; that slab is cut from a still
-        # larger one on which the morphology is right.
+        # Blobs are measured on a slab that is larger by their reach. That slab is cut from a still
+        # larger one, so that dilation and erosion are right on it.
         outer = slice(max(start - SKIN_MINIMUM_VOXELS, 0), min(stop + SKIN_MINIMUM_VOXELS, size_z))
         rough = _skin_before_blobs(image, body, outer)
-        blobs, sizes = _blob_sizes(rough)
+        blobs, sizes = label_blobs(rough)
         keep = sizes > SKIN_MINIMUM_VOXELS
         keep[0] = False
         skin[:, :, start:stop] = keep[blobs[:, :, start - outer.start : stop - outer.start]]
@@ -163,13 +156,13 @@ def skin_mask(image: ScannerImage, body: NDArray[np.bool_]) -> NDArray[np.uint8]
 def _skin_before_blobs(
     image: ScannerImage, body: NDArray[np.bool_], part: slice
 ) -> NDArray[np.bool_]:
-    """Skin of a range of slices, small blobs included."""
+    """Skin in a range of slices, before small blobs are removed."""
     from scipy.ndimage import binary_dilation, binary_erosion
 
     reach = SKIN_EROSIONS + 1
     slab = slice(max(part.start - reach, 0), min(part.stop + reach, body.shape[2]))
-    # scipy treats voxels beyond the array as background, which is right at the volume's own ends
-    # and spoils only the halo elsewhere.
+    # scipy treats voxels beyond the array as background. That is right at the ends of the volume;
+    # elsewhere it changes only the halo.
     dilated = binary_dilation(body[:, :, slab])
     shell = dilated & ~binary_erosion(dilated, iterations=SKIN_EROSIONS)
     inside = slice(part.start - slab.start, part.stop - slab.start)

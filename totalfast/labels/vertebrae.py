@@ -1,7 +1,6 @@
-"""Steps that only the vertebrae tasks have: bodies that share labels, and bodies cut to a mask.
+"""Clean-up of the vertebrae tasks: one label per vertebral body, and vertebrae cut to a mask.
 
-Knows label maps and voxel sizes. The steps are TotalSegmentator's own functions (2.18.0,
-postprocessing.py), called on our label maps.
+The steps are TotalSegmentator's own functions (2.18.0, postprocessing.py).
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from totalfast.labels.blobs import label_blobs
 from totalfast.upstream import postprocessing
 
 if TYPE_CHECKING:
@@ -37,31 +37,29 @@ def separate_vertebrae(
     Notes
     -----
     Where bodies of several labels touch and only one blob is large enough, upstream fails with an
-    IndexError; here the blob gets the label that its rule gives the first of several.
+    IndexError. Here that blob gets the label that upstream's rule gives to the first of several.
     """
     upstream = postprocessing()
     voxels = np.ascontiguousarray(labels.T)
     spacing = tuple(zooms_mm)
     volume = np.prod(spacing)
     try:
-        found = upstream.postprocess_vertebrae_pp(
+        separated = upstream.postprocess_vertebrae_pp(
             voxels, dict(classes), voxel_volume=volume, voxel_spacing=spacing
         )
     except IndexError:
-        found = upstream.dilate_vertebrae_labels(
+        separated = upstream.dilate_vertebrae_labels(
             _one_body(voxels, classes, voxel_mm3=float(volume)), dict(classes), spacing
         )
-    return np.ascontiguousarray(np.asarray(found, dtype=np.uint8).T)
+    return np.ascontiguousarray(np.asarray(separated, dtype=np.uint8).T)
 
 
 def _one_body(
     voxels: NDArray[np.uint8], classes: Mapping[int, str], *, voxel_mm3: float
 ) -> NDArray[np.uint8]:
     """The one blob of 100 mm3 or more, with one label: upstream's rule for several."""
-    from scipy import ndimage
-
-    blobs, _ = ndimage.label(voxels > 0)
-    sizes = np.bincount(blobs.ravel()) * voxel_mm3
+    blobs, voxel_counts = label_blobs(voxels > 0)
+    sizes = voxel_counts * voxel_mm3
     sizes[0] = 0
     body = blobs == int(np.argmax(sizes))
     present = [label for label in np.unique(voxels[body]) if label in classes]
@@ -79,12 +77,12 @@ def refine_vertebrae(
     *,
     zooms_mm: Iterable[np.float32],
 ) -> NDArray[np.uint8]:
-    """Grow vertebrae by 2 mm and cut them to the vertebral bodies: (x, y, z), scanner grid.
+    """Grow vertebrae by 2 mm and cut them to the vertebral bodies.
 
     Parameters
     ----------
     labels, bodies
-        (x, y, z), scanner grid; ``bodies`` has 1 where a body is.
+        (x, y, z), scanner grid; ``bodies`` is 1 in vertebral bodies.
     classes
         Label to class name, of the vertebrae.
     zooms_mm
