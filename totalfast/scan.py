@@ -121,11 +121,14 @@ class ModelImage:
         The model grid, (x, y, z).
     canonical
         The scanner grid, its axes permuted and flipped to RAS+.
+    keeps_scanner_grid
+        Whether the scan was not resampled: ``grid`` is ``canonical``.
     """
 
     voxels: NDArray[np.float32]
     grid: Grid
     canonical: Grid
+    keeps_scanner_grid: bool
 
     def __post_init__(self) -> None:
         if self.voxels.shape != self.grid.shape[::-1]:

@@ -1,7 +1,7 @@
 """Cubic spline resampling of a volume, bit for bit as scipy.ndimage.zoom, in slabs and threads.
 
-Knows arrays only. What differs from scipy is that no float64 copy of the whole volume is made;
-``totalfast.resampling.spline`` has the arithmetic. Importing this module imports numba.
+Unlike scipy it makes no float64 copy of the whole volume. ``totalfast.resampling.spline`` has the
+arithmetic. Importing this module imports numba.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from totalfast.geometry import nearest_indices, sample_positions
 from totalfast.resampling.spline import (
     PADDING,
     TAPS,
+    Clip,
+    Neighbours,
     filter_columns,
     filter_rows,
     interpolate,
@@ -33,12 +35,12 @@ if TYPE_CHECKING:
     PlaneWriter = Callable[[slice, NDArray[np.float64]], None]
 
 HALO = 42
-"""Planes beside a slab that its spline coefficients are computed from: 0.268**42 is 1e-24, below
+"""Planes beside a slab that its spline coefficients depend on: 0.268**42 is 1e-24, below
 half a unit in the last place of a float64."""
-PLANES_A_SLAB = 48
-"""Source planes that a slab's target planes lie between, if there are enough."""
-VOXELS_A_SLAB = 2**24
-"""Of coefficients, at most: 128 MB a thread."""
+PLANES_PER_SLAB = 48
+"""Source planes per slab, if there are enough."""
+VOXELS_PER_SLAB = 2**24
+"""Most coefficients per slab: 128 MB per thread."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +79,7 @@ def cubic_axis(source_size: int, target_size: int, coordinates: str) -> Axis:
 
 
 def nearest_axis(source_size: int, target_size: int, coordinates: str) -> Axis:
-    """The nearest voxel alone."""
+    """Only the nearest voxel."""
     index = nearest_indices(source_size, target_size, coordinates)
     return Axis(first=index + PADDING, weights=np.ones((target_size, 1)))
 
@@ -105,7 +107,7 @@ def resample_cubic(
     write
         ``write(planes, values)`` gets float64 target planes (planes, second axis, third axis).
     bounds
-        Smallest and largest value of each target plane; what lies outside is clipped. None clips
+        Smallest and largest value of each target plane; values are clipped to them. None clips
         nothing.
     threads
         How many slabs are worked on at a time; ``read`` and ``write`` are called in them.
@@ -118,19 +120,23 @@ def resample_cubic(
         coefficients, start = _coefficients(read, sizes, z, planes)
         values = np.empty((planes.stop - planes.start, len(y.first), len(x.first)))
         interpolate(
-            coefficients, z.first[planes] - start, z.weights[planes], y.first, y.weights,
-            x.first, weights_x, low[planes], high[planes], values,
-        )  # fmt: skip
+            coefficients,
+            Neighbours(z.first[planes] - start, z.weights[planes]),
+            Neighbours(y.first, y.weights),
+            Neighbours(x.first, weights_x),
+            Clip(low[planes], high[planes]),
+            values,
+        )
         write(planes, values)
 
     plane = math.prod(n + 2 * PADDING for n in sizes[1:])
-    most = min(max(VOXELS_A_SLAB // plane, TAPS), PLANES_A_SLAB)
+    most = min(max(VOXELS_PER_SLAB // plane, TAPS), PLANES_PER_SLAB)
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(fill, _slabs(z, most, threads)))
 
 
 def _slabs(axis: Axis, most: int, threads: int) -> list[slice]:
-    """Target planes in runs that lie between so many source planes."""
+    """Target planes in runs that span at most ``most`` source planes."""
     count = len(axis.first)
     spanned = int(axis.first[-1] - axis.first[0]) + axis.weights.shape[1]
     parts = min(max(-(-spanned // most), threads), count)
@@ -141,13 +147,13 @@ def _slabs(axis: Axis, most: int, threads: int) -> list[slice]:
 def _coefficients(
     read: LineReader, sizes: Sequence[int], axis: Axis, planes: slice
 ) -> tuple[NDArray[np.float64], int]:
-    """Spline coefficients that target planes are made of, and the first one's padded index."""
+    """Spline coefficients for some target planes, and the padded index of the first."""
     first = int(axis.first[planes][0])
     last = int(axis.first[planes][-1]) + axis.weights.shape[1]
     halo = HALO if axis.is_filtered else 0
     start = max(first - halo, 0)
     stop = min(last + halo, sizes[0] + 2 * PADDING)
-    # Where the slab's padded planes come from.
+    # Source plane of each padded plane of the slab.
     source = np.clip(np.arange(start, stop) - PADDING, 0, sizes[0] - 1)
     own = slice(int(source[0]), int(source[-1]) + 1)
     coefficients = np.empty((last - first, *(n + 2 * PADDING for n in sizes[1:])))

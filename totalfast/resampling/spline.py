@@ -1,18 +1,20 @@
 """The compiled inner loops of cubic resampling: spline coefficients, and sums of them.
 
-Knows arrays only. The filter and the order of every float64 operation are scipy.ndimage.zoom's
-(1.17, ni_splines.c and ni_interpolation.c, with mode="nearest"), so that the values are its values;
-neighbouring lines are filtered side by side. Importing this module imports numba; its first call in
-a fresh installation compiles for some seconds, later processes take the code from numba's cache.
+The filter and the order of every float64 operation are scipy.ndimage.zoom's (1.17, ni_splines.c and
+ni_interpolation.c, with mode="nearest"), so the values are equal. Neighbouring lines are filtered
+side by side. Importing this module imports numba. Its first call in a fresh installation compiles
+for some seconds; later processes load the code from numba's cache.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+from typing import NamedTuple
 
 import numba
 import numpy as np
+from numpy.typing import NDArray
 
 jit = functools.partial(numba.njit, nogil=True, cache=True, error_model="numpy")
 
@@ -21,12 +23,12 @@ PADDING = 12
 """Edge voxels that scipy.ndimage.zoom adds on each side before it filters."""
 
 POLE = -0.267949192431122706472553658494127633
-"""sqrt(3) - 2, as scipy writes it: its square root less 2 has other last bits."""
+"""sqrt(3) - 2, written as in scipy: the square root minus 2 has other last bits."""
 GAIN = (1.0 - POLE) * (1.0 - 1.0 / POLE)
 SUMMED = 128
-"""Voxels that the first coefficient of a line is summed from; of later ones nothing is left."""
+"""Voxels whose sum is the first coefficient of a line; later ones are below rounding."""
 
-ROWS_A_TILE = 16
+ROWS_PER_TILE = 16
 """Lines along the last axis that are filtered side by side."""
 
 
@@ -40,7 +42,7 @@ def take_rows(rows, source, tile):
 
 @jit
 def pad_edges(plane):
-    """Repeat the edge of what lies in the middle of a plane."""
+    """Repeat the edges of the middle part of a plane."""
     height, width = plane.shape
     for y in range(PADDING, height - PADDING):
         plane[y, :PADDING] = plane[y, PADDING]
@@ -87,9 +89,9 @@ def filter_columns(lines):
 def filter_rows(plane):
     """``filter_columns`` along the second axis."""
     height, width = plane.shape
-    tile = np.zeros((width, ROWS_A_TILE))
-    for start in range(0, height, ROWS_A_TILE):
-        rows = min(ROWS_A_TILE, height - start)
+    tile = np.zeros((width, ROWS_PER_TILE))
+    for start in range(0, height, ROWS_PER_TILE):
+        rows = min(ROWS_PER_TILE, height - start)
         for r in range(rows):
             for x in range(width):
                 tile[x, r] = plane[start + r, x]
@@ -99,14 +101,29 @@ def filter_rows(plane):
                 plane[start + r, x] = tile[x, r]
 
 
-@jit
-def interpolate(
-    coefficients, first_z, weights_z, first_y, weights_y, first_x, weights_x, low, high, out
-):
-    """Sum of ``((c * wz) * wy) * wx`` over the neighbours, x fastest, clipped.
+class Neighbours(NamedTuple):
+    """Which coefficients each target voxel of one axis is the sum of."""
 
-    ``weights_x`` is (taps, target), the others are (target, taps).
-    """
+    first: NDArray[np.intp]
+    """(target,): first of the neighbours."""
+    weights: NDArray[np.float64]
+    """(target, taps); along x (taps, target)."""
+
+
+class Clip(NamedTuple):
+    """Bounds of the values, (target planes,) each."""
+
+    low: NDArray[np.float64]
+    high: NDArray[np.float64]
+
+
+@jit
+def interpolate(coefficients, along_z, along_y, along_x, clip, out):
+    """Sum of ``((c * wz) * wy) * wx`` over the neighbours, x fastest, clipped."""
+    first_z, weights_z = along_z
+    first_y, weights_y = along_y
+    first_x, weights_x = along_x
+    low, high = clip
     taps_z, width = weights_z.shape[1], coefficients.shape[2]
     products = np.empty(width)
     sums = np.empty(out.shape[2])

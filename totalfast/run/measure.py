@@ -43,7 +43,7 @@ def measure_model_image(
         Which statistics to compute.
     """
     grid = model_image.grid
-    if grid is model_image.canonical:
+    if model_image.keeps_scanner_grid:
         # Upstream measures float64 intensities here; float32 would round some up to the next
         # whole number.
         measured = image.on_grid(to_canonical(image.stored, image.grid), grid)
