@@ -29,7 +29,7 @@ import numpy as np
 import psutil
 import torch
 from benchmark_command import machine
-from make_standin_weights import label_map_facts
+from label_map_facts import label_map_facts
 from readme import write_table
 
 from totalfast.export import export_labels

@@ -31,7 +31,7 @@ import nibabel as nib
 import numpy as np
 from benchmark_command import WEIGHTS, machine, make_scan, run
 from compare_resampling import TORCH_OPTIONS, TORCH_RESAMPLING
-from make_standin_weights import label_map_facts
+from label_map_facts import label_map_facts
 from readme import write_table
 
 SPACING_MM = (0.78, 0.78, 1.0)

@@ -537,7 +537,7 @@ def compare_folders(name: str, expected: Path, actual: Path) -> Comparison:
     if combined is not None:
         result.classes = int(np.count_nonzero(np.unique(combined)))
         if min(combined.shape) > 1:
-            _, result.boundary = script("make_standin_weights").label_map_facts(combined)
+            _, result.boundary = script("label_map_facts").label_map_facts(combined)
     return result
 
 
