@@ -229,16 +229,16 @@ def _linear(
         tuple(len(axis.lower) for axis in axes),
         dtype=label_dtype(len(model.labels.foreground_labels)),
     )
-    export = linear_export(
+    with linear_export(
         axes,
         out,
         rounded_to="float16",
         regions=model.regions,
         device=model.device,
         threads=usable_cores(),
-    )
-    for start, slab in final_logits(model, tensor, tiling, memory=memory, on_tile=on_tile):
-        export.add(start, slab)
+    ) as export:
+        for start, slab in final_logits(model, tensor, tiling, memory=memory, on_tile=on_tile):
+            export.add(start, slab)
     return out
 
 
