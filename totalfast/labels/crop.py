@@ -1,7 +1,6 @@
-"""Where in a scan a task looks: the box around structures that a rough model found.
+"""The region of a scan that a task segments: the box around structures of a rough label map.
 
-Knows label maps of the rough model's grid and the scanner grid; knows nothing of models. The native
-rough mask that upstream makes is never built: its box follows from the index map.
+Upstream builds the rough mask on the scanner grid. Here its box follows from the index map.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ def box_around(
     (TotalSegmentator 2.18.0, cropping.py).
     """
     mapped = ScannerMap.of(labels, scanner)
-    # Rough voxels that no voxel of the scan is nearest to must not count.
+    # Rough voxels that are not nearest to any voxel of the scan must not count.
     used = [np.unique(index) for index in mapped.indices]
     mask = _is_one_of(mapped.labels[np.ix_(*used)], wanted)
     if not mask.any():
@@ -66,7 +65,7 @@ def box_around(
 
 
 def remove_outside(
-    found: NDArray[np.uint8],
+    result: NDArray[np.uint8],
     box: Box,
     labels: NDArray[np.uint8],
     wanted: Collection[int],
@@ -76,14 +75,14 @@ def remove_outside(
     distance_mm: float,
     threads: int,
 ) -> None:
-    """Set to 0 what lies outside of rough structures and a margin around them, in place.
+    """Set the labels outside of rough structures and a margin around them to 0, in place.
 
     Parameters
     ----------
-    found
-        Result, (x, y, z) of the scanner grid; 0 outside of ``box``.
+    result
+        (x, y, z) of the scanner grid; 0 outside of ``box``.
     box
-        Where it can be other than 0.
+        Part of ``result`` that can have labels.
     labels, wanted
         Rough labels (z, y, x) and the structures among them.
     scanner
@@ -91,9 +90,9 @@ def remove_outside(
     zooms_mm
         Spacing (x, y, z) as the scan's header has it, float32.
     distance_mm
-        Margin: ``int(distance / mean zoom)`` 6-connected dilations by one voxel, in the arithmetic
-        that NumPy gives a Python number and a float32; less than one voxel dilates until nothing
-        changes, as scipy's ``iterations=0`` does for upstream.
+        Margin: ``int(distance / mean zoom)`` 6-connected dilations by one voxel, in NumPy's
+        arithmetic of a Python number and a float32. Less than one voxel dilates until nothing
+        changes, as scipy's ``iterations=0`` does in upstream.
     threads
         Slices that are worked on at a time.
     """
@@ -113,7 +112,7 @@ def remove_outside(
         slice(part.start - outer.start, part.stop - outer.start)
         for part, outer in zip(box, wide, strict=True)
     )
-    found[box][~near[inside]] = 0
+    result[box][~near[inside]] = 0
 
 
 def _is_one_of(labels: NDArray[np.uint8], wanted: Collection[int]) -> NDArray[np.bool_]:

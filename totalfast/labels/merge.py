@@ -1,7 +1,4 @@
-"""Join the answers of several models, and of the thirds of a split image, into one label map.
-
-Knows label maps; knows nothing of networks or files.
-"""
+"""Join the labels of several models, and of the thirds of a split image, into one label map."""
 
 from __future__ import annotations
 
@@ -19,10 +16,10 @@ SPLIT_VOXELS = 512 * 512 * 900
 """Model images larger than this are predicted in three pieces (TotalSegmentator 2.18.0)."""
 
 SPLIT_MINIMUM_SLICES = 200
-"""Images of fewer slices are split only when asked for."""
+"""Images of fewer slices are split only on request."""
 
 SPLIT_MARGIN = 20
-"""Slices that a piece has beyond what is kept of it."""
+"""Slices of a piece beyond those that are kept of it."""
 
 
 def merge_part(
@@ -37,7 +34,7 @@ def merge_part(
     part
         The same shape, the model's own labels.
     mapping
-        Model label to task label; labels that it lacks are background.
+        Model label to task label; other labels become background.
     """
     table = np.zeros(int(np.iinfo(part.dtype).max) + 1, dtype=np.uint8)
     for own, label in mapping.items():
@@ -64,7 +61,7 @@ def renumbered(
     labels
         uint8, any axis order.
     classes, wanted
-        Label to class name: as it is, and as it is to be.
+        Label to class name, before and after.
     """
     label_of = {name: label for label, name in wanted.items()}
     table = np.zeros(256, dtype=np.uint8)
@@ -75,7 +72,7 @@ def renumbered(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """A range of slices that is predicted by itself, and the part of it that is kept."""
+    """A range of slices that is predicted separately, and the part of it that is kept."""
 
     predicted: slice
     kept: slice
@@ -92,13 +89,13 @@ def whole(slices: int, *, labelled: int) -> tuple[Piece, ...]:
 
 
 def thirds(slices: int) -> tuple[Piece, ...]:
-    """Cut an image of so many slices into upstream's three overlapping pieces.
+    """Cut an image into upstream's three overlapping pieces.
 
     Notes
     -----
     ``[:t + 20]``, ``[t - 19:2 t + 20]``, ``[2 t - 19:]`` with t a third of the slices
     (TotalSegmentator 2.18.0, nnunet.py). Below 57 slices upstream's second start is negative and
-    takes slices from the end; here it is 0.
+    takes slices from the end. Here it is 0.
     """
     third = slices // 3
     bounds = ((0, third), (third, 2 * third), (2 * third, slices))
@@ -116,6 +113,6 @@ def thirds(slices: int) -> tuple[Piece, ...]:
 
 
 def wants_split(shape: tuple[int, int, int], *, several_models: bool) -> bool:
-    """Whether upstream splits an image of ``shape`` (x, y, z) by itself."""
+    """Whether upstream splits an image of ``shape`` (x, y, z) without a request."""
     voxels = shape[0] * shape[1] * shape[2]
     return voxels > SPLIT_VOXELS and shape[2] > SPLIT_MINIMUM_SLICES and several_models

@@ -1,8 +1,7 @@
 """Volume and intensity of each class, from one pass over a label map.
 
-Knows a label map and the image below it; knows nothing of files, tasks or models. The figures are
-those of TotalSegmentator 2.18.0, statistics.py, digit for digit: intensities are int16 there, so
-that how often each of them occurs in each class says everything about it, exactly.
+The values equal those of TotalSegmentator 2.18.0, statistics.py, digit for digit. Its intensities
+are int16, so a histogram of each class is exact.
 """
 
 from __future__ import annotations
@@ -23,17 +22,17 @@ if TYPE_CHECKING:
     from totalfast.scan import ScannerImage
 
 Statistics = dict[str, dict[str, Any]]
-"""Class name to figure to number; ``json.dumps(..., indent=4)`` is upstream's file."""
+"""Class name to statistic to number; ``json.dumps(..., indent=4)`` is upstream's file."""
 
 BORDER = 3
-"""Classes with a voxel among that many outermost slices of any side count as cut by the edge."""
+"""Outermost slices of each side; a class with a voxel there counts as cut by the image's edge."""
 
 INTENSITIES = 1 << 16
 LOWEST = -(1 << 15)
-"""How many int16 values there are, and the first of them."""
+"""Number of int16 values, and the smallest."""
 
 SLAB_VOXELS = 1 << 22
-"""Voxels that are counted at a time, so that what is made of them stays below 150 MB."""
+"""Voxels that are counted at a time, so that temporary arrays stay below 150 MB."""
 
 DIGITS = 5
 """Decimals of an intensity."""
@@ -41,12 +40,12 @@ DIGITS = 5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """Which figures are wanted, and of which classes."""
+    """Which statistics are wanted, and of which classes."""
 
     exclude_at_border: bool = True
-    """Classes that the image's edge may have cut get zeros."""
+    """Classes at the image's edge, which may be cut, get zeros."""
     aggregation: str = "mean"
-    """Of the intensities: "mean" or "median"."""
+    """Average of the intensities: "mean" or "median"."""
     normalized: bool = False
     """Intensities are mapped to 0..1 by the image's lowest and highest."""
     extra: bool = False
@@ -66,21 +65,21 @@ def measure(
     Parameters
     ----------
     labels
-        (x, y, z), quickest in Fortran order.
+        (x, y, z); Fortran order is fastest.
     image
-        The intensities, on the same grid; cut to int16 by the CPU's cast.
+        The intensities, on the same grid; cast to int16 by the CPU's rule.
     classes
         Label to class name, in the order of the result.
     voxel_mm3
-        Volume of a voxel in upstream's float32, whose rounding the volumes show.
+        Volume of a voxel, float32 as in upstream: its rounding changes the volumes.
     wanted
-        Which figures.
+        Which statistics.
 
     Returns
     -------
         For each class "volume" (mm3) and "intensity"; with ``wanted.extra`` also "n_voxels",
         "intensity_std", "intensity_min", "intensity_max", "centroid_vox" and "bbox_vox" (voxel
-        indices; inclusive). A class that is empty, or excluded, has zeros.
+        indices; inclusive). An empty or excluded class has zeros.
     """
     boxes = label_boxes(labels)
     if wanted.exclude_at_border:
@@ -88,37 +87,37 @@ def measure(
     measured = [label for label in classes if label in boxes]
     histogram = _histogram(labels, image, measured)
     rows = dict(zip(measured, histogram, strict=True))
-    scale = _normalisation(image) if wanted.normalized else np.float64
-    found: Statistics = {}
+    scale = _normalisation(image) if wanted.normalized else _as_float
+    statistics: Statistics = {}
     for label, name in classes.items():
         if label not in rows:
-            found[name] = _nothing(extra=wanted.extra)
+            statistics[name] = _zeros(extra=wanted.extra)
             continue
         values, counts = _ascending(rows[label], scale)
         number = np.sum(counts)
         average = _median if wanted.aggregation == "median" else _mean
-        found[name] = {
+        statistics[name] = {
             "volume": float(number * voxel_mm3),
             "intensity": float(average(values, counts).round(DIGITS)),
         }
         if wanted.extra:
-            found[name] |= {
+            statistics[name] |= {
                 "n_voxels": int(number),
                 "intensity_std": float(_deviation(values, counts).round(DIGITS)),
                 "intensity_min": float(values[0]),
                 "intensity_max": float(values[-1]),
                 **_place(labels, label, boxes[label]),
             }
-    return found
+    return statistics
 
 
-def _nothing(*, extra: bool) -> dict[str, Any]:
-    figures: dict[str, Any] = {"volume": 0.0, "intensity": 0.0}
+def _zeros(*, extra: bool) -> dict[str, Any]:
+    zeros: dict[str, Any] = {"volume": 0.0, "intensity": 0.0}
     if extra:
-        figures |= {"n_voxels": 0, "intensity_std": 0.0}
-        figures |= {"intensity_min": 0.0, "intensity_max": 0.0}
-        figures |= {"centroid_vox": None, "bbox_vox": None}
-    return figures
+        zeros |= {"n_voxels": 0, "intensity_std": 0.0}
+        zeros |= {"intensity_min": 0.0, "intensity_max": 0.0}
+        zeros |= {"centroid_vox": None, "bbox_vox": None}
+    return zeros
 
 
 def _is_cut(box: Box, shape: tuple[int, ...]) -> bool:
@@ -136,7 +135,7 @@ def _slabs(shape: tuple[int, ...]) -> Iterator[slice]:
 
 
 def _to_int16(image: ScannerImage, stored: NDArray[Any]) -> NDArray[np.int16]:
-    """Cut intensities to int16 as upstream does; what does not fit becomes what the CPU gives."""
+    """Cast intensities to int16 as upstream does; overflow becomes the result of the CPU's cast."""
     with np.errstate(invalid="ignore"):
         return image.scale(stored).astype(np.int16)
 
@@ -144,8 +143,8 @@ def _to_int16(image: ScannerImage, stored: NDArray[Any]) -> NDArray[np.int16]:
 def _histogram(
     labels: NDArray[np.uint8], image: ScannerImage, measured: Sequence[int]
 ) -> NDArray[np.int64]:
-    """How often each intensity occurs: (measured labels, ``INTENSITIES``)."""
-    # Pages of it that nothing is counted in take no memory.
+    """Count each intensity in each label: (measured labels, ``INTENSITIES``)."""
+    # Pages without a count take no memory.
     total = np.zeros((len(measured), INTENSITIES), dtype=np.int64)
     row_of = np.full(256, -1, dtype=np.intp)
     row_of[list(measured)] = np.arange(len(measured))
@@ -160,10 +159,14 @@ def _histogram(
         low = int(values.min())
         width = int(values.max()) - low + 1
         codes = row_of[part[inside]] * width + (values - low)
-        found = np.bincount(codes, minlength=len(measured) * width)
+        counts = np.bincount(codes, minlength=len(measured) * width)
         start = low - LOWEST
-        total[:, start : start + width] += found.reshape(len(measured), width)
+        total[:, start : start + width] += counts.reshape(len(measured), width)
     return total
+
+
+def _as_float(values: NDArray[np.int16]) -> NDArray[np.float64]:
+    return values.astype(np.float64)
 
 
 def _normalisation(image: ScannerImage) -> Callable[[NDArray[np.int16]], NDArray[np.float64]]:
@@ -185,7 +188,7 @@ def _normalisation(image: ScannerImage) -> Callable[[NDArray[np.int16]], NDArray
 def _ascending(
     row: NDArray[np.int64], scale: Callable[[NDArray[np.int16]], NDArray[np.float64]]
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """The intensities that occur, scaled, in ascending order; and how often each does."""
+    """The intensities that occur, scaled, in ascending order; and their counts."""
     used = np.flatnonzero(row)
     values = scale((used + LOWEST).astype(np.int16))
     order = np.argsort(values, kind="stable")
@@ -193,7 +196,7 @@ def _ascending(
 
 
 def _mean(values: NDArray[np.float64], counts: NDArray[np.int64]) -> np.floating[Any]:
-    """Exact for whole numbers, as upstream's sum of float64 is up to 2**53."""
+    """Mean; exact for whole numbers, like upstream's sum of float64 up to 2**53."""
     mean: np.floating[Any] = np.average(values, weights=counts)
     return mean
 
