@@ -1,4 +1,4 @@
-"""Figures and blobs of label maps against the functions of upstream, called in this process."""
+"""Statistics and blobs of label maps against the functions of upstream, called in this process."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def images():
 @pytest.mark.parametrize("aggregation", ["mean", "median"])
 @pytest.mark.parametrize("normalized", [False, True])
 @pytest.mark.parametrize("kind", ["int16", "float", "slope", "beyond int16", "zero to one"])
-def test_figures_equal_upstreams_digit_for_digit(kind, aggregation, normalized, tmp_path):
+def test_statistics_equal_upstreams_digit_for_digit(kind, aggregation, normalized, tmp_path):
     from totalsegmentator.statistics import get_basic_statistics
 
     nib.save(images()[kind], tmp_path / "scan.nii")
@@ -75,13 +75,13 @@ def test_figures_equal_upstreams_digit_for_digit(kind, aggregation, normalized, 
             normalized=normalized,
             extra=extra,
         )
-        found = measure(labels, image, CLASS_MAPS["total"], voxel_mm3=x * y * z, wanted=wanted)
-        assert json.dumps(found, indent=4) == json.dumps(expected, indent=4)
-        counted += sum(figures["volume"] > 0 for figures in found.values())
+        measured = measure(labels, image, CLASS_MAPS["total"], voxel_mm3=x * y * z, wanted=wanted)
+        assert json.dumps(measured, indent=4) == json.dumps(expected, indent=4)
+        counted += sum(row["volume"] > 0 for row in measured.values())
     assert counted > 100
 
 
-def test_figures_of_a_tiny_image_in_which_all_is_border_or_empty():
+def test_statistics_of_a_tiny_image_with_only_border_and_empty_classes():
     from totalsegmentator.statistics import get_basic_statistics
 
     values = np.arange(8, dtype=np.int16).reshape(2, 2, 2, order="F")
@@ -92,15 +92,15 @@ def test_figures_of_a_tiny_image_in_which_all_is_border_or_empty():
             labels, scan, quiet=True, exclude_masks_at_border=border, roi_subset=["spleen", "liver"]
         )
         classes = {1: "spleen", 5: "liver"}
-        found = measure(
+        measured = measure(
             labels,
             read_image(scan),
             classes,
             voxel_mm3=np.float32(1),
             wanted=Wanted(exclude_at_border=border),
         )
-        assert json.dumps(found) == json.dumps(expected)
-        assert (found["spleen"]["volume"] > 0) is not border
+        assert json.dumps(measured) == json.dumps(expected)
+        assert (measured["spleen"]["volume"] > 0) is not border
 
 
 @pytest.mark.parametrize("spacing", [(1.5, 1.5, 1.5), (0.7, 0.7, 1.3)])
@@ -121,6 +121,6 @@ def test_small_blobs_are_those_that_upstream_removes(spacing, mm3):
         interval=[limit / np.prod(zooms), 1e10],
         quiet=True,
     )
-    found = remove_small_blobs(labels, classes, up_to_mm3=limit, voxel_mm3=np.prod(zooms))
-    np.testing.assert_array_equal(found, expected)
-    assert 0 < np.count_nonzero(found != labels) < np.count_nonzero(labels)
+    measured = remove_small_blobs(labels, classes, up_to_mm3=limit, voxel_mm3=np.prod(zooms))
+    np.testing.assert_array_equal(measured, expected)
+    assert 0 < np.count_nonzero(measured != labels) < np.count_nonzero(labels)

@@ -1,7 +1,7 @@
 """Upstream's former way to smooth masks: each label's mask resampled linearly.
 
-Knows label maps and grids; the resampling is TotalSegmentator's own function, for a flag that is
-too rare to be ours (2.18.0, resampling.py and nnunet.py).
+The resampling is TotalSegmentator's own function (2.18.0, resampling.py and nnunet.py), because the
+flag is rarely used.
 """
 
 from __future__ import annotations
@@ -39,8 +39,7 @@ def smooth_to_scanner_grid(
 
     Notes
     -----
-    Labels that are already on the scanner's grid stay as they are, as upstream resamples nothing
-    then.
+    Labels that are already on the scanner grid are not changed: upstream does not resample them.
     """
     canonical = scanner.canonical().shape
     smooth = np.ascontiguousarray(labels.T)

@@ -1,11 +1,8 @@
 """Exactly the argmax of linearly resampled logits, without ever resampling all of them.
 
-One responsibility: labels on a target grid from the logits on a source grid. Knows tensors and
-per-axis interpolation weights; knows nothing of models, files or orientations.
-
 The result equals nnU-Net's export with ``order=1`` and ``order_z=0`` bit for bit: each class is
 interpolated in float64 and in scipy.ndimage.zoom's order of operations, rounded to the logits'
-own dtype, and the first maximum wins. What makes it fast is what needs no interpolation. Linear
+own dtype, and the first maximum wins. It is fast because most classes need no interpolation. Linear
 interpolation is a convex combination, so between eight neighbouring samples (a *cell*) class k can
 only lose to class j
 
@@ -15,7 +12,7 @@ only lose to class j
   cell's largest magnitude of both, so that rounding can't make the two equal.
 
 In most cells one class beats all others, and the cell is filled with it. That is ``CellExport``,
-compiled by numba; a CUDA device is quick enough to interpolate all classes (``on_device``).
+compiled by numba. On a CUDA device all classes are interpolated (``on_device``).
 """
 
 from __future__ import annotations
@@ -45,10 +42,10 @@ def linear_export(
     device: torch.device,
     threads: int,
 ) -> LinearExport:
-    """The export for logits on a device; for the parameters see ``LinearExport``.
+    """Choose the export for logits on a device; for the parameters see ``LinearExport``.
 
-    Logits of any device but CUDA are worked on by the CPU, in ``threads`` parts at a time: MPS
-    knows no float64.
+    Logits of any device but CUDA are exported on the CPU, in ``threads`` parts at a time: MPS has
+    no float64.
     """
     if device.type == "cuda":
         from totalfast.export.on_device import DeviceExport

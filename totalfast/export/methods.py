@@ -19,7 +19,7 @@ def choose_method(resampling: Callable[..., Any] | None, *, coordinates: str) ->
     Parameters
     ----------
     resampling
-        What the plans name for probabilities; None if only ``coordinates`` tell who resamples.
+        The plans' resampling function for probabilities; None decides by ``coordinates``.
     coordinates
         "corners": TotalSegmentator resamples the label map. "centers": nnU-Net resamples logits.
     """
@@ -33,7 +33,7 @@ def choose_method(resampling: Callable[..., Any] | None, *, coordinates: str) ->
 def is_default_resampling(resampling: Callable[..., Any], *, order: int) -> bool:
     """Whether the plans name nnU-Net's default resampling, for images, with these orders.
 
-    ``order``, and 0 along an axis that is resampled by itself.
+    ``order``, and 0 along an axis that is resampled separately.
     """
     options = getattr(resampling, "keywords", {})
     function = getattr(resampling, "func", resampling)
@@ -65,7 +65,7 @@ def separate_axis(
 ) -> int | None:
     """The axis that nnU-Net resamples by nearest neighbour, by its own rule.
 
-    What ``resampling`` was given for it wins over ``force_separate_z``.
+    The options of ``resampling`` take precedence over ``force_separate_z``.
     """
     if spacing is None or new_spacing is None:
         return None
@@ -73,11 +73,11 @@ def separate_axis(
 
     options: dict[str, Any] = {"force_separate_z": force_separate_z}
     if resampling is not None:
-        given = getattr(resampling, "keywords", {})
+        keywords = getattr(resampling, "keywords", {})
         options = {"force_separate_z": False}  # resample_data_or_seg_to_shape's default
         for name in ("force_separate_z", "separate_z_anisotropy_threshold"):
-            if name in given:
-                options[name] = given[name]
+            if name in keywords:
+                options[name] = keywords[name]
     separate, axis = determine_do_sep_z_and_axis(
         current_spacing=spacing, new_spacing=new_spacing, **options
     )

@@ -1,7 +1,4 @@
-"""One nearest-neighbour gather to another grid; to the scanner's, fused with flips.
-
-Knows label maps and grids; knows nothing of tasks, files or networks.
-"""
+"""Labels by nearest neighbour on another grid; on the scanner grid together with its flips."""
 
 from __future__ import annotations
 
@@ -25,29 +22,29 @@ if TYPE_CHECKING:
 def first_maximum(logits: torch.Tensor) -> torch.Tensor:
     """Return ``logits.argmax(0)``: the first maximum wins, NaN before all.
 
-    On the CPU torch's ``max`` does the same three times faster, and faster still in float32; for
-    float16 two passes that look for numbers only, and not for places, are five times faster again.
+    On the CPU torch's ``max`` gives the same three times faster, and is fastest in float32. For
+    float16, two passes that compute values without indices are five times faster again.
     """
     import torch
 
     if logits.device.type != "cpu":
         return logits.argmax(0)
     if logits.dtype == torch.half:
-        found = _first_maximum_of_halves(logits)
-        # A sum tells of NaN at once: a logit was NaN then, or a maximum infinite.
-        if not torch.isnan(found.sum()):
-            return found.long()
-        del found
+        labels = _first_maximum_of_halves(logits)
+        # The sum is NaN if a logit was NaN or a maximum infinite.
+        if not torch.isnan(labels.sum()):
+            return labels.long()
+        del labels
     exact = logits.float() if logits.dtype.itemsize < 4 else logits
     return exact.max(0).indices
 
 
 def _first_maximum_of_halves(logits: torch.Tensor) -> torch.Tensor:
-    """First maximum of float16 logits of up to 2**16 classes, as float32; NaN if it can't tell."""
+    """First maximum of float16 logits of up to 2**16 classes, as float32; NaN if undecided."""
     import torch
 
-    # Zero where the maximum is, and -2**16 or less elsewhere, as float16's numbers lie 2**-24 apart
-    # at least.
+    # Zero at the maximum, and -2**16 or less elsewhere, because float16's numbers are at least
+    # 2**-24 apart.
     behind = logits.float().sub_(logits.amax(0).float()).mul_(2.0**40)
     classes = torch.arange(len(logits), dtype=behind.dtype, device=behind.device)
     return behind.sub_(classes.view(-1, *[1] * (logits.dim() - 1))).amax(0).neg_()
@@ -83,7 +80,7 @@ def gather(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScannerMap:
-    """Where each voxel of the scanner grid finds its label.
+    """The source of each scanner voxel's label.
 
     Parameters
     ----------

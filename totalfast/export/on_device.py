@@ -1,7 +1,6 @@
-"""``linear`` where all classes are interpolated: for devices on which that costs little.
+"""Linear export that interpolates all classes, in torch, for CUDA devices.
 
-Knows tensors and per-axis interpolation weights, in torch's terms only; the arithmetic is that of
-``cells``, operation by operation, and so is the result.
+The arithmetic is that of ``cells``, operation by operation, so the result is equal.
 """
 
 from __future__ import annotations
@@ -22,11 +21,11 @@ if TYPE_CHECKING:
     from totalfast.geometry import LinearWeights
 
 CLASSES_AT_A_TIME = 8
-"""Classes that are interpolated at a time: what is held is small beside a network's activations."""
+"""Classes per batch: its memory is small compared with a network's activations."""
 
 
 class DeviceExport(LinearExport):
-    """Interpolates every class on the device that the logits are on, which must know float64."""
+    """Interpolates every class on the device of the logits, which must support float64."""
 
     def __init__(
         self,
@@ -48,7 +47,7 @@ class DeviceExport(LinearExport):
     def _take(self, index: int, logits: torch.Tensor) -> None:
         if not self._in_plane:
             self._in_plane = [_corners(self._axes[k], k, logits.device) for k in (1, 2)]
-        # A copy: what is handed over is part of a window that moves on.
+        # A copy, because the sliding window reuses the memory of ``logits``.
         self._planes = {k: plane for k, plane in self._planes.items() if k == index - 1}
         self._planes[index] = logits.clone()
 

@@ -1,8 +1,7 @@
-"""Export with whatever resampling function a model's plans name, one class at a time.
+"""Export with the resampling function that a model's plans name, one class at a time.
 
-Knows logits and a function that resamples them; knows nothing of models or files. Holds the
-logits, a running best score and label, and one resampled channel a thread; never all channels at
-the target's size.
+Memory holds the logits, the best score and label, and one resampled channel per thread, but never
+all channels at the target's size.
 """
 
 from __future__ import annotations
@@ -49,9 +48,9 @@ def resampled_maximum(
 
     Notes
     -----
-    Equals the argmax of all classes resampled at once, but for torch's resize: how that rounds its
-    last bit depends on how many channels it is given, so classes within one unit in the last place
-    of float32 may swap.
+    Equals the argmax of all classes resampled at once, except with torch's resize: its rounding of
+    the last bit depends on the number of channels, so classes within one unit in the last place of
+    float32 may swap.
     """
     import torch
 
@@ -67,7 +66,7 @@ def resampled_maximum(
             np.copyto(labels, k + 1, where=inside & (labels < k + 1))
 
     def score(k: int, channel: torch.Tensor) -> None:
-        """Not a number wins over all; of equals the smaller label wins, in whichever order."""
+        """NaN wins over all; of equals the smaller label wins, in any order of the channels."""
         nonlocal best
         values = channel.numpy()
         with lock:

@@ -55,7 +55,7 @@ def _load_row(source, start, count, block, bits, k):
 
 @jit
 def ranked(value, number, best, before, winner, largest):
-    """Maximum, what it leads, first maximum and magnitude, with one value more."""
+    """Update maximum, previous maximum, first maximum's class and magnitude with a value."""
     ahead = value > best
     return (
         choose(ahead, value, best),
@@ -69,15 +69,15 @@ def ranked(value, number, best, before, winner, largest):
 def summarise(source, stride, first, last, by_voxel, label, lead, magnitude):
     """Per voxel: first maximum, its lead over smaller labels, largest absolute logit.
 
-    Of the voxels from ``first`` to before ``last``. Logit k of voxel n is ``source[k*stride + n]``;
+    For the voxels ``first`` to ``last - 1``. Logit k of voxel n is ``source[k*stride + n]``;
     ``by_voxel`` gets it at ``[n, k]``, so that the classes of a cell's corner lie side by side. All
-    arrays are contiguous, else the loops can't be vectorised. A block of voxels is done at a time:
-    what waits is the memory, so that nothing but ``by_voxel`` may be written there.
+    arrays are contiguous, otherwise the loops are not vectorised. One block of voxels is done at a
+    time: memory is the bottleneck, so temporary arrays must stay in the cache.
     """
     classes = by_voxel.shape[1]
     block = np.empty((classes, ROW), dtype=by_voxel.dtype)
     bits = block.view(np.int32)
-    # All of one width, so that a vector holds as many of each.
+    # All of one width, so that a vector register holds the same number of each.
     best = np.empty(VOXELS_PER_BLOCK, dtype=by_voxel.dtype)
     before, largest = np.empty_like(best), np.empty_like(best)
     winner, odd = np.empty_like(best), np.empty_like(best)
@@ -90,7 +90,7 @@ def summarise(source, stride, first, last, by_voxel, label, lead, magnitude):
             value = block[0, n]
             best[n], before[n], largest[n] = value, -np.inf, abs(value)
             winner[n], odd[n] = 0, value - value
-        # Four classes a turn: what runs stays in registers for so long.
+        # Four classes per turn, so that the running values stay in registers.
         for k in range(1, classes - 3, 4):
             one, two, three, four = number(k), number(k + 1), number(k + 2), number(k + 3)
             for n in range(count):
@@ -114,5 +114,5 @@ def summarise(source, stride, first, last, by_voxel, label, lead, magnitude):
                 by_voxel[start + n, k] = block[k, n]
             label[start + n] = winner[n]
             lead[start + n] = best[n] - before[n]
-            # NaN and infinity send their cells the long way.
+            # With NaN or infinity, a cell compares all classes exactly.
             magnitude[start + n] = largest[n] if odd[n] == 0 else np.inf
