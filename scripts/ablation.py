@@ -86,13 +86,13 @@ used.append(1)
 """,
     "whole scan resampled by scipy": """
 import totalfast.resampling.model_grid as resample
-def whole(image, stored, shape, order):
+def whole(voxels, image, stored, threads):
     from scipy import ndimage
     used.append(1)
-    zoom = [m / n for n, m in zip(stored.shape, shape)]
-    out = ndimage.zoom(image.scale(stored), zoom, order=order, mode="nearest")
-    return lambda start, stop: out[:, :, start:stop].transpose(2, 1, 0)
-resample._RESAMPLERS[1] = whole
+    zoom = [m / n for n, m in zip(stored.shape, voxels.T.shape)]
+    out = ndimage.zoom(image.scale(stored), zoom, order=1, mode="nearest")
+    voxels[...] = resample.truncate(out.transpose(2, 1, 0))
+resample._FILLS[1] = whole
 """,
     "skip connections kept until the end": """
 import totalfast.engine.backends.forward as forward

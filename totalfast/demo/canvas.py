@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from totalfast.upstream import CLASS_MAPS
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -87,12 +89,10 @@ class Canvas:
     def __init__(
         self, random: np.random.Generator, shape_xyz: tuple[int, int, int], spacing_mm: float
     ) -> None:
-        from totalsegmentator.map_to_binary import class_map
-
         self.random = random
         self.shape = shape_xyz
         self.spacing_mm = spacing_mm
-        self.ids = {name: label for label, name in class_map["total"].items()}
+        self.ids = {name: label for label, name in CLASS_MAPS["total"].items()}
         self.labels = np.zeros(shape_xyz, np.uint8)
         self.hu = np.full(shape_xyz, AIR_HU, np.float32)
         self.kept_free = np.zeros(shape_xyz, bool)
