@@ -24,8 +24,8 @@ COARSEST_MM = 5.0
 it."""
 
 LARGEST_TURN_DEGREES = 30.0
-"""Largest angle between the scan's axes and the body's without a warning. A model's input is flipped
-and permuted, never rotated. The limit is ours: a gantry tilts by up to 30 degrees."""
+"""Largest angle between the scan's axes and the body's without a warning. A model's input is only
+flipped and permuted. The limit is ours: a gantry tilts by up to 30 degrees."""
 
 
 def warn_of_unusual(

@@ -38,7 +38,7 @@ CUBIC_SLAB_BYTES = 200_000_000
 """Memory of one thread that resamples in float64 (resampling.model_grid, resampling.cubic)."""
 
 SPLINE_SLICES = 160
-"""Most slices of the scan that a thread holds three times, for splines of orders 2, 4 and 5."""
+"""Most slices that a thread holds three times, for splines of orders 2, 4 and 5."""
 
 
 MARGIN = 1.05
