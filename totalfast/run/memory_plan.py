@@ -27,8 +27,8 @@ PROGRAM_BYTES = int(0.45 * GB)
 """Python with nnU-Net and torch 2.14 imported."""
 
 LIBRARY_BYTES = int(0.4 * GB)
-"""Pages of a CUDA build of torch that are mapped from its files: up to 0.7 GB. The system frees them
-where memory is short."""
+"""Pages of a CUDA build of torch that are mapped from its files: up to 0.7 GB. The system frees
+them where memory is short."""
 
 COMPILER_BYTES = int(0.1 * GB)
 """Numba, if logits or cubic splines are interpolated."""
