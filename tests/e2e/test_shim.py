@@ -16,7 +16,7 @@ from totalsegmentator.registry import format_classes_table
 from totalfast.cli.main import main
 from totalfast.cli.shim import write_shim
 
-from ..parity.matrix import compare_folders, 
+from ..parity.matrix import compare_folders, synthetic_scan
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ IN_CI = SLICER_CALLS[:1]
     ids=" ".join,
 )
 def test_lines_and_files_of_slicers_calls_equal_upstreams(call, folder, environment, tmp_path):
-    scan = ("oblique").slicer[20:60, 20:60, 10:40]
+    scan = synthetic_scan("oblique").slicer[20:60, 20:60, 10:40]
     nib.save(scan, tmp_path / "total-segmentator-input.nii")
     programs = {"upstream": ["-m", "totalsegmentator.bin.TotalSegmentator"]}
     programs["ours"] = [folder / "TotalSegmentator"]  # given to Python as upstream's script is
