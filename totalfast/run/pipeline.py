@@ -97,7 +97,7 @@ def run(
         warn_of_unusual(image, spacing_mm=task.spacing_mm, crops=task.crop is not None)
         progress.advance(context.work.read)
 
-        label_map = segment(context, image, task, plan)
+        label_map = label(context, image, task, plan)
         if task.refined_by is not None:
             bodies = _vertebral_bodies(context, image, task.refined_by)
             refine(context, label_map, bodies, image, task)
@@ -125,19 +125,17 @@ def run(
     return segmentation
 
 
-def segment(context: RunContext, image: ScannerImage, task: Task, plan: MemoryPlan) -> LabelMap:
+def label(context: RunContext, image: ScannerImage, task: Task, plan: MemoryPlan) -> LabelMap:
     """Label an image on its own grid: all of it, or the region that the task looks at.
 
     ``plan`` is for the first pass over the whole image: the rough task's, if there is one.
     """
     if task.crop is None:
-        return segment_whole(context, image, task, plan)
-    return segment_region(context, image, task, task.crop, plan)
+        return label_whole(context, image, task, plan)
+    return label_region(context, image, task, task.crop, plan)
 
 
-def segment_whole(
-    context: RunContext, image: ScannerImage, task: Task, plan: MemoryPlan
-) -> LabelMap:
+def label_whole(context: RunContext, image: ScannerImage, task: Task, plan: MemoryPlan) -> LabelMap:
     """Label all of an image: to the model grid, predict, clean up, and back."""
     model_image = resample(image, task, context.options)
     context.progress.advance(context.work.resample)
@@ -154,7 +152,7 @@ def segment_whole(
     return LabelMap(image=restored, statistics=statistics)
 
 
-def segment_region(
+def label_region(
     context: RunContext, image: ScannerImage, task: Task, crop: Crop, plan: MemoryPlan
 ) -> LabelMap:
     """Find a region with a rough task, label it, and put its labels into the whole scan."""
@@ -168,7 +166,7 @@ def segment_region(
     plan.check(context.budget)
     if not context.keeps_scan:
         image.drop_voxels()
-    label_map = segment_whole(context, region, task, plan)
+    label_map = label_whole(context, region, task, plan)
     label_map = uncrop(label_map, image, box, task.classes)
     if crop.outside is not None:
         keep_near(label_map, box, rough_labels, crop, image)
@@ -196,7 +194,7 @@ def _rough_labels(
         logger.info("  (Using more robust (but slower) 3mm model for cropping.)")
     rough, task = context.rough(), crop.rough
     if task.crop is not None:
-        label_map = segment(rough, image, task, plan)
+        label_map = label(rough, image, task, plan)
         canonical = to_canonical(label_map.voxels, image.grid)
         return np.asarray(canonical.transpose(2, 1, 0), dtype=np.uint8)
     model_image = resample(image, task, rough.options)
@@ -208,7 +206,7 @@ def _vertebral_bodies(context: RunContext, image: ScannerImage, task: Task) -> L
     """Run the task whose first class the vertebrae are cut to."""
     logger.info("Generating vertebrae body mask for refinement...")
     rough = context.rough()
-    return segment(rough, image, task, rough.plan_memory(image.grid, task))
+    return label(rough, image, task, rough.plan_memory(image.grid, task))
 
 
 def _context(
