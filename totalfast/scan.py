@@ -1,6 +1,6 @@
-"""What a scan is, as it came from the scanner and on a model's grid.
+"""Data types of a scan: as stored in its file, and on a model's grid.
 
-Data types only: reading is ``files.read``, resampling is ``resampling.model_grid``.
+``files.read`` reads a scan, ``resampling.model_grid`` resamples it.
 """
 
 from __future__ import annotations

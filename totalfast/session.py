@@ -79,7 +79,7 @@ class Session:
 
 
 def _result(segmentation: Segmentation) -> nib.Nifti1Image | tuple[nib.Nifti1Image, Statistics]:
-    """Return what upstream returns: the label map, with ``statistics`` a pair of it and them."""
+    """Return the label map, or with ``statistics`` the pair (label map, statistics)."""
     if segmentation.statistics is None:
         return segmentation.image
     return segmentation.image, segmentation.statistics

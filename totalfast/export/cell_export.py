@@ -85,7 +85,7 @@ class CellExport(LinearExport):
             wide = np.float64 if logits.dtype == torch.float64 else np.float32
             self._planes = [Plane.empty(classes, shape, wide) for _ in range(2)]
         plane = self._planes[index % 2]
-        # One array that spans all classes of the slice, so that numba sees a contiguous array.
+        # One array that spans all classes of the slice: numba then compiles for a contiguous array.
         stride, voxels = logits.stride(0), plane.label.size
         source = logits.as_strided(((classes - 1) * stride + voxels,), (1,))
         if logits.dtype == torch.half:

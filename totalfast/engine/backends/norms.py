@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from typing import TypeAlias
 
     Norm: TypeAlias = Any
-    """One of ``NORMS``; mypy sees all attributes of a module as tensors or modules."""
+    """One of ``NORMS``; for mypy all attributes of a module are tensors or modules."""
 
 NORMS = (nn.InstanceNorm2d, nn.InstanceNorm3d)
 
