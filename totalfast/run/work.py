@@ -55,9 +55,14 @@ class Work:
         models = len(task.parts) + (task.refined_by is not None)
         total = read + rough + resample + part * models + restore + save
         return cls(
-            read=read, rough=rough, resample=resample, part=part, restore=restore, save=save,
+            read=read,
+            rough=rough,
+            resample=resample,
+            part=part,
+            restore=restore,
+            save=save,
             total=total,
-        )  # fmt: skip
+        )
 
 
 TYPICAL_REGION = 0.2
