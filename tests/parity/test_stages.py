@@ -46,10 +46,10 @@ def test_resampling_equals_change_spacing_bit_for_bit(shape, spacing, target, or
     expected = change_spacing(canonical, [target] * 3, order=order, dtype=np.int32)
     nib.save(expected, tmp_path / "model.nii")
     expected = nib.load(tmp_path / "model.nii")
-    found = to_model_grid(read_image(scan), spacing_mm=[target] * 3, order=order, threads=2)
-    np.testing.assert_array_equal(found.voxels, expected.get_fdata(dtype=np.float32).T)
-    np.testing.assert_array_equal(found.grid.stored().affine, expected.affine)
-    assert tuple(found.grid.spacing_mm) == expected.header.get_zooms()
+    actual = to_model_grid(read_image(scan), spacing_mm=[target] * 3, order=order, threads=2)
+    np.testing.assert_array_equal(actual.voxels, expected.get_fdata(dtype=np.float32).T)
+    np.testing.assert_array_equal(actual.grid.stored().affine, expected.affine)
+    assert tuple(actual.grid.spacing_mm) == expected.header.get_zooms()
 
 
 @pytest.mark.parametrize(
@@ -85,8 +85,8 @@ def test_resampling_casts_nan_and_infinity_as_upstream_does(tmp_path):
     values[3, 4, 5], values[10, 11, 12], values[0, 0, 0] = np.nan, np.inf, 3e38
     canonical = nib.as_closest_canonical(nib.Nifti1Image(scan.get_fdata(), scan.affine))
     expected = np.asarray(change_spacing(canonical, [1.5] * 3, order=1, dtype=np.int32).dataobj)
-    found = to_model_grid(read_image(scan), spacing_mm=[1.5] * 3, order=1, threads=1)
-    np.testing.assert_array_equal(found.voxels, expected.T.astype(np.float32))
+    actual = to_model_grid(read_image(scan), spacing_mm=[1.5] * 3, order=1, threads=1)
+    np.testing.assert_array_equal(actual.voxels, expected.T.astype(np.float32))
 
 
 @pytest.mark.parametrize("smooth", [False, True])
@@ -110,9 +110,9 @@ def test_restoring_equals_change_spacing_and_undo_canonical(shape, spacing, targ
     )
     expected = np.asarray(undo_canonical(restored, scan).dataobj)
     restore = smooth_to_scanner_grid if smooth else nearest_to_scanner_grid
-    found = restore(labels, scanner=read_image(scan).grid, threads=2)
-    np.testing.assert_array_equal(found, expected)
-    assert found.flags.f_contiguous
+    actual = restore(labels, scanner=read_image(scan).grid, threads=2)
+    np.testing.assert_array_equal(actual, expected)
+    assert actual.flags.f_contiguous
 
 
 def test_body_clean_up_equals_upstreams():
@@ -135,9 +135,9 @@ def test_body_clean_up_equals_upstreams():
         interval=[50000 / voxel_mm3, 1e10],
         quiet=True,
     )
-    found = clean_labels(labels, task="body", classes=class_map["body"], voxel_mm3=voxel_mm3)
-    np.testing.assert_array_equal(found, expected)
-    assert not np.array_equal(found, labels)
+    actual = clean_labels(labels, task="body", classes=class_map["body"], voxel_mm3=voxel_mm3)
+    np.testing.assert_array_equal(actual, expected)
+    assert not np.array_equal(actual, labels)
 
 
 def test_skin_in_slabs_equals_upstreams_whole_volume():
@@ -151,9 +151,9 @@ def test_skin_in_slabs_equals_upstreams_whole_volume():
     values = random.normal(-150, 120, shape).astype(np.int16)
     scan = nib.Nifti1Image(values, np.eye(4))
     expected = extract_skin(scan, nib.Nifti1Image(body.astype(np.uint8), np.eye(4)))
-    found = skin_mask(read_image(scan), np.asfortranarray(body))
-    np.testing.assert_array_equal(found, np.asarray(expected.dataobj))
-    assert 0 < found.sum() < body.sum()
+    actual = skin_mask(read_image(scan), np.asfortranarray(body))
+    np.testing.assert_array_equal(actual, np.asarray(expected.dataobj))
+    assert 0 < actual.sum() < body.sum()
 
 
 def test_importing_totalfast_never_imports_the_module_that_patches_nnunet():

@@ -138,15 +138,15 @@ def stop(image, output, task_id, **keywords):
 nnunet.nnUNet_predict_image = stop
 api.download_pretrained_weights = api.show_license_info = lambda *_: None
 image = nibabel.Nifti1Image(numpy.zeros((4, 4, 4), numpy.int16), numpy.eye(4))
-found = {}
+calls = {}
 for task in json.loads(sys.argv[1]):
     for robust in (False, True):
         try:
             api.totalsegmentator(image, task=task, robust_crop=robust, quiet=True, device="cpu")
         except Stop as call:
             names = ("task_id", "trainer", "resample", "task_name", "folds", "model")
-            found[f"{task} {robust}"] = [call.args[0][name] for name in names]
-print("FOUND", json.dumps(found))
+            calls[f"{task} {robust}"] = [call.args[0][name] for name in names]
+print("FOUND", json.dumps(calls))
 """
 
 

@@ -50,9 +50,9 @@ def test_folder_zip_and_unrelated_files_give_upstreams_image(tmp_path):
     new_file(Modality="RTSTRUCT").save_as(full / "rtstruct.dcm", enforce_file_format=True)
     archive = shutil.make_archive(str(tmp_path / "ct"), "zip", full)
     for source in (plain, full, tmp_path / archive):
-        found, found_affine, series = opened(source)
-        np.testing.assert_array_equal(found, expected)
-        np.testing.assert_array_equal(found_affine, affine)
+        actual, actual_affine, series = opened(source)
+        np.testing.assert_array_equal(actual, expected)
+        np.testing.assert_array_equal(actual_affine, affine)
         assert (series.slices, series.orientation) == (6, AXIAL)
         assert not series.folder.exists()
 
@@ -99,12 +99,12 @@ def test_voxel_positions_match_the_slices_headers(tmp_path, orientation, backwar
         origin_mm=origin_mm,
         step=step,
     )
-    found, affine, _ = opened(folder)
+    actual, affine, _ = opened(folder)
     points = patient_points(VOXELS.shape, orientation, spacing_mm, (-30.0, -40.0, 50.0))
     indices = nib.affines.apply_affine(np.linalg.inv(affine), points)
     np.testing.assert_allclose(indices, np.rint(indices), atol=1e-4)
     index = np.rint(indices).astype(int)
-    np.testing.assert_array_equal(found[tuple(index.T)], VOXELS.ravel())
+    np.testing.assert_array_equal(actual[tuple(index.T)], VOXELS.ravel())
 
 
 def refusal(source):
@@ -156,8 +156,8 @@ def test_untrusted_zip_files(tmp_path, monkeypatch):
         for path in sorted(series.iterdir()):
             archive.write(path, f"../../{path.name}")
     before = sorted(tmp_path.rglob("*"))
-    found, _, _ = opened(tmp_path / "up.zip")
-    np.testing.assert_array_equal(found, opened(series)[0])
+    actual, _, _ = opened(tmp_path / "up.zip")
+    np.testing.assert_array_equal(actual, opened(series)[0])
     assert sorted(tmp_path.rglob("*")) == before
     with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("zeros", bytes(20_000_000))
@@ -217,9 +217,9 @@ def test_a_multi_frame_file_is_read_as_a_scan(tmp_path):
     )
     path = multi_frame(tmp_path / "many" / "ct.dcm")
     for source in (path, path.parent):
-        found, found_affine, series = opened(source)
-        np.testing.assert_array_equal(found, single)
-        np.testing.assert_allclose(found_affine, affine)
+        actual, actual_affine, series = opened(source)
+        np.testing.assert_array_equal(actual, single)
+        np.testing.assert_allclose(actual_affine, affine)
         assert series.orientation is None
 
 

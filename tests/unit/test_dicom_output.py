@@ -208,13 +208,13 @@ def test_files_have_upstreams_names(tmp_path):
     assert several.multilabel
     named = ["x.nii.gz", "x_rtstruct.dcm", "x_seg.dcm"]
     for output in ("x", "x.nii.gz", "x.dcm", "x.y.z"):
-        found = output_files(tmp_path / output, several)
-        assert [path.relative_to(tmp_path).as_posix() for path in found.values()] == named
-    found = output_files(tmp_path, several)
-    assert found["dicom_seg"] == tmp_path / "body_segmentation_seg.dcm"
+        files = output_files(tmp_path / output, several)
+        assert [path.relative_to(tmp_path).as_posix() for path in files.values()] == named
+    files = output_files(tmp_path, several)
+    assert files["dicom_seg"] == tmp_path / "body_segmentation_seg.dcm"
     for name in ("x", "x.dcm"):
-        found = output_files(tmp_path / name, options("dicom"))
-        assert found == {"dicom_rtstruct": tmp_path / "x.dcm"}
+        files = output_files(tmp_path / name, options("dicom"))
+        assert files == {"dicom_rtstruct": tmp_path / "x.dcm"}
     assert output_files(tmp_path / "x", options("dicom_seg")) == {"dicom_seg": tmp_path / "x"}
 
 

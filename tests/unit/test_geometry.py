@@ -52,9 +52,9 @@ def test_canonical_grid_is_nibabels(axes):
     image = nib.Nifti1Image(np.zeros((3, 4, 5), np.uint8), np.diag([1.5, 2, 3, 1.0]))
     image = image.as_reoriented(ornt_transform(axcodes2ornt("RAS"), axcodes2ornt(axes)))
     expected = nib.as_closest_canonical(image)
-    found = Grid(shape=image.shape, affine=image.affine).canonical()
-    assert found.shape == expected.shape
-    np.testing.assert_array_equal(found.affine, expected.affine)
+    actual = Grid(shape=image.shape, affine=image.affine).canonical()
+    assert actual.shape == expected.shape
+    np.testing.assert_array_equal(actual.affine, expected.affine)
 
 
 def test_grid_refuses_what_is_no_grid():

@@ -97,11 +97,11 @@ def test_nrrd_and_metaimage_equal_the_nifti_file(tmp_path, axes, ending):
     image = image.as_reoriented(ornt_transform(axcodes2ornt("RAS"), axcodes2ornt(axes)))
     nib.save(image, tmp_path / "scan.nii.gz")
     sitk.WriteImage(sitk.ReadImage(tmp_path / "scan.nii.gz"), tmp_path / f"scan{ending}")
-    expected, found = read_image(tmp_path / "scan.nii.gz"), read_image(tmp_path / f"scan{ending}")
-    np.testing.assert_array_equal(found.stored, expected.stored)
-    np.testing.assert_allclose(found.grid.affine, expected.grid.affine, rtol=0, atol=2e-5)
-    assert nib.aff2axcodes(found.grid.affine) == tuple(axes)
-    assert found.header.get_data_dtype() == np.int16
+    expected, actual = read_image(tmp_path / "scan.nii.gz"), read_image(tmp_path / f"scan{ending}")
+    np.testing.assert_array_equal(actual.stored, expected.stored)
+    np.testing.assert_allclose(actual.grid.affine, expected.grid.affine, rtol=0, atol=2e-5)
+    assert nib.aff2axcodes(actual.grid.affine) == tuple(axes)
+    assert actual.header.get_data_dtype() == np.int16
 
 
 def test_nrrd_with_int64_four_dimensions_or_colours(tmp_path):
@@ -137,11 +137,11 @@ def test_open_files_are_read_from_their_current_position(tmp_path, ending, newer
     behind_something.seek(6)
     with (tmp_path / f"scan{ending}").open("rb") as file:
         for stream in (file, io.BytesIO(content), behind_something):
-            found = read_image(stream)
+            actual = read_image(stream)
             np.testing.assert_array_equal(
-                found.scale(found.stored), expected.scale(expected.stored)
+                actual.scale(actual.stored), expected.scale(expected.stored)
             )
-            np.testing.assert_array_equal(found.grid.affine, expected.grid.affine)
+            np.testing.assert_array_equal(actual.grid.affine, expected.grid.affine)
 
 
 @pytest.mark.parametrize(

@@ -43,12 +43,12 @@ def test_label_map_file_equals_nibabels(labels, header, tmp_path, ending):
     image = image_of(labels, header)
     nib.save(image, tmp_path / f"expected{ending}")
     with PendingFiles() as files:
-        write_labels(image, tmp_path / f"found{ending}", files=files, threads=2)
+        write_labels(image, tmp_path / f"actual{ending}", files=files, threads=2)
     expected = (tmp_path / f"expected{ending}").read_bytes()
-    found = (tmp_path / f"found{ending}").read_bytes()
+    actual = (tmp_path / f"actual{ending}").read_bytes()
     if ending == ".nii.gz":
-        expected, found = gzip.decompress(expected), gzip.decompress(found)
-    assert found == expected
+        expected, actual = gzip.decompress(expected), gzip.decompress(actual)
+    assert actual == expected
 
 
 def test_mask_files_equal_nibabels(labels, header, tmp_path):
