@@ -78,17 +78,12 @@ class ScannerImage:
 
     def cropped(self, box: Box) -> ScannerImage:
         """Return part of the scan; its voxels are a view, its intensities truncated."""
-        return ScannerImage(
-            stored=self.stored[box],
-            slope=self.slope,
-            intercept=self.intercept,
-            grid=self.grid.cropped(box),
-            header=self.header,
-            truncated=True,
-        )
+        part = self.on_grid(self.stored[box], self.grid.cropped(box))
+        part.truncated = True
+        return part
 
     def on_grid(self, stored: NDArray[Any], grid: Grid) -> ScannerImage:
-        """Return a scan of the same scaling, with other voxels on another grid."""
+        """Return a scan with the same scaling and header, and other voxels on another grid."""
         return ScannerImage(
             stored=stored,
             slope=self.slope,
