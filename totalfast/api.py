@@ -62,6 +62,9 @@ def segment(
     backend: str = "auto",
     tile_step_size: float | None = None,
     max_memory_gb: float | None = None,
+    completion_marker: bool = False,
+    offline: bool = False,
+    trust_model: bool = False,
 ) -> nib.Nifti1Image | tuple[nib.Nifti1Image, Statistics]:
     """Segment one scan with one of TotalSegmentator's tasks.
 
@@ -165,6 +168,15 @@ def segment(
     max_memory_gb
         Not upstream's. Raise an error before the scan is read if the run needs more main memory
         than this, in 10**9 bytes. None warns if the run needs more than the free memory.
+    completion_marker
+        Not upstream's. Also write a file that appears after all other files of the run: in a folder
+        of masks ``totalfast-complete.json``, beside a label map ``{name}.complete.json``. It is for
+        programs that watch a folder, and lists the files of the run.
+    offline
+        Not upstream's. Raise an error if a model is missing, instead of downloading it.
+    trust_model
+        Not upstream's. Also run models whose plans name networks or layers that are not nnU-Net's
+        or torch's. Such a model can run any code; use this only for models of your own.
 
     ``test`` other than 0, for upstream's own tests, raises ``UnsupportedError``.
 
@@ -225,4 +237,7 @@ def segment(
         backend=backend,
         tile_step_size=tile_step_size,
         max_memory_gb=max_memory_gb,
+        completion_marker=completion_marker,
+        offline=offline,
+        trust_model=trust_model,
     )

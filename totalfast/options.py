@@ -52,9 +52,10 @@ def parse_output_types(value: str | Sequence[str]) -> tuple[str, ...]:
 class Options:
     """Options of a run; names, meanings and defaults are those of ``totalsegmentator()``.
 
-    Four are not upstream's: ``export``, one of ``EXPORTS``; ``backend``, one of
-    ``totalfast.engine.backends.BACKENDS``; ``tile_step_size``, None for the task's own; and
-    ``max_memory_gb``, None for the free memory.
+    Seven are not upstream's: ``export``, one of ``EXPORTS``; ``backend``, one of
+    ``totalfast.engine.backends.BACKENDS``; ``tile_step_size``, None for the task's own;
+    ``max_memory_gb``, None for the free memory; ``completion_marker``, ``offline`` and
+    ``trust_model``, as in ``totalfast.segment``.
     """
 
     ml: bool = False
@@ -100,6 +101,9 @@ class Options:
     backend: str = "auto"
     tile_step_size: float | None = None
     max_memory_gb: float | None = None
+    completion_marker: bool = False
+    offline: bool = False
+    trust_model: bool = False
 
     def __post_init__(self) -> None:
         validate_device(self.device)
@@ -350,6 +354,9 @@ class SegmentKeywords(TypedDict, total=False):
     backend: str
     tile_step_size: float | None
     max_memory_gb: float | None
+    completion_marker: bool
+    offline: bool
+    trust_model: bool
 
 
 def check_radiomics(source: object, output: Path | None, options: Options) -> None:

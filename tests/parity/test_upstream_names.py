@@ -19,6 +19,9 @@ OUR_FLAGS = {
     "backend": "--backend",
     "tile_step_size": "--tile_step_size",
     "max_memory_gb": "--max-memory",
+    "completion_marker": "--completion-marker",
+    "offline": "--offline",
+    "trust_model": "--trust-model",
 }
 """Keywords and flags that only totalfast has: keyword to flag."""
 

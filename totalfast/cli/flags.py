@@ -105,6 +105,18 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         help="Let TotalSegmentator check this licence number online and store it. Needed once, for "
         "tasks that require a licence.",
     )
+    add(
+        "--offline",
+        action="store_true",
+        help="Download nothing: stop with an error if a model is missing. The environment variable "
+        "TOTALFAST_OFFLINE=1 does the same.",
+    )
+    add(
+        "--trust-model",
+        action="store_true",
+        help="Also run models whose plans name networks or layers that are not nnU-Net's or "
+        "torch's. Such a model can run any code.",
+    )
 
 
 def add_region_flags(parser: argparse.ArgumentParser) -> None:
@@ -214,6 +226,12 @@ def add_extra_file_flags(parser: argparse.ArgumentParser) -> None:
         metavar="filepath",
         help="Also write the probabilities of all classes (.npz) at the model's resolution, and "
         "nnU-Net's properties of the image (.pkl). Needs much memory.",
+    )
+    add(
+        "--completion-marker",
+        action="store_true",
+        help="Also write a file that appears after all others, for programs that watch the folder: "
+        "totalfast-complete.json among the masks, or NAME.complete.json beside a label map.",
     )
     add(
         "-t",
