@@ -10,9 +10,12 @@ The tree::
     ├── LicenseError          the task needs a TotalSegmentator licence number
     ├── WeightsError          a model is missing, damaged or holds more than weights
     ├── MemoryLimitError      the run needs more memory than the user allows
-    └── PredictionError       the network's output can't be used
+    ├── PredictionError       the network's output can't be used
+    ├── SessionError          the session is closed
+    └── ForkError             the process was forked after a network had run; use "spawn"
 
 All derive from ``TotalfastError``. A message gives the value, what was expected and what to do.
+``InterruptedAfterSaving`` is a ``KeyboardInterrupt``.
 """
 
 from __future__ import annotations
@@ -52,3 +55,15 @@ class MemoryLimitError(TotalfastError):
 
 class PredictionError(TotalfastError):
     """The network returned values that can't be turned into labels."""
+
+
+class InterruptedAfterSaving(KeyboardInterrupt):
+    """A signal arrived while the results got their names; all of them are complete."""
+
+
+class SessionError(TotalfastError):
+    """The session is closed."""
+
+
+class ForkError(TotalfastError):
+    """The process was forked from one in which a network had run, so its threads are missing."""

@@ -15,8 +15,8 @@ import numpy as np
 from totalfast.engine.fold_networks import FoldNetworks
 from totalfast.engine.rolling_window import RollingWindow, WindowMemory
 from totalfast.engine.tiles import Tiling, gaussian_weights, plan_tiles
+from totalfast.engine.torch_settings import inference_settings
 from totalfast.export.nearest import first_maximum, label_dtype
-from totalfast.system.cores import network_threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -149,28 +149,3 @@ def prepare_tiles(patch: tuple[int, ...]) -> None:
     import torch
 
     gaussian_weights(patch, torch.device("cpu"))
-
-
-@contextlib.contextmanager
-def inference_settings(device: torch.device) -> Iterator[None]:
-    """Set up torch for prediction like nnU-Net; restore it on every exit.
-
-    On the CPU it uses all cores, at most eight; beside a GPU it uses one thread. Autocast is on for
-    CUDA only.
-    """
-    import torch
-
-    threads = torch.get_num_threads()
-    benchmark = torch.backends.cudnn.benchmark
-    cuda = device.type == "cuda"
-    torch.set_num_threads(network_threads() if device.type == "cpu" else 1)
-    torch.backends.cudnn.benchmark = cuda or benchmark
-    try:
-        with (
-            torch.inference_mode(),
-            torch.autocast("cuda") if cuda else contextlib.nullcontext(),
-        ):
-            yield
-    finally:
-        torch.set_num_threads(threads)
-        torch.backends.cudnn.benchmark = benchmark

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import traceback
+from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +14,9 @@ from totalfast.engine.backends import choose_backend, resolve_backend
 from totalfast.engine.devices import select_device
 from totalfast.engine.loading import load_model
 from totalfast.engine.weights import find_part
+from totalfast.errors import OptionError, SessionError
+from totalfast.system.forks import check_process, threads_started, working
+from totalfast.system.process_memory import release_free_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,12 +27,19 @@ if TYPE_CHECKING:
     from totalfast.engine.model import Model
     from totalfast.tasks import Part, Task
 
+MAX_MODELS = 10
+"""Default number of kept models: the five of task total, and those of a few more tasks with their
+rough models. One of TotalSegmentator's models takes about 0.13 GB, so ten take 1.3 GB."""
+
 
 class _ModelKey(NamedTuple):
+    """Everything that determines a loaded model."""
+
     folder: Path
     folds: tuple[int, ...] | None
     device: str
     backend: str
+    trust_model: bool
 
 
 class ModelStore:
@@ -38,6 +50,14 @@ class ModelStore:
     keep
         Whether a model stays loaded after ``take``. If not, two models are in memory at a time: the
         one that predicts and the next one.
+    max_models
+        Maximum number of models that stay; then the least recently used one is freed. None sets no
+        limit.
+
+    Raises
+    ------
+    OptionError
+        If ``max_models`` is below 1.
 
     Notes
     -----
@@ -45,25 +65,55 @@ class ModelStore:
     network runs at a time.
     """
 
-    def __init__(self, *, keep: bool) -> None:
+    def __init__(self, *, keep: bool, max_models: int | None = MAX_MODELS) -> None:
+        if max_models is not None and max_models < 1:
+            raise OptionError(
+                f"max_models must be 1 or more, or None for no limit, not {max_models}; "
+                "keep_models=False keeps none."
+            )
         self.keep = keep
+        self.max_models = max_models
         self.predicting = threading.Lock()
-        self._models: dict[_ModelKey, Future[Model]] = {}
+        self._models: OrderedDict[_ModelKey, Future[Model]] = OrderedDict()
+        self._closed = False
         self._lock = threading.Lock()
         self._places: dict[tuple[str, str], tuple[torch.device, Backend]] = {}
         self._placing = threading.Lock()
 
-    def load(self, task: Task, part: Part, *, device: str, backend: str = "auto") -> Future[Model]:
+    def load(
+        self,
+        task: Task,
+        part: Part,
+        *,
+        device: str,
+        backend: str = "auto",
+        trust_model: bool = False,
+    ) -> Future[Model]:
         """Start to load one of a task's models in a thread, unless loading has already started."""
-        return self._start(_model_key(task, part, device, backend))
+        return self._start(_model_key(task, part, device, backend, trust_model))
 
-    def take(self, task: Task, part: Part, *, device: str, backend: str = "auto") -> Model:
+    def take(
+        self,
+        task: Task,
+        part: Part,
+        *,
+        device: str,
+        backend: str = "auto",
+        trust_model: bool = False,
+    ) -> Model:
         """Wait for one of a task's models; remove it from the store unless models are kept."""
-        key = _model_key(task, part, device, backend)
-        model = self._start(key).result()
-        if not self.keep:
+        key = _model_key(task, part, device, backend, trust_model)
+        future = self._start(key)
+        try:
+            model = future.result()
+        except Exception:
             with self._lock:
-                self._models.pop(key, None)
+                if self._models.get(key) is future:
+                    del self._models[key]  # the next call tries again
+            raise
+        finally:
+            del future  # it refers to its error, which refers to this frame
+        self._keep_or_drop(key)
         return model
 
     def place(self, device: str, backend: str) -> tuple[torch.device, Backend]:
@@ -71,13 +121,37 @@ class ModelStore:
 
         The parameters and errors are those of ``select_device`` and ``choose_backend``.
         """
+        self.check()
         with self._placing:
             if (device, backend) not in self._places:
                 place = select_device(device)
                 self._places[device, backend] = place, choose_backend(backend, place)
             return self._places[device, backend]
 
+    def check(self) -> None:
+        """Check that models can be loaded and run.
+
+        Raises
+        ------
+        SessionError
+            If the store is closed.
+        ForkError
+            If the process was forked after a network had run.
+        """
+        check_process()
+        if self._closed:
+            raise SessionError("this session is closed; create a new one to segment more scans.")
+
+    def close(self) -> None:
+        """Free all models. A run that still needs one ends with a ``SessionError``."""
+        check_process()
+        with self._lock:
+            self._closed = True
+            self._models.clear()
+        release_free_memory()
+
     def _start(self, key: _ModelKey) -> Future[Model]:
+        self.check()
         with self._lock:
             model = self._models.get(key)
             failed = model is not None and model.done() and model.exception() is not None
@@ -86,14 +160,51 @@ class ModelStore:
         return model
 
     def _load(self, key: _ModelKey) -> Model:
-        place, backend = self.place(key.device, key.backend)
-        model = load_model(key.folder, folds=key.folds, device=place, backend=backend)
+        with working():
+            place, backend = self.place(key.device, key.backend)
+            if place.type != "cpu":
+                threads_started()
+            try:
+                model = load_model(
+                    key.folder,
+                    folds=key.folds,
+                    device=place,
+                    backend=backend,
+                    trust_model=key.trust_model,
+                )
+            except Exception as error:
+                _free_locals(error)
+                raise
         # The forwards hold all weights that they need; the rest of the networks is freed.
         return replace(model, networks=())
 
+    def _keep_or_drop(self, key: _ModelKey) -> None:
+        """Note that a model is in use now; drop those that are too many."""
+        dropped: list[Future[Model]] = []
+        with self._lock:
+            if not self.keep:
+                self._models.pop(key, None)
+            elif key in self._models:
+                self._models.move_to_end(key)
+            loaded = [other for other, future in self._models.items() if future.done()]
+            if self.max_models is not None:
+                surplus = loaded[: max(len(loaded) - self.max_models, 0)]
+                dropped += [self._models.pop(other) for other in surplus]
+        if dropped:
+            dropped.clear()
+            release_free_memory()
 
-def _model_key(task: Task, part: Part, device: str, backend: str) -> _ModelKey:
-    return _ModelKey(find_part(task, part), task.folds, device, resolve_backend(backend))
+
+def _model_key(task: Task, part: Part, device: str, backend: str, trust_model: bool) -> _ModelKey:
+    folder = find_part(task, part)
+    return _ModelKey(folder, task.folds, device, resolve_backend(backend), trust_model)
+
+
+def _free_locals(error: BaseException | None) -> None:
+    """Free what the functions of an error's traceback held, such as checkpoints."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _in_thread(load: Callable[[], Model]) -> Future[Model]:

@@ -1,12 +1,10 @@
-"""The numba decorator of the compiled loops, and a choice without a branch."""
+"""A choice without a branch, for compiled loops."""
 
 from __future__ import annotations
 
-import functools
-
 import numba
 
-jit = functools.partial(numba.njit, nogil=True, cache=True, error_model="numpy")
+from totalfast.system.loops import jit
 
 
 @numba.extending.intrinsic

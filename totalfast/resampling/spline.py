@@ -3,20 +3,18 @@
 The filter and the order of every float64 operation are scipy.ndimage.zoom's (1.17, ni_splines.c and
 ni_interpolation.c, with mode="nearest"), so the values are equal. Neighbouring lines are filtered
 side by side. Importing this module imports numba. Its first call in a fresh installation compiles
-for some seconds; later processes load the code from numba's cache.
+for some seconds; later processes load the compiled code (``system/loops.py``).
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import NamedTuple
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
-jit = functools.partial(numba.njit, nogil=True, cache=True, error_model="numpy")
+from totalfast.system.loops import jit
 
 TAPS = 4
 PADDING = 12

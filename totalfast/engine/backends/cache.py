@@ -10,35 +10,32 @@ import hashlib
 import json
 import logging
 import os
-import shutil
-import tempfile
 import zlib
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-import platformdirs
+from totalfast.system.cache_entries import (
+    mark_used,
+    prune,
+    remove,
+    remove_leftovers,
+    unfinished_entry,
+)
+from totalfast.system.cache_folder import distrust, usable_cache
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping
+    from pathlib import Path
 
     from torch import nn
 
 logger = logging.getLogger(__name__)
 
-FOLDER_VARIABLE = "TOTALFAST_CACHE_DIR"
-"""Environment variable with a folder to use instead of the user's cache."""
+PREFIX = "openvino-"
+"""Start of the names of entries."""
 
 CHECKSUMS = "checksums.json"
 CHUNK = 1 << 24
 """Number of bytes that are read at a time."""
-
-
-def cache_folder() -> Path:
-    """Return the folder for files that can be created again."""
-    folder = os.environ.get(FOLDER_VARIABLE)
-    if folder:
-        return Path(folder).absolute()
-    return platformdirs.user_cache_path("totalfast", appauthor=False)
 
 
 def content_key(network: nn.Module, settings: Mapping[str, object]) -> str:
@@ -65,51 +62,59 @@ def content_key(network: nn.Module, settings: Mapping[str, object]) -> str:
     return digest.hexdigest()
 
 
-def cached_folder(key: str, write: Callable[[Path], None]) -> Path | None:
-    """Return the folder of an entry; a missing or damaged entry is written again.
+def cached_folder(key: str, files: Collection[str], write: Callable[[Path], None]) -> Path | None:
+    """Return the folder of an entry; a missing, damaged or foreign entry is written again.
 
     Parameters
     ----------
     key
-        The entry's name.
+        The entry's name, which starts with ``PREFIX``.
+    files
+        Names of the entry's files.
     write
-        Writes the entry's files into the folder that it receives; called if there is no intact
-        entry.
+        Writes these files into the folder that it receives; called if there is no intact entry.
 
     Returns
     -------
-        The folder, or None if the cache can't be written to. Do not change the folder: other
-        processes may read it.
+        The folder, or None if the cache can't be used. Do not change the folder: other processes
+        may read it, or remove it at any time.
     """
-    folder = cache_folder() / key
-    if _is_intact(folder):
+    cache = usable_cache()
+    if cache is None:
+        return None
+    remove_leftovers(cache)
+    folder = cache / key
+    mark_used(folder)  # first, so that no other process prunes it meanwhile
+    if _is_intact(folder, files):
         return folder
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".new-") as temporary:
-            new = Path(temporary) / "entry"
-            new.mkdir()
+        with unfinished_entry(cache) as new:
             write(new)
-            checksums = {path.name: _checksum(path) for path in new.iterdir()}
+            checksums = {name: _checksum(new / name) for name in files}
             (new / CHECKSUMS).write_text(json.dumps(checksums))
-            if folder.exists() and not _is_intact(folder):
-                shutil.rmtree(folder)
-            if not folder.exists():
+            if not _is_intact(folder, files):
+                remove(folder)
+            if not os.path.lexists(folder):
                 new.rename(folder)
     except OSError as error:
         # Another process may have written the entry meanwhile.
-        if not _is_intact(folder):
-            logger.info("Converted models can't be kept in %s: %s", folder.parent, error)
+        if not _is_intact(folder, files):
+            logger.info("Converted models can't be kept in %s: %s", cache, error)
             return None
+    prune(cache, PREFIX, keep=folder)
     return folder
 
 
-def _is_intact(folder: Path) -> bool:
-    """Whether an entry exists and its files have their checksums."""
+def _is_intact(folder: Path, files: Collection[str]) -> bool:
+    """Whether an entry exists, nobody else can have written it, and its files are complete."""
     try:
-        checksums: dict[str, int] = json.loads((folder / CHECKSUMS).read_text())
-        return all(_checksum(folder / name) == value for name, value in checksums.items())
-    except (OSError, ValueError, AttributeError):
+        if distrust(folder):
+            return False
+        checksums = json.loads((folder / CHECKSUMS).read_text())
+        return isinstance(checksums, dict) and checksums == {
+            name: _checksum(folder / name) for name in files
+        }
+    except (OSError, ValueError):
         return False
 
 

@@ -5,16 +5,26 @@ A model's first tile waits about half a minute for the compiler. Torch caches th
 
 from __future__ import annotations
 
+import functools
 import logging
+import os
+import tempfile
 from typing import TYPE_CHECKING
 
 from totalfast.engine.backends.forward import Forward, split_head
+from totalfast.system.cache_folder import subfolder
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
 logger = logging.getLogger(__name__)
+
+FOLDER = "compiled-networks"
+"""Name of the folder in the cache."""
+
+PLACE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
+"""Environment variable with the folder of torch's compiled code. Torch sets it too."""
 
 NETWORKS = 256
 """Maximum number of compiled networks of one class per process. Torch's default is eight, because
@@ -27,10 +37,20 @@ def run_compiled(network: nn.Module, shape: tuple[int, ...]) -> Forward:
     On a CPU its weights are frozen, so that the compiler can store them in the layout that
     convolutions read. Its last layer stays separate and runs slice by slice.
     """
+    if not os.environ.get(PLACE_VARIABLE):
+        # Torch's default is a predictable path below /tmp, which another user can create first.
+        folder = subfolder(FOLDER)
+        os.environ[PLACE_VARIABLE] = _temporary_folder().name if folder is None else str(folder)
     if next(network.parameters()).device.type != "cpu":
         return Forward(body=_Compiled(network, frozen=False))
     body, head = split_head(network)
     return Forward(body=_Compiled(body, frozen=True), head=head)
+
+
+@functools.cache
+def _temporary_folder() -> tempfile.TemporaryDirectory[str]:
+    """A private folder that lasts as long as the process."""
+    return tempfile.TemporaryDirectory(prefix="totalfast-torch-", ignore_cleanup_errors=True)
 
 
 class _Compiled:

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import logging
 import sys
+import threading
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 
 CONVERTER = 3
 """Version of this module's output; raise it when the output changes."""
+
+_CONVERTING = threading.Lock()
+"""A conversion changes Python's warning filters and the root logger, which are global."""
 
 TRACED_CELLS = 2
 """Number of voxels at a U-Net's coarsest stage, for the tile that it is traced with. Its operations
@@ -75,7 +79,7 @@ def convert_network(network: nn.Module, shape: tuple[int, ...], *, channels_last
     from totalfast.engine.backends.norms import summed_by_axis
 
     openvino = import_openvino()
-    with warnings.catch_warnings(), _root_logger_kept(), torch.no_grad():
+    with _CONVERTING, warnings.catch_warnings(), _root_logger_kept(), torch.no_grad():
         # Torch's tracer is deprecated. OpenVINO would trace a second time, to compare.
         warnings.simplefilter("ignore")
         traced = torch.jit.trace(  # type: ignore[no-untyped-call]

@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from totalfast.engine.backends.cache import cache_folder, cached_folder, content_key
+from totalfast.engine.backends.cache import PREFIX, cached_folder, content_key
 from totalfast.engine.backends.conversion import CONVERTER, convert_network, import_openvino
 from totalfast.engine.backends.forward import Forward, run_by_torch, split_head
+from totalfast.system.cache_folder import cache_folder
 from totalfast.system.cores import network_threads
+from totalfast.system.forks import threads_started
 from totalfast.system.process_memory import release_mapped_files
 
 if TYPE_CHECKING:
@@ -41,6 +43,9 @@ SETTINGS = {
 }
 """OpenVINO's settings for every network."""
 
+MODEL, WEIGHTS = "model.xml", "model.bin"
+"""Files of a converted network."""
+
 KNOWN_CODE = ("torch.", "dynamic_network_architectures.")
 """Packages whose version determines how their modules compute. Only networks that consist of such
 modules are cached."""
@@ -52,6 +57,7 @@ def run_by_openvino(network: nn.Module, shape: tuple[int, ...]) -> Forward:
     Torch runs the last layer. It also runs networks that OpenVINO can't run; a warning is logged.
     """
     openvino = import_openvino()
+    threads_started()
     body, head = split_head(network)
     convert = functools.partial(convert_network, body, shape, channels_last=head is not None)
     try:
@@ -74,7 +80,9 @@ def run_by_openvino(network: nn.Module, shape: tuple[int, ...]) -> Forward:
             " ".join(str(error).split()),
         )
         return run_by_torch(network, shape)
-    release_mapped_files(cache_folder())  # the compiled model has its own weights, in another order
+    cache = cache_folder()
+    if cache is not None:
+        release_mapped_files(cache)  # the compiled model has its own weights, in another order
     run = Compiled(compiled)
     if head is None:
         return Forward(body=functools.partial(_copied_output, run), release=run.release)
@@ -160,10 +168,16 @@ def _through_cache(
     def write(folder: Path) -> None:
         model = convert()
         try:
-            import_openvino().save_model(model, folder / "model.xml", compress_to_fp16=False)
+            import_openvino().save_model(model, folder / MODEL, compress_to_fp16=False)
         except RuntimeError as error:
             raise OSError(f"OpenVINO can't write to {folder}: {error}") from error
 
-    folder = cached_folder(f"openvino-{content_key(network, settings)}", write)
-    # OpenVINO maps the weights from the file.
-    return convert() if folder is None else _core().read_model(folder / "model.xml")
+    folder = cached_folder(f"{PREFIX}{content_key(network, settings)}", (MODEL, WEIGHTS), write)
+    if folder is None:
+        return convert()
+    try:
+        return _core().read_model(folder / MODEL)  # OpenVINO maps the weights from the file
+    except RuntimeError as error:
+        # Another process may have removed the entry meanwhile.
+        logger.info("%s can't be read, so the model is converted again: %s", folder, error)
+        return convert()
