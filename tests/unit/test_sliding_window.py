@@ -70,7 +70,7 @@ def test_window_memory_is_reused_and_grows():
 def test_two_folds_are_averaged_in_half_precision_like_nnunet(folder, tmp_path):
     import shutil
 
-    from totalfast.engine.loading import read_checkpoint
+    from totalfast.engine.checkpoints import read_checkpoint
 
     copy = tmp_path / folder.name
     shutil.copytree(folder, copy)

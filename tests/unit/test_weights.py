@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from totalfast import WeightsError
-from totalfast.engine.loading import builds_from_plans, load_model, read_checkpoint
+from totalfast.engine.checkpoints import read_checkpoint
+from totalfast.engine.loading import load_model
+from totalfast.engine.trainers import builds_from_plans
 from totalfast.engine.weights import find_model
 
 

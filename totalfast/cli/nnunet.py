@@ -6,12 +6,11 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from totalfast.cli.console import configure_output
 from totalfast.engine.backends import BACKENDS
 from totalfast.errors import InputError, OptionError
 
@@ -71,6 +70,12 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("-c", metavar="CONFIGURATION", help="2d, 3d_fullres, ...")
     add("-f", nargs="+", default=FOLDS, help="Folds (default: 0 1 2 3 4), or all.")
     add("-chk", default="checkpoint_final.pth", help="Checkpoint (default: %(default)s).")
+    add(
+        "--trust-model",
+        action="store_true",
+        help="Allow plans that name classes and functions that are not nnU-Net's or torch's, such "
+        "as an architecture of your own. Such a model can run any code.",
+    )
 
 
 def _add_prediction_flags(parser: argparse.ArgumentParser) -> None:
@@ -128,8 +133,8 @@ def run(args: argparse.Namespace) -> int:
     if not Path(args.i).is_dir():
         raise InputError(f"{args.i} is no folder.")
     began = time.perf_counter()
-    with contextlib.nullcontext() if args.verbose else contextlib.redirect_stdout(io.StringIO()):
-        count = predict_folder(args)
+    configure_output(quiet=False, verbose=args.verbose)
+    count = predict_folder(args)
     print(f"Done in {time.perf_counter() - began:.1f} s: {count} cases in {args.o}")
     return 0
 
@@ -148,6 +153,7 @@ def predict_folder(args: argparse.Namespace) -> int:
         allow_tqdm=not args.disable_progress_bar,
         export=args.export,
         backend=args.backend,
+        trust_model=args.trust_model,
     )
     folds = [fold if fold == "all" else int(fold) for fold in args.f]
     predictor.initialize_from_trained_model_folder(model_folder(args), folds, args.chk)

@@ -1,47 +1,47 @@
-"""Find, check and load a model folder, without running code that it contains.
+"""Load a model folder: check its files, build the networks, give them their weights.
 
-Checkpoints are read with ``weights_only=True``: a file with objects other than tensors, containers
-and plain numbers is refused.
+No code that the folder contains is run: the names in its files are checked by ``known_parts``, and
+its checkpoints are data (``checkpoints``). ``trust_model`` allows other names in its plans.
 """
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import gc
-import io
-import json
-import logging
-import pickle
-import re
-import threading
-import warnings
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from totalfast import upstream
+from totalfast.engine import known_parts
 from totalfast.engine.backends.forward import run_by_torch
+from totalfast.engine.checkpoints import checkpoint_paths, fit_weights, load_checkpoint
 from totalfast.engine.model import Model
+from totalfast.engine.model_files import Entry, damaged, read_json
+from totalfast.engine.nnunet_calls import call_quietly
+from totalfast.engine.plans import (
+    channel_names,
+    check_dataset,
+    check_grid,
+    check_intensities,
+    check_network,
+    check_old_network,
+    resolve_configuration,
+)
+from totalfast.engine.trainers import builds_from_plans, find_trainer
 from totalfast.engine.weights import CHECKPOINT_NAME
-from totalfast.errors import WeightsError
+from totalfast.errors import TotalfastError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
     from typing import TypeAlias
 
     import torch
     from torch import nn
 
     from totalfast.engine.backends import Backend
+    from totalfast.engine.checkpoints import Checkpoint
 
     Untyped: TypeAlias = Any
     """nnU-Net's classes and objects, which have no types."""
-
-logger = logging.getLogger(__name__)
-
-
-_LOADING = threading.Lock()
-"""Loading changes torch's list of safe types and Python's warning filters, which are global."""
 
 
 def load_model(
@@ -51,6 +51,7 @@ def load_model(
     device: torch.device,
     checkpoint_name: str = CHECKPOINT_NAME,
     backend: Backend = run_by_torch,
+    trust_model: bool = False,
 ) -> Model:
     """Load a model folder.
 
@@ -66,49 +67,36 @@ def load_model(
         File in each fold's folder.
     backend
         Backend that runs the networks.
+    trust_model
+        Whether plans.json may name any class and function, for example of an own architecture.
+        nnU-Net imports and calls what is named there, so that such a model can run any code.
 
     Raises
     ------
     WeightsError
-        If a file is missing or unreadable, or a checkpoint holds objects other than weights.
+        If a file is missing, unreadable or damaged, the files do not fit each other, a checkpoint
+        holds objects other than weights, or the plans name unknown parts and are not trusted.
     """
-    with _LOADING:
-        return _load(folder, folds, device, checkpoint_name, backend)
-
-
-def _load(
-    folder: Path,
-    folds: Sequence[int | str] | None,
-    device: torch.device,
-    checkpoint_name: str,
-    backend: Backend,
-) -> Model:
-    plans_manager_class, _ = _import_nnunet()
-    plans = plans_manager_class(_read_json(folder / "plans.json"))
-    dataset = _read_json(folder / "dataset.json")
+    plans, dataset = read_json(folder / "plans.json"), read_json(folder / "dataset.json")
+    check_dataset(dataset)
+    if not trust_model:
+        known_parts.check_names(plans)
     checkpoints = [
-        read_checkpoint(path) for path in _checkpoint_paths(folder, folds, checkpoint_name)
+        load_checkpoint(path) for path in checkpoint_paths(folder, folds, checkpoint_name)
     ]
-    first = checkpoints[0]
-    try:
-        architecture = _architecture(plans, dataset, first)
-        networks = tuple(_network(architecture, checkpoint, device) for checkpoint in checkpoints)
-    except (KeyError, RuntimeError) as error:
-        raise WeightsError(
-            f"the checkpoint in {folder} does not fit its plans: {error}. "
-            "Delete the model's folder, then it is downloaded again."
-        ) from error
-    axes = first.get("inference_allowed_mirroring_axes")
+    architecture = _architecture(plans, dataset, checkpoints[0], trust_model=trust_model)
+    networks = tuple(_network(architecture, checkpoint) for checkpoint in checkpoints)
+    networks = tuple(network.to(device).eval() for network in networks)
     return Model(
         folder=folder,
-        plans=plans,
+        plans=architecture.plans,
         configuration=architecture.configuration,
         labels=architecture.labels,
-        dataset=dataset,
+        dataset=dataset.value,
         networks=networks,
         forwards=tuple(backend(network, architecture.tile_shape) for network in networks),
         trainer_name=architecture.trainer_name,
-        mirroring_axes=None if axes is None else tuple(axes),
+        mirroring_axes=checkpoints[0].mirroring_axes,
         device=device,
     )
 
@@ -123,135 +111,78 @@ class _Architecture(NamedTuple):
     tile_shape: tuple[int, ...]
 
 
+@contextlib.contextmanager
+def _errors_name(path: Path, what: str) -> Iterator[None]:
+    """Turn every error into a WeightsError about a file.
+
+    Only for code of nnU-Net and torch that works on the content of a model's files: it raises
+    errors of any kind about content that it does not expect, and they all have one cause.
+    """
+    try:
+        yield
+    except TotalfastError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise damaged(path, f"{what} ({reason})") from error
+
+
 def _architecture(
-    plans: Untyped, dataset: dict[str, Any], checkpoint: dict[str, Any]
+    plans: Entry, dataset: Entry, checkpoint: Checkpoint, *, trust_model: bool
 ) -> _Architecture:
-    with warnings.catch_warnings():
-        # Nearly all official models have plans of the old format, which nnU-Net still reads.
-        warnings.filterwarnings("ignore", message="Detected old nnU-Net plans format")
-        configuration = plans.get_configuration(checkpoint["init_args"]["configuration"])
-    return _Architecture(
-        trainer_name=checkpoint["trainer_name"],
-        plans=plans,
-        configuration=configuration,
-        labels=plans.get_label_manager(dataset),
-        tile_shape=tile_shape(plans, configuration, dataset),
-    )
+    """Check the checkpoint's configuration; create nnU-Net's objects."""
+    from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
-
-def _network(
-    architecture: _Architecture, checkpoint: dict[str, Any], device: torch.device
-) -> nn.Module:
-    """Build one fold's network with the weights of its checkpoint, in eval mode."""
-    network = _empty_network(architecture)
-    # nnU-Net calls pydoc.locate. Up to Python 3.11 that leaves an error in a reference cycle, which
-    # holds the network and the checkpoints through the callers' frames.
-    gc.collect(1)
-    network.load_state_dict(_as_float32(checkpoint["network_weights"]), assign=True)
-    return network.to(device).eval()
+    configuration = resolve_configuration(plans, checkpoint.configuration)
+    check_grid(plans, configuration)
+    check_intensities(plans, configuration, len(channel_names(dataset)))
+    configuration.item("preprocessor_name").text()
+    if "previous_stage" in configuration and configuration.value["previous_stage"] is not None:
+        configuration.item("previous_stage").text()
+    if not trust_model:
+        for name in ("data", "probabilities"):
+            known_parts.check_resampling(configuration, name)
+        check_old_network(configuration)
+    # nnU-Net's own default, of which it prints a message.
+    plans.value.setdefault("label_manager", "LabelManager")
+    with _errors_name(plans.path, "nnU-Net can't read it"):
+        plans_manager = PlansManager(plans.value)
+        # Nearly all official models have plans of the old format, of which nnU-Net warns. The
+        # manager writes the new format into the dictionary that it is given.
+        manager = ConfigurationManager.__new__(ConfigurationManager)
+        call_quietly(ConfigurationManager.__init__, manager, configuration.value)
+    if not trust_model:
+        network = configuration.item("architecture")
+        known_parts.check_architecture(network)
+        known_parts.check_dimensions(network, len(manager.patch_size))
+        check_network(network.item("arch_kwargs"), manager.patch_size)
+        name = known_parts.network_path(network.item("network_class_name"))
+        network.value["network_class_name"] = name
+    with _errors_name(dataset.path, "nnU-Net can't read its labels"):
+        labels = plans_manager.get_label_manager(dataset.value)
+        shape = tile_shape(plans_manager, manager, dataset.value)
+    return _Architecture(checkpoint.trainer_name, plans_manager, manager, labels, shape)
 
 
 def tile_shape(plans: Untyped, configuration: Untyped, dataset: dict[str, Any]) -> tuple[int, ...]:
     """Shape of a network's input: (1, channels, z, y, x), or (1, channels, y, x) if it is 2-D."""
-    _, determine_num_input_channels = _import_nnunet()
+    from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+
     channels: int = determine_num_input_channels(plans, configuration, dataset)
     return (1, channels, *configuration.patch_size)
 
 
-def _as_float32(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Convert weights that are stored in half precision, like copying them into a network does."""
-    return {
-        name: tensor.float() if tensor.is_floating_point() else tensor
-        for name, tensor in weights.items()
-    }
-
-
-def _import_nnunet() -> tuple[Untyped, Untyped]:
-    """Import nnU-Net's PlansManager and determine_num_input_channels.
-
-    nnU-Net prints messages about unset environment variables, which are hidden here.
-    """
-    with contextlib.redirect_stdout(io.StringIO()):
-        from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
-        from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-    return PlansManager, determine_num_input_channels
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{path} can't be read: {error}") from error
-    return content
-
-
-def _checkpoint_paths(
-    folder: Path, folds: Sequence[int | str] | None, checkpoint_name: str
-) -> list[Path]:
-    if folds is None:
-        names = sorted(
-            path.name for path in folder.glob("fold_*") if (path / checkpoint_name).is_file()
-        )
-        names = [name for name in names if name != "fold_all"]
-    else:
-        names = [f"fold_{fold}" for fold in folds]
-    paths = [folder / name / checkpoint_name for name in names]
-    missing = [str(path) for path in paths if not path.is_file()]
-    if missing or not paths:
-        raise WeightsError(
-            f"{folder} has no {', '.join(missing) or checkpoint_name}. "
-            "Delete the model's folder, then it is downloaded again."
-        )
-    return paths
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint's tensors and numbers, mapped from the file, without running its code.
-
-    Raises
-    ------
-    WeightsError
-        If it is damaged, or holds types other than tensors, containers and numpy numbers.
-    """
-    import torch
-
-    with torch.serialization.safe_globals(_numpy_number_types()):
-        try:
-            try:
-                checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            except RuntimeError as error:
-                # Files written before torch 1.6 are not zip archives and can't be mapped.
-                if "mmap" not in str(error):
-                    raise
-                checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            forbidden = re.search(r"GLOBAL (\S+)", str(error))
-            raise WeightsError(
-                f"{path} holds more than weights"
-                f"{f' ({forbidden.group(1)})' if forbidden else ''} and was not opened. "
-                "Official checkpoints hold only tensors and numbers; download the file again from "
-                "its source."
-            ) from error
-        except (OSError, RuntimeError, EOFError, LookupError, ValueError) as error:
-            raise WeightsError(f"{path} is not a checkpoint or is damaged: {error}") from error
-    content: dict[str, Any] = checkpoint
-    return content
-
-
-def _numpy_number_types() -> list[Any]:
-    """Types in nnU-Net's pickled training log: numpy scalars and their dtypes."""
-    import numpy as np
-    from numpy._core import multiarray
-
-    numbers = ("Float64DType", "Float32DType", "Int64DType", "Int32DType", "BoolDType")
-    dtypes = [getattr(np.dtypes, name) for name in numbers]
-    # Checkpoints written with NumPy 1 have the module's name without the underscore.
-    return [
-        (multiarray.scalar, "numpy.core.multiarray.scalar"),
-        (multiarray.scalar, "numpy._core.multiarray.scalar"),
-        np.dtype,
-        *dtypes,
-    ]
+def _network(architecture: _Architecture, checkpoint: Checkpoint) -> nn.Module:
+    """Build one fold's network with the weights of its checkpoint, on the CPU."""
+    folder = checkpoint.path.parents[1]
+    with _errors_name(folder / "plans.json", "its network can't be built"):
+        network = _empty_network(architecture)
+    # nnU-Net calls pydoc.locate. Up to Python 3.11 that leaves an error in a reference cycle, which
+    # holds the network and the checkpoints through the callers' frames.
+    gc.collect(1)
+    with _errors_name(checkpoint.path, "the checkpoint does not fit its plans"):
+        network.load_state_dict(fit_weights(checkpoint, network.state_dict()), assign=True)
+    return network
 
 
 def _empty_network(architecture: _Architecture) -> nn.Module:
@@ -264,7 +195,8 @@ def _empty_network(architecture: _Architecture) -> nn.Module:
         if builds_from_plans(architecture.trainer_name):
             from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
-            network: nn.Module = get_network_from_plans(
+            network: nn.Module = call_quietly(
+                get_network_from_plans,
                 configuration.network_arch_class_name,
                 configuration.network_arch_init_kwargs,
                 configuration.network_arch_init_kwargs_req_import,
@@ -274,45 +206,8 @@ def _empty_network(architecture: _Architecture) -> nn.Module:
                 deep_supervision=False,
             )
             return network
-        trainer: Untyped = upstream.custom_trainer(architecture.trainer_name)
-        if trainer is None:
-            from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
-
-            trainer = recursive_find_trainer_class_by_name(architecture.trainer_name)
+        trainer = find_trainer(architecture.trainer_name)
         network = trainer.build_network_architecture(
             plans, configuration, inputs, outputs, enable_deep_supervision=False
         )
         return network
-
-
-def builds_from_plans(trainer_name: str) -> bool:
-    """Whether one of nnU-Net's trainers inherits ``build_network_architecture`` from nnUNetTrainer.
-
-    Reads the trainers' source code, because importing them takes seconds and imports all of
-    nnU-Net's training. Returns False for unknown trainers.
-    """
-    classes = _nnunet_trainers()
-    name = trainer_name
-    while name in classes and name != "nnUNetTrainer":
-        base, overrides = classes[name]
-        if overrides:
-            return False
-        name = base
-    return name == "nnUNetTrainer"
-
-
-def _nnunet_trainers() -> dict[str, tuple[str, bool]]:
-    """Class name to (first base class, whether it overrides ``build_network_architecture``)."""
-    import nnunetv2
-
-    classes: dict[str, tuple[str, bool]] = {}
-    for path in sorted((Path(nnunetv2.__path__[0]) / "training/nnUNetTrainer").rglob("*.py")):
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.ClassDef):
-                overrides = any(
-                    isinstance(item, ast.FunctionDef) and item.name == "build_network_architecture"
-                    for item in node.body
-                )
-                base = node.bases[0] if node.bases else None
-                classes[node.name] = (base.id if isinstance(base, ast.Name) else "", overrides)
-    return classes

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from totalfast.engine.model_files import read_json
+from totalfast.engine.plans import (
+    MAX_FEATURES,
+    MAX_STAGES,
+    check_dataset,
+    check_grid,
+    resolve_configuration,
+)
 from totalfast.engine.weights import CHECKPOINT_NAME, find_part
-from totalfast.errors import WeightsError
 
 if TYPE_CHECKING:
+    from totalfast.engine.model_files import Entry
     from totalfast.geometry import Grid
     from totalfast.tasks import Part, Task
 
@@ -67,24 +74,20 @@ class ModelSummary:
         folder = find_part(task, part)
         folds = "*" if task.folds is None else f"[{''.join(map(str, task.folds))}]"
         files = list(folder.glob(f"fold_{folds}/{CHECKPOINT_NAME}"))
-        try:
-            plans = json.loads((folder / "plans.json").read_text())
-            dataset = json.loads((folder / "dataset.json").read_text())
-            configuration = _configuration(plans["configurations"], task.configuration)
-            return cls(
-                patch=tuple(configuration["patch_size"]),
-                spacing_mm=tuple(configuration["spacing"]),
-                axes=tuple(plans["transpose_forward"]),
-                features=_features(configuration),
-                heads=len(dataset.get("regions_class_order") or dataset["labels"]),
-                folds=len(files),
-                weights=sum(file.stat().st_size for file in files),
-            )
-        except (OSError, ValueError, LookupError) as error:
-            raise WeightsError(
-                f"the plans in {folder} can't be read: {error!r}. "
-                "Delete the folder, then it is downloaded again."
-            ) from error
+        plans, dataset = read_json(folder / "plans.json"), read_json(folder / "dataset.json")
+        configuration = resolve_configuration(plans, task.configuration)
+        check_grid(plans, configuration)
+        check_dataset(dataset)
+        order = dataset.value.get("regions_class_order") or None
+        return cls(
+            patch=tuple(configuration.value["patch_size"]),
+            spacing_mm=tuple(configuration.value["spacing"]),
+            axes=tuple(plans.value["transpose_forward"]),
+            features=_features(configuration),
+            heads=len(order if isinstance(order, list) else dataset.value["labels"]),
+            folds=len(files),
+            weights=sum(file.stat().st_size for file in files),
+        )
 
     def pads(self, grid: Grid) -> bool:
         """Whether an image on this grid is smaller than a tile, so that padding copies it."""
@@ -147,16 +150,11 @@ class ModelSummary:
         return tuple(max(n, p) for n, p in zip(self._sizes(grid), patch, strict=True))
 
 
-def _configuration(configurations: dict[str, Any], name: str) -> dict[str, Any]:
-    """A configuration with its inherited values (nnU-Net 2.8.1, plans_handler.py)."""
-    own: dict[str, Any] = configurations[name]
-    if "inherits_from" not in own:
-        return own
-    return _configuration(configurations, own["inherits_from"]) | own
-
-
-def _features(configuration: dict[str, Any]) -> int:
+def _features(configuration: Entry) -> int:
     """Number of features of the first stage, from plans in the new or old format."""
-    if "architecture" in configuration:
-        return int(configuration["architecture"]["arch_kwargs"]["features_per_stage"][0])
-    return int(configuration["UNet_base_num_features"])
+    if "architecture" not in configuration:
+        return configuration.item("UNet_base_num_features").whole(1, MAX_FEATURES)
+    features = configuration.item("architecture").item("arch_kwargs").item("features_per_stage")
+    if isinstance(features.value, list):
+        features = features.items(range(1, MAX_STAGES + 1))[0]
+    return features.whole(1, MAX_FEATURES)

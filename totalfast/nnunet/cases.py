@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from totalfast.engine.nnunet_calls import call_quietly
 from totalfast.engine.normalise import NetworkImage, to_network_image
 from totalfast.errors import InputError
 
@@ -91,8 +92,10 @@ def case_from_files(
     """
     reader = model.plans.image_reader_writer_class()
     try:
-        image, properties = reader.read_images(tuple(files))
-        labels = None if previous_stage is None else reader.read_seg(previous_stage)[0]
+        image, properties = call_quietly(reader.read_images, tuple(files))
+        labels = None
+        if previous_stage is not None:
+            labels, _ = call_quietly(reader.read_seg, previous_stage)
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         raise InputError(f"{files[0]} can't be read: {error}") from error
     return case_from_array(image, labels, properties, output, model)

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from totalfast.engine.backends import choose_backend
 from totalfast.engine.loading import load_model, tile_shape
 from totalfast.engine.model import Model
+from totalfast.engine.nnunet_calls import call_quietly
 from totalfast.engine.predict import predict_network_image
 from totalfast.engine.sliding_window import inference_settings, predict_labels, predict_logits
 from totalfast.engine.tiles import Tiling, plan_tiles
@@ -63,6 +64,9 @@ class ArgmaxPredictor(nnUNetPredictor):  # type: ignore[misc] # nnU-Net is untyp
     backend
         The backend that runs the networks, one of ``totalfast.engine.backends.BACKENDS``; "torch"
         gives nnU-Net's labels.
+    trust_model
+        Whether plans.json may name any class and function; see
+        ``totalfast.engine.loading.load_model``.
     """
 
     def __init__(
@@ -70,10 +74,12 @@ class ArgmaxPredictor(nnUNetPredictor):  # type: ignore[misc] # nnU-Net is untyp
         *arguments: Untyped,
         export: str = "auto",
         backend: str = "torch",
+        trust_model: bool = False,
         **keywords: Untyped,
     ) -> None:
-        super().__init__(*arguments, **keywords)
+        call_quietly(super().__init__, *arguments, **keywords)
         self.export = export
+        self.trust_model = trust_model
         self.backend = choose_backend(backend, self.device)
         self._model: Model | None = None
 
@@ -97,7 +103,8 @@ class ArgmaxPredictor(nnUNetPredictor):  # type: ignore[misc] # nnU-Net is untyp
         Raises
         ------
         WeightsError
-            If a file is missing or unreadable, or a checkpoint holds objects other than weights.
+            If a file is missing or damaged, a checkpoint holds objects other than weights, or the
+            plans name unknown parts and are not trusted.
         """
         folds = [use_folds] if isinstance(use_folds, str) else use_folds
         model = load_model(
@@ -106,6 +113,7 @@ class ArgmaxPredictor(nnUNetPredictor):  # type: ignore[misc] # nnU-Net is untyp
             device=self.device,
             checkpoint_name=checkpoint_name,
             backend=self.backend,
+            trust_model=self.trust_model,
         )
         self._model = model
         self.plans_manager = model.plans
@@ -119,7 +127,7 @@ class ArgmaxPredictor(nnUNetPredictor):  # type: ignore[misc] # nnU-Net is untyp
 
     def manual_initialization(self, *arguments: Untyped, **keywords: Untyped) -> None:
         """Use an existing network, like nnU-Net's trainer; see nnU-Net for the parameters."""
-        super().manual_initialization(*arguments, **keywords)
+        call_quietly(super().manual_initialization, *arguments, **keywords)
         self._model = None
 
     @property
@@ -202,7 +210,8 @@ class ArgmaxPredictor(nnUNetPredictor):  # type: ignore[misc] # nnU-Net is untyp
         cases = list_of_lists_or_source_folder
         if isinstance(cases, str):
             cases = list_cases(cases, self.dataset_json["file_ending"])
-        return super()._manage_input_and_output_lists(cases, *arguments, **keywords)
+        manage = super()._manage_input_and_output_lists
+        return call_quietly(manage, cases, *arguments, **keywords)
 
     def _internal_get_data_iterator_from_lists_of_filenames(
         self,

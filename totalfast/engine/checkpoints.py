@@ -1,0 +1,230 @@
+"""Find and read a model's checkpoints, without running code in them.
+
+Checkpoints are read with ``weights_only=True``: a file with objects other than tensors, containers
+and plain numbers is refused.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from totalfast.engine.model_files import advice, damaged, shortened
+from totalfast.errors import WeightsError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    import torch
+
+
+_SAFE_TYPES = threading.Lock()
+"""Torch's list of safe types belongs to the process."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """The checked content of a checkpoint.
+
+    Parameters
+    ----------
+    path
+        The file.
+    weights
+        Name to tensor, mapped from the file.
+    trainer_name
+        Name of the trainer's class.
+    configuration
+        Name of the plans' configuration.
+    mirroring_axes
+        Axes along which nnU-Net may mirror; None if it may not.
+    """
+
+    path: Path
+    weights: dict[str, torch.Tensor]
+    trainer_name: str
+    configuration: str
+    mirroring_axes: tuple[int, ...] | None
+
+
+def checkpoint_paths(
+    folder: Path, folds: Sequence[int | str] | None, checkpoint_name: str
+) -> list[Path]:
+    """Return the checkpoints of the given folds, or of all folds except "all".
+
+    Raises
+    ------
+    WeightsError
+        If one is missing.
+    """
+    present = sorted(path.parent.name for path in folder.glob(f"fold_*/{checkpoint_name}"))
+    if folds is None:
+        names = [name for name in present if name != "fold_all"]
+    else:
+        names = [f"fold_{fold}" for fold in folds]
+    paths = [folder / name / checkpoint_name for name in names]
+    missing = [f"{path.parent.name}/{path.name}" for path in paths if not path.is_file()]
+    if missing or not paths:
+        raise WeightsError(
+            f"{folder} has no {', '.join(missing) or checkpoint_name}; "
+            f"folds with this file: {', '.join(present) or 'none'}. {advice(folder)}"
+        )
+    return paths
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read and check a checkpoint.
+
+    Raises
+    ------
+    WeightsError
+        If it is damaged, or holds other things than a checkpoint of nnU-Net.
+    """
+    content = read_checkpoint(path)
+    arguments = _value(path, content, "init_args", dict)
+    axes = content.get("inference_allowed_mirroring_axes")
+    if axes is not None and not (
+        isinstance(axes, list | tuple)
+        and all(type(axis) is int and 0 <= axis <= 2 for axis in axes)
+        and len(set(axes)) == len(axes)
+    ):
+        raise damaged(
+            path, f"inference_allowed_mirroring_axes is {shortened(axes)}, not a list of axes"
+        )
+    return Checkpoint(
+        path=path,
+        weights=_weights(path, _value(path, content, "network_weights", dict)),
+        trainer_name=_value(path, content, "trainer_name", str),
+        configuration=_value(path, arguments, "configuration", str),
+        mirroring_axes=None if axes is None else tuple(axes),
+    )
+
+
+def _value(path: Path, content: Mapping[str, Any], key: str, kind: type) -> Any:  # noqa: ANN401
+    """Return a value of the given type."""
+    if key not in content:
+        raise damaged(path, f"it has no {key}, so it is no checkpoint of nnU-Net")
+    if not isinstance(content[key], kind):
+        raise damaged(path, f"{key} is a {type(content[key]).__name__}, not a {kind.__name__}")
+    return content[key]
+
+
+def _weights(path: Path, weights: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Check that the weights are ordinary tensors whose numbers are in the file."""
+    import torch
+
+    for name, tensor in weights.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            raise damaged(
+                path,
+                f"network_weights has {shortened(name)}: {shortened(tensor)}, not a tensor by name",
+            )
+        if (
+            type(tensor) not in (torch.Tensor, torch.nn.Parameter)
+            or tensor.layout is not torch.strided
+            or tensor.is_quantized
+            or tensor.device.type != "cpu"
+            or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes()
+        ):
+            raise damaged(path, f"the weights {name} are no ordinary tensor")
+    return weights
+
+
+def fit_weights(checkpoint: Checkpoint, expected: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """Return a checkpoint's weights in the precision of a network, after comparing their shapes.
+
+    Weights that are stored in half precision are converted, like copying them into a network does.
+
+    Parameters
+    ----------
+    checkpoint
+        A checked checkpoint.
+    expected
+        The network's own ``state_dict()``.
+
+    Raises
+    ------
+    WeightsError
+        If a layer is missing, unexpected, or has another shape or kind of numbers.
+    """
+    weights = checkpoint.weights
+    for found, others, text in (
+        (weights, expected, "has layers that the network of the plans lacks"),
+        (expected, weights, "lacks layers of the network of the plans"),
+    ):
+        if names := [name for name in found if name not in others]:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise damaged(
+                checkpoint.path,
+                f"the checkpoint does not fit its plans: it {text}: {names[0]}{more}",
+            )
+    for name, own in expected.items():
+        tensor = weights[name]
+        if tensor.shape != own.shape or tensor.is_floating_point() != own.is_floating_point():
+            raise damaged(
+                checkpoint.path,
+                f"the checkpoint does not fit its plans: {name} has "
+                f"{tuple(tensor.shape)} numbers of {tensor.dtype}, but the network needs "
+                f"{tuple(own.shape)} of {own.dtype}",
+            )
+    return {
+        name: tensor.float() if tensor.is_floating_point() else tensor
+        for name, tensor in weights.items()
+    }
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint's tensors and numbers, mapped from the file, without running its code.
+
+    Raises
+    ------
+    WeightsError
+        If it is damaged, or holds types other than tensors, containers and numpy numbers.
+    """
+    import torch
+
+    # The file is data from anywhere, and torch and pickle raise errors of any kind about it.
+    with _SAFE_TYPES, torch.serialization.safe_globals(_numpy_number_types()):
+        try:
+            try:
+                checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError as error:
+                # Files written before torch 1.6 are not zip archives and can't be mapped.
+                if "mmap" not in str(error):
+                    raise
+                checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            forbidden = re.search(r"GLOBAL (\S+)", str(error))
+            if forbidden is None:
+                raise damaged(path, "it is not a checkpoint or is damaged") from error
+            raise WeightsError(
+                f"{path} holds more than weights ({forbidden.group(1)}) and was not opened. "
+                f"Checkpoints of nnU-Net hold only tensors and numbers. {advice(path)}"
+            ) from error
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise damaged(path, f"it is not a checkpoint or is damaged ({reason})") from error
+    if not isinstance(checkpoint, dict):
+        raise damaged(path, f"it holds a {type(checkpoint).__name__}, not a checkpoint of nnU-Net")
+    content: dict[str, Any] = checkpoint
+    return content
+
+
+def _numpy_number_types() -> list[Any]:
+    """Types in nnU-Net's pickled training log: numpy scalars and their dtypes."""
+    import numpy as np
+    from numpy._core import multiarray
+
+    numbers = ("Float64DType", "Float32DType", "Int64DType", "Int32DType", "BoolDType")
+    dtypes = [getattr(np.dtypes, name) for name in numbers]
+    # Checkpoints written with NumPy 1 have the module's name without the underscore.
+    return [
+        (multiarray.scalar, "numpy.core.multiarray.scalar"),
+        (multiarray.scalar, "numpy._core.multiarray.scalar"),
+        np.dtype,
+        *dtypes,
+    ]

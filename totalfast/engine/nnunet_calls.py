@@ -1,0 +1,57 @@
+"""Call nnU-Net's functions without their printed messages.
+
+nnU-Net prints for its own command line. Redirecting ``sys.stdout`` would swallow what other threads
+print meanwhile, and ``warnings.catch_warnings`` is not safe in threads either. So the function is
+called with a ``print`` and ``warnings`` of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+from types import FunctionType, MethodType, SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import TypeAlias
+
+    Untyped: TypeAlias = Any
+    """nnU-Net's functions and their arguments, which have no types."""
+
+logger = logging.getLogger(__name__)
+
+
+def call_quietly(function: Callable[..., Any], *arguments: Untyped, **keywords: Untyped) -> Untyped:
+    """Call a Python function or method; what it prints becomes debug lines of the log.
+
+    This holds for the function itself, not for the functions that it calls. Functions that are not
+    written in Python are called unchanged.
+
+    Parameters
+    ----------
+    function
+        A function or bound method of nnU-Net.
+    arguments, keywords
+        Its arguments.
+    """
+    plain = function.__func__ if isinstance(function, MethodType) else function
+    if not isinstance(plain, FunctionType):
+        return function(*arguments, **keywords)
+    own = {"print": _log, "warnings": SimpleNamespace(warn=_log)}
+    quiet = FunctionType(
+        plain.__code__,
+        plain.__globals__ | own,
+        plain.__name__,
+        plain.__defaults__,
+        plain.__closure__,
+    )
+    quiet.__kwdefaults__ = plain.__kwdefaults__
+    if isinstance(function, MethodType):
+        return quiet(function.__self__, *arguments, **keywords)
+    return quiet(*arguments, **keywords)
+
+
+def _log(*values: object, **_: object) -> None:
+    text = " ".join(map(str, values)).strip()
+    if text:
+        logger.debug("nnU-Net: %s", text)

@@ -1,0 +1,109 @@
+"""nnU-Net's trainers by name: whether they build the plans' network, and their classes."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from totalfast import upstream
+from totalfast.errors import WeightsError
+
+if TYPE_CHECKING:
+    from typing import TypeAlias
+
+    Untyped: TypeAlias = Any
+    """nnU-Net's classes, which have no types."""
+
+
+class _Trainer(NamedTuple):
+    """What the source code tells about a trainer."""
+
+    base: str
+    overrides: bool
+    """Whether it defines ``build_network_architecture``."""
+    module: str
+
+
+def builds_from_plans(trainer_name: str) -> bool:
+    """Whether one of nnU-Net's trainers inherits ``build_network_architecture`` from nnUNetTrainer.
+
+    Reads the trainers' source code, because importing them takes seconds and imports all of
+    nnU-Net's training. Returns False for unknown trainers.
+    """
+    trainers = _nnunet_trainers()
+    name = trainer_name
+    while name in trainers and name != "nnUNetTrainer":
+        if trainers[name].overrides:
+            return False
+        name = trainers[name].base
+    return name == "nnUNetTrainer"
+
+
+def find_trainer(trainer_name: str) -> Untyped:
+    """Return the class of a trainer: TotalSegmentator's, nnU-Net's, or one of the user's.
+
+    The user's trainers are in the folders of the environment variable ``nnUNet_extTrainer``.
+
+    Raises
+    ------
+    WeightsError
+        If the name is none, or no trainer of that name is installed.
+    """
+    if re.fullmatch(r"[A-Za-z_]\w*", trainer_name, re.ASCII) is None:
+        raise WeightsError(f"the checkpoint names the trainer {trainer_name!r}, which is no name.")
+    trainer = upstream.custom_trainer(trainer_name)
+    if trainer is None and trainer_name in _nnunet_trainers():
+        module = importlib.import_module(_nnunet_trainers()[trainer_name].module)
+        trainer = getattr(module, trainer_name)
+    if trainer is None:
+        trainer = _users_trainer(trainer_name)
+    if trainer is None:
+        raise WeightsError(
+            f"the model was trained with {trainer_name}, which is not installed. Install the "
+            "package that has it, or put the folder of its module into the environment variable "
+            "nnUNet_extTrainer."
+        )
+    return trainer
+
+
+def _users_trainer(name: str) -> Untyped:
+    """Look a trainer up like nnU-Net's ``recursive_find_trainer_class_by_name``, but silently."""
+    from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
+
+    for folder in os.environ.get("nnUNet_extTrainer", "").split(os.pathsep):  # noqa: SIM112
+        if folder.strip() and Path(folder).exists():
+            trainer = recursive_find_python_class(
+                folder, name, None, base_folder=folder, cleanup_imports_from_base_folder=True
+            )
+            if trainer is not None:
+                return trainer
+    return None
+
+
+@functools.cache
+def _nnunet_trainers() -> dict[str, _Trainer]:
+    """Read all trainers in nnU-Net's source code."""
+    import nnunetv2
+
+    root = Path(nnunetv2.__path__[0])
+    trainers: dict[str, _Trainer] = {}
+    for path in sorted((root / "training/nnUNetTrainer").rglob("*.py")):
+        module = ".".join(("nnunetv2", *path.relative_to(root).with_suffix("").parts))
+        name = ""
+        # Parsing by ast takes 0.1 s, because the garbage collector visits all of torch meanwhile.
+        for match in _DEFINITION.finditer(path.read_text(encoding="utf-8")):
+            if match["name"]:
+                name = match["name"]
+                trainers[name] = _Trainer(match["base"] or "", overrides=False, module=module)
+            elif name:  # a method of the last class
+                trainers[name] = trainers[name]._replace(overrides=True)
+    return trainers
+
+
+_DEFINITION = re.compile(
+    r"^class (?P<name>\w+)(\((?P<base>\w*))?|^    def build_network_architecture\(", re.MULTILINE
+)
