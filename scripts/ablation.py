@@ -209,8 +209,7 @@ def save(image, names, *, folder, files, threads):
     header.extensions.clear()
     for label, name in names.items():
         mask = nibabel.Nifti1Image((voxels == label).astype(numpy.uint8), image.affine, header)
-        path = files.path(folder / f"{name}.nii.gz", ending=".nii.gz")
-        nibabel.save(mask, path)
+        files.write(folder / f"{name}.nii.gz", lambda path: nibabel.save(mask, path))
 import totalfast.run.results
 totalfast.run.results.write_masks = save
 """,

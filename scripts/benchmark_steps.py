@@ -83,6 +83,7 @@ def our_masks(labels: np.ndarray, folder: Path) -> float:
     began = time.perf_counter()
     with PendingFiles() as files:
         write_masks(image, names, folder=folder, files=files, threads=usable_cores())
+        files.commit()
     return time.perf_counter() - began
 
 

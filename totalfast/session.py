@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from totalfast.engine.devices import validate_device
-from totalfast.engine.store import ModelStore
+from totalfast.engine.store import MAX_MODELS, ModelStore
 from totalfast.errors import OptionError
-from totalfast.files.targets import check_output
+from totalfast.files.targets import OutputPlan
 from totalfast.options import Options, check_radiomics
+from totalfast.system.pending_files import PendingFiles
 
 if TYPE_CHECKING:
     import nibabel as nib
@@ -35,15 +36,43 @@ class Session:
     keep_models
         False frees each model after use, for programs with a single call. Two models are then in
         memory at a time, the current one and the next, instead of all of a task's models.
+    max_models
+        Maximum number of models that stay loaded between calls; then the least recently used one is
+        freed. None sets no limit.
 
     Notes
     -----
-    Safe to use from several threads; predictions then take turns.
+    Safe to use from several threads; predictions then take turns. ``close``, or the end of a
+    ``with`` block, frees the models. A model whose folder changes while it is loaded stays what it
+    was. A session does not work in a forked process; start processes with multiprocessing's
+    "spawn", and create a session in each.
+
+    Examples
+    --------
+    >>> with totalfast.Session(device="cpu") as session:
+    ...     for scan in scans:
+    ...         session.segment(scan, scan.with_suffix(".seg.nii.gz"), ml=True)
     """
 
-    def __init__(self, *, device: str = "gpu", keep_models: bool = True) -> None:
+    def __init__(
+        self,
+        *,
+        device: str = "gpu",
+        keep_models: bool = True,
+        max_models: int | None = MAX_MODELS,
+    ) -> None:
         self.device = validate_device(device)
-        self.models = ModelStore(keep=keep_models)
+        self.models = ModelStore(keep=keep_models, max_models=max_models)
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free all models; later calls of ``segment`` raise ``SessionError``."""
+        self.models.close()
 
     def segment(
         self,
@@ -52,30 +81,39 @@ class Session:
         **keywords: Unpack[SegmentKeywords],
     ) -> nib.Nifti1Image | tuple[nib.Nifti1Image, Statistics]:
         """Segment one scan; arguments and result are those of ``totalfast.segment``."""
-        from totalfast.files.dicom.read import open_series
+        from totalfast.files.dicom.read import open_series, refuse_slices
         from totalfast.files.dicom.write import check_packages, check_series
         from totalfast.files.read import is_dicom
         from totalfast.run.pipeline import run
 
         options = Options.from_keywords({"device": self.device, **keywords})
         target = None if output is None else Path(output)
-        if target is not None and not options.skip_saving:
-            check_output(target, options)
         check_radiomics(input, target, options)
-        if not is_dicom(input):
-            if options.dicom_types:
-                raise OptionError(
-                    "To use output type dicom_rtstruct or dicom_seg you also have to use a Dicom "
-                    "image as input."
-                )
-            return _result(run(input, target, options=options, store=self.models))
-        options.resolved_task()  # an invalid task is refused before a series is converted
-        check_packages(options.dicom_types)
-        with open_series(Path(input)) as series:
-            check_series(series, options.dicom_types)
-            return _result(
-                run(series.image, target, options=options, store=self.models, series=series)
+        if options.dicom_types and not is_dicom(input):
+            raise OptionError(
+                "To use output type dicom_rtstruct or dicom_seg you also have to use a Dicom "
+                "image as input."
             )
+        check_packages(options.dicom_types)
+        outputs = OutputPlan.of(target, options.resolved_task(), options)
+        outputs.check(input)
+        with PendingFiles(rescue_from=outputs.folder) as files:
+            files.prepare(outputs.paths)
+            if not is_dicom(input):
+                return _result(run(input, outputs, options=options, store=self.models, files=files))
+            refuse_slices(outputs.paths)
+            with open_series(Path(input)) as series:
+                check_series(series, options.dicom_types)
+                return _result(
+                    run(
+                        series.image,
+                        outputs,
+                        options=options,
+                        store=self.models,
+                        files=files,
+                        series=series,
+                    )
+                )
 
 
 def _result(segmentation: Segmentation) -> nib.Nifti1Image | tuple[nib.Nifti1Image, Statistics]:

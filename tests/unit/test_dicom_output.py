@@ -14,7 +14,7 @@ from tests.dicom_series import write_series
 from totalfast import OptionError, OutputError
 from totalfast.files.dicom.read import open_series
 from totalfast.files.dicom.write import check_packages, check_series, write_dicom
-from totalfast.files.targets import check_output, output_files
+from totalfast.files.targets import OutputPlan, output_files
 from totalfast.options import Options
 from totalfast.system.pending_files import PendingFiles
 
@@ -92,6 +92,7 @@ def test_structures_have_the_labels_positions_or_the_series_is_refused(tmp_path,
             target = tmp_path / f"{kind}.dcm"
             write_dicom(kind, labels, NAMES, series=series, target=target, files=files)
             assert not target.exists()
+        files.commit()
     assert same_points(points_of_seg(tmp_path / "dicom_seg.dcm"), expected)
     points = points_of_rtstruct(tmp_path / "dicom_rtstruct.dcm")
     assert {tuple(point) for point in np.round(expected[[0, -1]], 2) + 0.0} <= points
@@ -115,6 +116,7 @@ def test_writers_print_nothing_and_do_not_change_the_root_logger(tmp_path, capfd
         for kind in TYPES:
             target = tmp_path / f"{kind}.dcm"
             write_dicom(kind, labelled(series)[0], NAMES, series=series, target=target, files=files)
+        files.commit()
     assert capfd.readouterr() == ("", "")
     assert logging.getLogger().handlers == before
 
@@ -127,6 +129,7 @@ def test_a_seg_in_a_folder_is_named_after_its_series_uid(tmp_path):
         labels, _ = labelled(series)
         write_dicom("dicom_seg", labels, NAMES, series=series, target=target, files=files)
         assert not list(target.glob("*.dcm"))
+        files.commit()
     (written,) = target.iterdir()
     assert written.name == f"{pydicom.dcmread(written).SeriesInstanceUID}.dcm"
 
@@ -140,6 +143,7 @@ def test_empty_labels_and_a_header_without_a_date(tmp_path):
         with pytest.raises(OutputError, match="no structure was found"):
             write_dicom("dicom_seg", nothing, NAMES, series=series, target=target, files=files)
         write_dicom("dicom_rtstruct", nothing, NAMES, series=series, target=target, files=files)
+        files.commit()
     assert len(pydicom.dcmread(target).StructureSetROISequence) == 0
     for path in folder.iterdir():
         header = pydicom.dcmread(path)
@@ -206,10 +210,16 @@ def test_invalid_combinations_of_output_types():
 def test_files_have_upstreams_names(tmp_path):
     several = options("nifti", "dicom_rtstruct", "dicom_seg", task="body")
     assert several.multilabel
-    named = ["x.nii.gz", "x_rtstruct.dcm", "x_seg.dcm"]
-    for output in ("x", "x.nii.gz", "x.dcm", "x.y.z"):
-        files = output_files(tmp_path / output, several)
-        assert [path.relative_to(tmp_path).as_posix() for path in files.values()] == named
+    for output, base in (
+        ("x", "x"),
+        ("x.nii.gz", "x"),
+        ("x.nii", "x"),
+        ("x.dcm", "x"),
+        ("1.2.840.113.5", "1.2.840.113.5"),  # upstream's would be "1"
+        ("1.2.840.113.6.nii.gz", "1.2.840.113.6"),
+    ):
+        names = [path.name for path in output_files(tmp_path / output, several).values()]
+        assert names == [f"{base}.nii.gz", f"{base}_rtstruct.dcm", f"{base}_seg.dcm"]
     files = output_files(tmp_path, several)
     assert files["dicom_seg"] == tmp_path / "body_segmentation_seg.dcm"
     for name in ("x", "x.dcm"):
@@ -220,9 +230,13 @@ def test_files_have_upstreams_names(tmp_path):
 
 def test_output_paths_that_exist_already(tmp_path):
     (tmp_path / "s.dcm").mkdir()
-    check_output(tmp_path / "s.dcm", options("dicom_seg"))
+    plan(tmp_path / "s.dcm", options("dicom_seg"))
     for types in (["dicom_rtstruct"], ["nifti"]):
         with pytest.raises(OutputError, match=r"s\.dcm is a directory"):
-            check_output(tmp_path / "s.dcm", options(*types, ml=True))
+            plan(tmp_path / "s.dcm", options(*types, ml=True))
     (tmp_path / "x_seg.dcm").mkdir()
-    check_output(tmp_path / "x", options("nifti", "dicom_rtstruct"))
+    plan(tmp_path / "x", options("nifti", "dicom_rtstruct"))
+
+
+def plan(output, chosen):
+    return OutputPlan.of(output, chosen.resolved_task(), chosen)

@@ -44,6 +44,7 @@ def test_label_map_file_equals_nibabels(labels, header, tmp_path, ending):
     nib.save(image, tmp_path / f"expected{ending}")
     with PendingFiles() as files:
         write_labels(image, tmp_path / f"actual{ending}", files=files, threads=2)
+        files.commit()
     expected = (tmp_path / f"expected{ending}").read_bytes()
     actual = (tmp_path / f"actual{ending}").read_bytes()
     if ending == ".nii.gz":
@@ -56,6 +57,7 @@ def test_mask_files_equal_nibabels(labels, header, tmp_path):
         write_masks(
             image_of(labels, header), NAMES, folder=tmp_path / "new" / "seg", files=files, threads=2
         )
+        files.commit()
     folder = tmp_path / "new" / "seg"
     assert sorted(path.name for path in folder.iterdir()) == sorted(
         f"{name}.nii.gz" for name in NAMES.values()
@@ -79,24 +81,29 @@ def test_label_map_in_c_order(header, tmp_path):
     labels = np.random.default_rng(0).integers(0, 9, (31, 20, 43)).astype(np.uint8)
     with PendingFiles() as files:
         write_labels(image_of(labels, header), tmp_path / "seg.nii.gz", files=files, threads=1)
+        files.commit()
     np.testing.assert_array_equal(nib.load(tmp_path / "seg.nii.gz").dataobj, labels)
 
 
 def test_files_appear_together_or_not_at_all(tmp_path):
     (tmp_path / "b").write_text("old")
     with pytest.raises(RuntimeError, match="stop"), PendingFiles() as files:
-        files.path(tmp_path / "a").write_text("half")
-        files.path(tmp_path / "b").write_text("half")
+        files.write(tmp_path / "a", lambda path: path.write_text("half"))
+        files.write(tmp_path / "b", lambda path: path.write_text("half"))
         raise RuntimeError("stop")
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"b": "old"}
     with PendingFiles() as files:
-        files.path(tmp_path / "a").write_text("whole")
+        files.write(tmp_path / "a", lambda path: path.write_text("whole"))
         assert not (tmp_path / "a").exists()
+        files.commit()
     assert (tmp_path / "a").read_text() == "whole"
 
 
 def test_disk_errors_become_output_errors_and_leave_nothing(tmp_path):
-    with pytest.raises(OutputError, match="No space left"), PendingFiles() as files:
-        files.path(tmp_path / "a").write_text("half")
+    def full(path):
+        path.write_text("half")
         raise OSError(28, "No space left on device", "a")
+
+    with pytest.raises(OutputError, match="No space left"), PendingFiles() as files:
+        files.write(tmp_path / "a", full)
     assert list(tmp_path.iterdir()) == []

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from totalfast import demo
 from totalfast.cli import preview
-from totalfast.cli.exit_codes import INTERRUPTED, run_to_exit_code
+from totalfast.cli.exit_codes import run_to_exit_code
 from totalfast.cli.parser import build_parser as build_main_parser
 from totalfast.cli.segment import run_main_command
 from totalfast.errors import OutputError, TotalfastError
@@ -107,6 +107,7 @@ def _write_masks(label_map: Nifti1Image, folder: Path) -> None:
         write_masks(
             label_map, CLASS_MAPS["total"], folder=folder, files=files, threads=usable_cores()
         )
+        files.commit()
 
 
 def _scores(label_map: Nifti1Image, phantom: Phantom) -> list[Score]:
@@ -153,8 +154,6 @@ def _announce(*arguments: str | Path) -> list[str]:
 
 
 def _check(code: int) -> None:
-    if code == INTERRUPTED:
-        raise KeyboardInterrupt
     if code != 0:
         raise TotalfastError("the demo stopped at the command above; its error is printed there.")
 

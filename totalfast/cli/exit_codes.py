@@ -2,91 +2,149 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 import signal
 import sys
 import threading
+import traceback
 from typing import TYPE_CHECKING
 
-from totalfast.errors import OptionError, TotalfastError
+from totalfast.cli.advice import advice_for, report_of
+from totalfast.errors import InterruptedAfterSaving, OptionError, TotalfastError
+from totalfast.system.signals import ENDING_SIGNALS
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from types import FrameType
 
 WRONG_OPTION = 2
 """Exit code for options that make no sense; argparse uses it too."""
 
-INTERRUPTED = 130
-"""Exit code after Ctrl-C; shells use it too."""
+SIGNALLED = 128
+"""Exit code of a process that a signal ended, minus the signal's number; shells use it too: 130
+after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP."""
 
 
 def run_to_exit_code(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
-    """Run a command; turn errors into a line on stderr and an exit code.
+    """Run a command; turn errors and signals into a line on stderr and an exit code.
 
     Parameters
     ----------
     run
         Function of the parsed arguments that returns an exit code.
     args
-        With ``args.debug``, errors are raised instead.
+        With ``args.debug``, the traceback of an error is printed, too.
     """
-    try:
-        with _termination_as_interruption():
+    with _Interruption() as interruption:
+        try:
             return run(args)
-    except TotalfastError as error:
-        if args.debug:
-            raise
-        print(f"ERROR: {error}", file=sys.stderr)
+        except KeyboardInterrupt as interrupted:
+            if interruption.is_nested:
+                raise
+            print(_last_line(interrupted), file=sys.stderr)
+            return interruption.exit_code
+        except Exception as error:  # noqa: BLE001 - the last place where it can become a message
+            if args.debug:
+                traceback.print_exc()
+            return _report(error, args)
+
+
+def _last_line(interruption: KeyboardInterrupt) -> str:
+    if isinstance(interruption, InterruptedAfterSaving):
+        return "Interrupted; the results were already complete."
+    return "Interrupted; no file is half-written."
+
+
+def _report(error: Exception, args: argparse.Namespace) -> int:
+    """Print one ERROR line, for unexpected errors below the lines of a bug report."""
+    if isinstance(error, TotalfastError):
+        _print_error(str(error))
         return WRONG_OPTION if isinstance(error, OptionError) else 1
-    except MemoryError:
-        if args.debug:
-            raise
-        print("ERROR: out of memory. Try --fast or --force_split.", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("Interrupted; no file is half-written.", file=sys.stderr)
-        return INTERRUPTED
+    advice = advice_for(error)
+    if advice is None:
+        print(report_of(error, args), file=sys.stderr)
+        advice = "This is a bug; please report the lines above. --debug shows a traceback."
+    _print_error(f"{_one_line(error)}. {advice}")
+    return 1
 
 
-def _raise_interrupt(signal_number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+def _print_error(message: str) -> None:
+    print(f"ERROR: {message}", file=sys.stderr)
 
 
-@contextlib.contextmanager
-def _termination_as_interruption() -> Iterator[None]:
-    """Turn SIGTERM into KeyboardInterrupt within the context, so that partial files are removed.
+def _one_line(error: Exception) -> str:
+    """The error's type and the first line of its message."""
+    first = str(error).strip().partition("\n")[0].rstrip(".")
+    return f"{type(error).__name__}: {first[:300]}" if first else type(error).__name__
 
-    Processes that a library forks within the context keep the default action of SIGTERM, because
-    their pools end them with it: a Python handler can miss a signal that arrives just after the
-    fork or before a lock, and then the pool waits forever.
+
+class _Interruption:
+    """Turns the first signal that ends a process into KeyboardInterrupt; ignores further ones.
+
+    A context manager. While files are cleaned up after the first signal, a second one must not
+    interrupt the cleaning. Signals that are ignored, for example by nohup, stay ignored. Within
+    another one, as when the demo runs a command, it leaves the signals to the outer one.
     """
-    previous = signal.signal(signal.SIGTERM, _raise_interrupt)
-    if hasattr(os, "register_at_fork"):
-        _reset_handler_in_forked_processes()
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
+
+    def __init__(self) -> None:
+        self.is_nested = False
+        self._number: int = signal.SIGINT
+        self._previous: dict[int, object] = {}
+
+    @property
+    def exit_code(self) -> int:
+        """Exit code for the signal that arrived."""
+        return SIGNALLED + self._number
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """Handle a signal."""
+        self._number = number
+        for other in self._previous:
+            signal.signal(other, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    def __enter__(self) -> _Interruption:
+        self.is_nested = isinstance(signal.getsignal(signal.SIGTERM), _Interruption)
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        if self.is_nested or not in_main_thread:
+            return self
+        if hasattr(os, "register_at_fork"):
+            _reset_handlers_in_forked_processes()
+        for number in ENDING_SIGNALS:
+            previous = signal.getsignal(number)
+            if previous not in (None, signal.SIG_IGN):
+                self._previous[number] = previous
+                signal.signal(number, self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, previous in self._previous.items():
+            signal.signal(number, previous)  # type: ignore[arg-type] # as getsignal returned it
 
 
 @functools.cache
-def _reset_handler_in_forked_processes() -> None:
-    """Block SIGTERM during each fork, until the new process has dropped our handler."""
+def _reset_handlers_in_forked_processes() -> None:
+    """Give processes that a library forks the default actions, from their first moment on.
+
+    Their pools end them with SIGTERM. A Python handler can miss a signal that arrives just after
+    the fork or before a lock, and then the pool waits for ever. So signals are blocked during each
+    fork, until the new process has dropped our handler. The hooks can't be removed, but do nothing
+    while no command runs.
+    """
     before = threading.local()
 
     def block() -> None:
-        before.mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        before.mask = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
 
     def restore() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, before.mask)
 
     def reset() -> None:
-        if signal.getsignal(signal.SIGTERM) is _raise_interrupt:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in ENDING_SIGNALS:
+            if isinstance(signal.getsignal(number), _Interruption):
+                signal.signal(number, signal.SIG_DFL)
         restore()
 
     os.register_at_fork(before=block, after_in_parent=restore, after_in_child=reset)

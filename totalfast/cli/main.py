@@ -7,12 +7,12 @@ without delay.
 from __future__ import annotations
 
 import atexit
-import contextlib
 import importlib
 import os
 import sys
 from typing import TYPE_CHECKING
 
+from totalfast.cli.console import hide_messages_of_libraries, make_printing_safe
 from totalfast.cli.exit_codes import run_to_exit_code
 from totalfast.cli.parser import build_parser
 from totalfast.cli.segment import run_main_command
@@ -22,10 +22,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 SUBCOMMANDS = {
+    "cache": "totalfast.cli.cache",
     "demo": "totalfast.cli.demo",
     "nnunet": "totalfast.cli.nnunet",
     "preview": "totalfast.cli.preview",
     "shim": "totalfast.cli.shim",
+    "weights": "totalfast.cli.weights",
 }
 """First word to the module of the subcommand, which has ``build_parser()`` and ``run(args)``."""
 
@@ -52,9 +54,11 @@ def command(run: Callable[[], int] = main) -> None:
     libraries registered to run at exit are called.
     """
     prepare_process()
+    make_printing_safe()
+    if "--debug" not in sys.argv:
+        hide_messages_of_libraries()
     code = run()
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
+        stream.flush()
     os._exit(code)

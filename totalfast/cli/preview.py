@@ -43,13 +43,16 @@ def run(args: argparse.Namespace) -> int:
         raise OptionError(f"{args.output} must end in .png or .jpg.")
     from totalfast.files.read import read_image
     from totalfast.preview.page import draw_preview, save_picture
+    from totalfast.system.pending_files import PendingFiles
 
     began = time.perf_counter()
     scan = read_image(args.scan)
     read = read_masks if args.labels.is_dir() else read_label_map
     labels, grid, names = read(args.labels)
     picture = draw_preview(scan, labels, grid, names, title=args.scan.name)
-    save_picture(picture, args.output)
+    with PendingFiles() as files:
+        save_picture(picture, args.output, files=files)
+        files.commit()
     print(f"Done in {time.perf_counter() - began:.1f} s: {args.output}")
     return 0
 

@@ -72,10 +72,14 @@ def write_shim(directory: Path) -> Path:
         )
     python = sys.executable if windows else shlex.quote(sys.executable)
     text = (WINDOWS if windows else POSIX).format(python=python)
+
+    def write(staged: Path) -> None:
+        staged.write_text(text, encoding="utf-8")
+        staged.chmod(0o755)
+
     with PendingFiles() as files:
-        part = files.path(path)
-        part.write_text(text, encoding="utf-8")
-        part.chmod(0o755)
+        files.write(path, write)
+        files.commit()
     return path
 
 

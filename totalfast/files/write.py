@@ -17,10 +17,11 @@ from totalfast.system.pending_files import PendingFiles
 from totalfast.upstream import label_table_xml
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
     from typing import TypeAlias
 
     from numpy.typing import NDArray
+    from typing_extensions import Buffer
 
     from totalfast.engine.predict import Probabilities
 
@@ -65,16 +66,13 @@ def write_labels(image: nib.Nifti1Image, path: Path, *, files: PendingFiles, thr
     """Write a label map to a ``.nii`` or ``.nii.gz`` file."""
     voxels = np.asfortranarray(image.dataobj).reshape(-1, order="F")
     head = _header_bytes(image)
-    part = files.path(path)
+    content: list[Buffer] = [head, voxels.data]
     if path.name.endswith(".gz"):
         chunks = [voxels[at : at + PIECE_BYTES].data for at in range(0, voxels.size, PIECE_BYTES)]
         with ThreadPoolExecutor(max_workers=threads) as pool:
             pieces = list(pool.map(compress, chunks))
-        part.write_bytes(b"".join(member(join([compress(head), *pieces]))))
-    else:
-        with part.open("wb") as stream:
-            stream.write(head)
-            stream.write(voxels.data)
+        content = list(member(join([compress(head), *pieces])))
+    files.write(path, lambda staged: _write_parts(staged, content))
 
 
 def write_probabilities(
@@ -103,10 +101,15 @@ def write_probabilities(
     """
     shape = probabilities.values.shape[:0:-1]
     properties = _read_properties(reader, shape, affine) | probabilities.cropping
-    with files.path(path).open("wb") as archive:
-        np.savez_compressed(archive, probabilities=probabilities.values)
-    with files.path(path.with_suffix(".pkl")).open("wb") as stream:
-        pickle.dump(properties, stream)
+
+    def write_archive(staged: Path) -> None:
+        with staged.open("wb") as archive:
+            np.savez_compressed(archive, probabilities=probabilities.values)
+
+    files.write(path, write_archive)
+    files.write(
+        path.with_suffix(".pkl"), lambda staged: staged.write_bytes(pickle.dumps(properties))
+    )
 
 
 def _read_properties(
@@ -152,10 +155,9 @@ def write_masks(
     def write(item: tuple[int, str]) -> None:
         label, name = item
         pieces = join([head, *_mask_pieces(labels, label, present[:, label])])
-        with paths[name].open("wb") as stream:
-            stream.writelines(member(pieces))
+        content = list(member(pieces))
+        files.write(folder / f"{name}.nii.gz", lambda staged: _write_parts(staged, content))
 
-    paths = {name: files.path(folder / f"{name}.nii.gz") for name in names.values()}
     with ThreadPoolExecutor(max_workers=threads) as pool:
         list(pool.map(write, names.items()))
 
@@ -197,6 +199,11 @@ def _mask_pieces(
         mask = labels[:, :, start:stop] == label
         yield compress(mask.view(np.uint8).reshape(-1, order="F").data)
     yield zeros((labels.shape[2] - last) * plane_bytes)
+
+
+def _write_parts(path: Path, parts: Sequence[Buffer]) -> None:
+    with path.open("wb") as stream:
+        stream.writelines(parts)
 
 
 def _header_bytes(image: nib.Nifti1Image) -> bytes:

@@ -138,12 +138,20 @@ def write_segmentation(
     """
     ending = dataset["file_ending"]
     writer = plans.image_reader_writer_class()
-    with PendingFiles() as files:
+    with PendingFiles(rescue_from=target.parent) as files:
         if probabilities is not None:
             from batchgenerators.utilities.file_and_folder_operations import save_pickle
 
-            archive = files.path(target.with_name(target.name + ".npz"), ending=".npz")
-            np.savez_compressed(archive, probabilities=probabilities)
-            save_pickle(properties, str(files.path(target.with_name(target.name + ".pkl"))))
-        part = files.path(target.with_name(target.name + ending), ending=ending)
-        writer.write_seg(segmentation, str(part), properties)
+            files.write(
+                target.with_name(target.name + ".npz"),
+                lambda staged: np.savez_compressed(staged, probabilities=probabilities),
+            )
+            files.write(
+                target.with_name(target.name + ".pkl"),
+                lambda staged: save_pickle(properties, str(staged)),
+            )
+        files.write(
+            target.with_name(target.name + ending),
+            lambda staged: writer.write_seg(segmentation, str(staged), properties),
+        )
+        files.commit()

@@ -18,7 +18,6 @@ from totalfast.preview.slices import font, slice_view
 from totalfast.preview.surface import surface_view
 from totalfast.preview.volume import LabelledVolume
 from totalfast.system.cores import usable_cores
-from totalfast.system.pending_files import PendingFiles
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     from totalfast.geometry import Grid
     from totalfast.preview.palette import Colour
     from totalfast.scan import ScannerImage
+    from totalfast.system.pending_files import PendingFiles
 
 __all__ = ["draw_preview", "save_picture"]
 
@@ -168,12 +168,11 @@ def draw_preview(
     return page
 
 
-def save_picture(picture: Image.Image, path: Path) -> None:
-    """Write a picture as PNG or JPEG, by the ending of ``path``; never leaves a partial file."""
-    with PendingFiles() as files:
-        part = files.path(path)
-        kind = "PNG" if path.suffix.lower() == ".png" else "JPEG"
-        picture.save(part, kind, **({"compress_level": 3} if kind == "PNG" else {"quality": 92}))
+def save_picture(picture: Image.Image, path: Path, *, files: PendingFiles) -> None:
+    """Write a picture as PNG or JPEG, by the ending of ``path``."""
+    is_png = path.suffix.lower() == ".png"
+    kind, settings = ("PNG", {"compress_level": 3}) if is_png else ("JPEG", {"quality": 92})
+    files.write(path, lambda staged: picture.save(staged, kind, **settings))
 
 
 def _structures(volume: LabelledVolume, names: Mapping[int, str]) -> _Structures:

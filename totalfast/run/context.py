@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from totalfast.options import Options
     from totalfast.run.memory_plan import Budget, MemoryPlan, StoredScan
     from totalfast.run.work import Work
+    from totalfast.system.pending_files import PendingFiles
     from totalfast.system.progress import Progress
     from totalfast.tasks import Part, Task
 
@@ -35,6 +36,8 @@ class RunContext:
         The scan as its header describes it.
     budget
         The memory that the run may take.
+    files
+        Collects all files of the run.
     empty_classes
         Why classes are empty in the result.
     models
@@ -47,6 +50,7 @@ class RunContext:
     work: Work
     scan: StoredScan
     budget: Budget
+    files: PendingFiles
     empty_classes: EmptyClasses
     models: tuple[tuple[Task, Part], ...]
 

@@ -16,6 +16,7 @@ import numpy as np
 from totalfast.engine.weights import find_part
 from totalfast.export.cell_export import prepare as prepare_linear
 from totalfast.files.read import open_scan, read_image
+from totalfast.files.targets import derives_body_and_skin
 from totalfast.geometry import Grid, to_canonical
 from totalfast.resampling.model_grid import to_model_grid
 from totalfast.run.cleanup import clean, refine
@@ -27,7 +28,13 @@ from totalfast.run.memory_plan import Budget, StoredScan
 from totalfast.run.prediction import predict
 from totalfast.run.region import empty_result, find_region, keep_near, uncrop
 from totalfast.run.restoring import LabelMap, restore
-from totalfast.run.results import Results, save_report, write_results, writes_skin
+from totalfast.run.results import (
+    Results,
+    add_results_to_nora,
+    save_marker,
+    save_report,
+    write_results,
+)
 from totalfast.run.work import Work
 from totalfast.system.cores import usable_cores
 from totalfast.system.progress import Progress, timed
@@ -43,10 +50,12 @@ if TYPE_CHECKING:
 
     from totalfast.engine.store import ModelStore
     from totalfast.files.dicom.read import Series
+    from totalfast.files.targets import OutputPlan
     from totalfast.options import Options
     from totalfast.run.memory_plan import MemoryPlan
     from totalfast.run.results import Segmentation
     from totalfast.scan import ModelImage, ScannerImage
+    from totalfast.system.pending_files import PendingFiles
     from totalfast.tasks import Crop, Part, Task
 
 logger = logging.getLogger(__name__)
@@ -54,10 +63,11 @@ logger = logging.getLogger(__name__)
 
 def run(
     source: str | Path | nib.Nifti1Image | BinaryIO,
-    output: Path | None,
+    outputs: OutputPlan,
     *,
     options: Options,
     store: ModelStore,
+    files: PendingFiles,
     series: Series | None = None,
 ) -> Segmentation:
     """Segment one scan and write what was asked for.
@@ -66,12 +76,14 @@ def run(
     ----------
     source
         Path of an image file, an image, or an open file.
-    output
-        Directory of the masks, or file of the label map; None writes nothing.
+    outputs
+        The files to write.
     options
         What to do.
     store
         Where models are loaded.
+    files
+        Collects the files; they get their names at the end of the run.
     series
         The DICOM series that ``source`` was converted from, if it was.
 
@@ -85,9 +97,10 @@ def run(
     _check_license(task, options)
     warn_of_untested_version()
     scan = open_scan(source)  # before models are looked for, or even downloaded
+    files.require_space(outputs.sizes(scan.shape[:3]))
     _log_task(task, options)
     with Progress(disable=options.quiet) as progress:
-        context = _context(scan, task, options=options, store=store, progress=progress)
+        context = _context(scan, task, options=options, store=store, progress=progress, files=files)
         plan = _first_plan(context, Grid(shape=scan.shape[:3], affine=scan.affine), task)
         plan.check(context.budget)
         _prepare_models(context)
@@ -108,9 +121,10 @@ def run(
             image=image,
             source=_name_of(source, scan, series),
             series=series,
-            output=output,
+            output=outputs.output,
             task=task,
             options=options,
+            files=files,
         )
         segmentation = write_results(results, progress)
         progress.advance(context.work.save)
@@ -119,6 +133,11 @@ def run(
     if options.report is not None:
         device, _ = store.place(options.device, options.backend)
         save_report(results, context.empty_classes, device=device, elapsed_s=elapsed_s)
+    save_marker(results)
+    files.commit()
+    add_results_to_nora(results)
+    if options.report is not None:
+        logger.info("Run report written to %s", options.report)
     logger.info(
         "Done in %.1f s: %s", elapsed_s, ", ".join(segmentation.saved) or "nothing was saved"
     )
@@ -210,7 +229,13 @@ def _vertebral_bodies(context: RunContext, image: ScannerImage, task: Task) -> L
 
 
 def _context(
-    scan: nib.Nifti1Image, task: Task, *, options: Options, store: ModelStore, progress: Progress
+    scan: nib.Nifti1Image,
+    task: Task,
+    *,
+    options: Options,
+    store: ModelStore,
+    progress: Progress,
+    files: PendingFiles,
 ) -> RunContext:
     return RunContext(
         options=options,
@@ -223,6 +248,7 @@ def _context(
             kept=_keeps_scan(task, options),
         ),
         budget=Budget.of(options),
+        files=files,
         empty_classes=EmptyClasses(
             task.classes, enabled=options.verbose or options.report is not None
         ),
@@ -267,7 +293,7 @@ def _models_of(task: Task) -> Iterator[tuple[Task, Part]]:
 
 def _keeps_scan(task: Task, options: Options) -> bool:
     return (
-        writes_skin(task, options)
+        derives_body_and_skin(task, options)
         or options.preview
         or bool(options.statistics)
         or task.refined_by is not None

@@ -14,7 +14,6 @@ from totalfast.engine.sliding_window import WindowMemory, prepare_tiles
 from totalfast.engine.tiles import Tiling, plan_tiles
 from totalfast.files.write import write_probabilities
 from totalfast.labels.merge import merge_part, thirds, wants_split, whole
-from totalfast.system.pending_files import PendingFiles
 from totalfast.system.progress import timed
 
 if TYPE_CHECKING:
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from totalfast.engine.model import Model
-    from totalfast.engine.predict import Probabilities
     from totalfast.geometry import Grid
     from totalfast.labels.merge import Piece
     from totalfast.options import Options
@@ -161,7 +159,13 @@ def _predict_piece(
         )
     if archive is not None:
         context.progress.stage("Saving probabilities")
-        _save_probabilities(probabilities, archive, model_image, model)
+        write_probabilities(
+            probabilities,
+            archive,
+            affine=model_image.grid.affine,
+            reader=model.plans.image_reader_writer_class(),
+            files=context.files,
+        )
     return part_labels
 
 
@@ -177,13 +181,3 @@ def _pieces(
         return whole(slices, labelled=labelled)
     logger.info("Splitting into subparts...")
     return thirds(slices)
-
-
-def _save_probabilities(
-    probabilities: Probabilities, path: Path, model_image: ModelImage, model: Model
-) -> None:
-    reader = model.plans.image_reader_writer_class()
-    with PendingFiles() as files:
-        write_probabilities(
-            probabilities, path, affine=model_image.grid.affine, reader=reader, files=files
-        )

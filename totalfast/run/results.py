@@ -1,10 +1,15 @@
-"""Write the results of a run: masks or label map, statistics, preview, radiomics, report."""
+"""Write the results of a run: masks or label map, statistics, preview, radiomics, report.
+
+All files are written to a ``PendingFiles``; they get their names when the run commits it.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,14 +18,21 @@ import numpy as np
 
 from totalfast.files.dicom.write import write_dicom
 from totalfast.files.nora import ATLAS, MASK, add_to_nora
-from totalfast.files.targets import describe, output_files, report_folder
+from totalfast.files.targets import (
+    derives_body_and_skin,
+    describe,
+    marker_file,
+    output_files,
+    preview_file,
+    radiomics_file,
+    statistics_file,
+)
 from totalfast.files.write import label_image, write_labels, write_masks
 from totalfast.geometry import Grid
 from totalfast.labels.clean import skin_mask
 from totalfast.labels.merge import renumbered
 from totalfast.run.measure import measure_scan
 from totalfast.system.cores import usable_cores
-from totalfast.system.pending_files import PendingFiles
 from totalfast.system.progress import timed
 from totalfast.upstream import CLASS_MAPS, python_api, write_radiomics
 
@@ -33,6 +45,7 @@ if TYPE_CHECKING:
     from totalfast.run.empty_classes import EmptyClasses
     from totalfast.run.restoring import LabelMap
     from totalfast.scan import ScannerImage
+    from totalfast.system.pending_files import PendingFiles
     from totalfast.system.progress import Progress
     from totalfast.tasks import Task
 
@@ -54,11 +67,13 @@ class Results:
     output: Path | None
     task: Task
     options: Options
+    files: PendingFiles
+    """Collects all files of the run."""
 
     @property
-    def folder(self) -> Path | None:
-        """Folder of the files beside the label map, or among the masks."""
-        return None if self.output is None else report_folder(self.output, self.options)
+    def saved_to(self) -> Path | None:
+        """The output path, if label maps or masks are written."""
+        return None if self.options.skip_saving else self.output
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,14 +89,14 @@ class Segmentation:
 
 
 def write_results(results: Results, progress: Progress) -> Segmentation:
-    """Write all results except the report of the run."""
+    """Write all results except the report and the completion marker."""
     options, output = results.options, results.output
     renumbered_map = in_wanted_order(results)
     saved = []
-    if output is not None and not options.skip_saving:
+    if results.saved_to is not None:
         progress.stage("Saving")
-        save(results, renumbered_map, output)
-        saved.append(describe(output, options, masks=len(results.task.classes)))
+        save(results, renumbered_map, results.saved_to)
+        saved.append(describe(results.saved_to, options, masks=len(results.task.classes)))
     if options.preview:
         progress.stage("Drawing")
         save_preview(results)
@@ -122,67 +137,67 @@ def save(results: Results, result: nib.Nifti1Image, output: Path) -> None:
     options, task = results.options, results.task
     threads = min(usable_cores(), options.nr_thr_saving)
     names_each = not task.name.startswith("total")
-    with PendingFiles() as files:
-        with timed("Saving segmentations...", "  Saved in"):
-            if options.multilabel:
-                _write_label_maps(results, result, output, files=files, threads=threads)
-            else:
-                for name in task.classes.values() if names_each else ():
-                    logger.info("Creating %s.nii.gz", name)
-                write_masks(
-                    results.label_map.image,
-                    task.classes,
-                    folder=output,
-                    files=files,
-                    threads=threads,
-                )
-        if writes_skin(task, options):
-            _write_body_and_skin(results, output, files=files, threads=threads)
-    # Like upstream: Nora gets NIfTI files, and none if DICOM is written.
-    if options.nora_tag is not None and not options.dicom_types:
-        if options.ml:
-            add_to_nora(
-                list(output_files(output, options).values()), tag=options.nora_tag, kind=ATLAS
-            )
+    with timed("Saving segmentations...", "  Saved in"):
+        if options.multilabel:
+            _write_label_maps(results, result, output, threads=threads)
         else:
-            masks = [output / f"{name}.nii.gz" for name in task.classes.values()]
-            add_to_nora(masks, tag=options.nora_tag, kind=MASK)
+            for name in task.classes.values() if names_each else ():
+                logger.info("Creating %s.nii.gz", name)
+            write_masks(
+                results.label_map.image,
+                task.classes,
+                folder=output,
+                files=results.files,
+                threads=threads,
+            )
+    if derives_body_and_skin(task, options):
+        _write_body_and_skin(results, output, threads=threads)
+
+
+def add_results_to_nora(results: Results) -> None:
+    """Add the written files to Nora; like upstream, only NIfTI files, and none beside DICOM."""
+    options, output = results.options, results.saved_to
+    if output is None or options.nora_tag is None or options.dicom_types:
+        return
+    if options.ml:
+        add_to_nora(list(output_files(output, options).values()), tag=options.nora_tag, kind=ATLAS)
+    else:
+        masks = [output / f"{name}.nii.gz" for name in results.task.classes.values()]
+        add_to_nora(masks, tag=options.nora_tag, kind=MASK)
 
 
 def _write_label_maps(
-    results: Results, result: nib.Nifti1Image, output: Path, *, files: PendingFiles, threads: int
+    results: Results, result: nib.Nifti1Image, output: Path, *, threads: int
 ) -> None:
     """Write one file per output type, each with all classes."""
     labels = results.label_map.voxels
     for kind, path in output_files(output, results.options).items():
         if kind == "nifti":
-            write_labels(result, path, files=files, threads=threads)
+            write_labels(result, path, files=results.files, threads=threads)
         elif results.series is not None:
             write_dicom(
-                kind, labels, results.task.classes, series=results.series, target=path, files=files
+                kind,
+                labels,
+                results.task.classes,
+                series=results.series,
+                target=path,
+                files=results.files,
             )
 
 
-def writes_skin(task: Task, options: Options) -> bool:
-    """Whether masks of body and skin are derived, which needs the scan's voxels."""
-    return task.name == "body" and not options.multilabel and not options.no_derived_masks
-
-
-def _write_body_and_skin(
-    results: Results, output: Path, *, files: PendingFiles, threads: int
-) -> None:
+def _write_body_and_skin(results: Results, output: Path, *, threads: int) -> None:
     """Write the masks that upstream derives for the task body, with fresh headers."""
     body = np.asfortranarray(results.label_map.image.dataobj) > 0
     logger.info("Creating body.nii.gz")
     logger.info("Creating skin.nii.gz")
     for name, voxels in (("body", body.view(np.uint8)), ("skin", skin_mask(results.image, body))):
         mask = label_image(voxels, affine=results.label_map.image.affine, header=None, names=None)
-        write_labels(mask, output / f"{name}.nii.gz", files=files, threads=threads)
+        write_labels(mask, output / f"{name}.nii.gz", files=results.files, threads=threads)
 
 
 def save_preview(results: Results) -> None:
     """Draw the result into the folder of the masks, or beside the label map."""
-    if results.folder is None:
+    if results.output is None:
         logger.warning("WARNING: No output directory specified. Skipping preview generation.")
         return
     from totalfast.preview.page import draw_preview, save_picture
@@ -193,7 +208,8 @@ def save_preview(results: Results) -> None:
         affine = np.asarray(results.label_map.image.affine, dtype=np.float64)
         grid = Grid(shape=labels.shape, affine=affine)
         picture = draw_preview(results.image, labels, grid, task.classes, title=f"task {task.name}")
-        save_picture(picture, results.folder / f"preview_{task.name}.png")
+        path = preview_file(results.output, task, results.options)
+        save_picture(picture, path, files=results.files)
 
 
 def measure_classes(results: Results) -> Statistics:
@@ -207,28 +223,30 @@ def measure_classes(results: Results) -> Statistics:
 
 def save_statistics(results: Results, statistics: Statistics) -> Path | None:
     """Write the statistics to the user's file, or into the folder of the results."""
-    path = results.options.statistics
-    if isinstance(path, bool):
-        if results.folder is None:
-            return None
-        path = results.folder / "statistics.json"
-    _write_json(statistics, path, indent=4)
+    path = statistics_file(results.output, results.options)
+    if path is not None:
+        _write_json(statistics, path, files=results.files, indent=4)
     return path
 
 
 def save_radiomics(results: Results, folder: Path) -> None:
     """Let upstream compute radiomics features of all masks in a folder into one file."""
-    with timed("Calculating radiomics...", "  calculated in"), PendingFiles() as files:
-        source = (
-            results.source if isinstance(results.source, nib.Nifti1Image) else Path(results.source)
+    source = results.source
+    with timed("Calculating radiomics...", "  calculated in"):
+        scan = source if isinstance(source, nib.Nifti1Image) else Path(source)
+        masks = results.files.staged(folder)
+        results.files.write(
+            radiomics_file(folder), lambda staged: write_radiomics(scan, masks, staged)
         )
-        write_radiomics(source, folder, files.path(folder / "statistics_radiomics.json"))
 
 
 def save_report(
     results: Results, empty_classes: EmptyClasses, *, device: torch.device, elapsed_s: float
 ) -> None:
-    """Write upstream's report of a run, and why classes are empty."""
+    """Write upstream's report of a run, and why classes are empty.
+
+    Upstream lists the masks in the output folder; here some have no name there yet.
+    """
     path = results.options.report
     if path is None:
         return
@@ -249,10 +267,34 @@ def save_report(
         save_lowres=options.lowres,
     )
     facts["totalfast"] = {"version": version(), "empty_classes": empty_classes.reasons}
-    _write_json(facts, path, indent=2)
-    logger.info("Run report written to %s", path)
+    if results.output is not None and not options.multilabel:
+        folder = results.output.resolve()
+        written = {file.name for file in results.files.targets if file.parent == folder}
+        written |= set(facts["output_files"])
+        facts["output_files"] = sorted(name for name in written if name.endswith(".nii.gz"))
+    _write_json(facts, path, files=results.files, indent=2)
 
 
-def _write_json(content: dict[str, Any], path: Path, *, indent: int) -> None:
-    with PendingFiles() as files:
-        files.path(path).write_text(json.dumps(content, indent=indent))
+def save_marker(results: Results) -> None:
+    """Write the completion marker, which gets its name after all other files."""
+    if results.saved_to is None or not results.options.completion_marker:
+        return
+    from totalfast.about import version
+
+    path = marker_file(results.saved_to, results.options)
+    folder = path.parent.resolve()
+    files = [os.path.relpath(file, folder) for file in results.files.targets]
+    content = {
+        "totalfast": version(),
+        "task": results.task.name,
+        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "files": sorted(files),
+    }
+    _write_json(content, path, files=results.files, indent=2, last=True)
+
+
+def _write_json(
+    content: dict[str, Any], path: Path, *, files: PendingFiles, indent: int, last: bool = False
+) -> None:
+    text = json.dumps(content, indent=indent)
+    files.write(path, lambda staged: staged.write_text(text), last=last)

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 import nibabel as nib
 
 from totalfast import upstream
-from totalfast.errors import InputError
+from totalfast.errors import InputError, OutputError
 from totalfast.files.dicom.find import find_files, link, read_header
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from pydicom import Dataset
 
@@ -118,6 +118,21 @@ def open_series(source: Path) -> Iterator[Series]:
         )
         logger.info("  found image with shape %s", series.image.shape)
         yield series
+
+
+def refuse_slices(targets: Iterable[Path]) -> None:
+    """Refuse to write over files that are slices of a scan.
+
+    Raises
+    ------
+    OutputError
+        If one of the files exists and is an image slice.
+    """
+    for target in targets:
+        if target.is_file():
+            header = read_header(target)
+            if header is not None and _is_image(header):
+                raise OutputError(f"{target} is a slice of a DICOM scan; give another name.")
 
 
 def _one_series(source: Path, files: list[Path]) -> dict[Path, Dataset]:

@@ -6,8 +6,6 @@ Series that these writers can't handle correctly are refused before any work is 
 from __future__ import annotations
 
 import importlib
-import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,6 +15,7 @@ from totalfast.errors import OptionError, OutputError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
     from numpy.typing import NDArray
 
@@ -152,16 +151,12 @@ def write_dicom(
         raise OutputError(f"no structure was found, but a DICOM SEG needs one: {target}.")
     labels = _as_the_writer_expects(labels, series, kind)
     try:
-        if kind == "dicom_rtstruct":
-            part = files.path(target, ending=".dcm")
-            upstream.write_rtstruct(labels, present, series.folder, part)
-        elif target.is_dir():
-            with tempfile.TemporaryDirectory(prefix=".totalfast-", dir=target) as folder:
-                upstream.write_dicom_seg(labels, present, series.folder, Path(folder))
-                for written in Path(folder).iterdir():
-                    written.replace(files.path(target / written.name))
-        else:
-            upstream.write_dicom_seg(labels, present, series.folder, files.path(target))
+        writer = upstream.write_rtstruct if kind == "dicom_rtstruct" else upstream.write_dicom_seg
+        files.write(
+            target,
+            lambda staged: writer(labels, present, series.folder, staged),
+            folder=kind == "dicom_seg" and target.is_dir(),
+        )
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         # The writers raise these errors if an attribute of the series is missing or unexpected.
         raise OutputError(

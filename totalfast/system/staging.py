@@ -1,0 +1,210 @@
+"""A hidden folder beside the results, where files wait until all of them are complete.
+
+A staging folder lies in an existing folder, on the same disk as the results, so that files get to
+their places by renaming. What the results replace waits there too, until all results are in place.
+A journal of the renames makes it possible to undo them after the process was killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import secrets
+import shutil
+import stat
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import filelock
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+PREFIX = ".totalfast-"
+"""Start of the folder's name; programs that list results skip hidden files."""
+
+NEW, OLD, JOURNAL, LOCK = "new", "old", "journal.json", "lock"
+"""Names in a staging folder."""
+
+ABANDONED_AFTER_S = 3600
+"""Age from which a staging folder without a lock counts as abandoned. Its process was killed
+between the creation of the folder and of the lock, or the disk has no locks."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Move:
+    """One result on the way to its place.
+
+    Parameters
+    ----------
+    name
+        Path relative to the staging folder's parent.
+    replaces
+        Whether a file with this name was there before.
+    """
+
+    name: str
+    replaces: bool
+
+
+class Staging:
+    """A staging folder in ``parent``, which must exist; created by ``open``."""
+
+    def __init__(self, parent: Path) -> None:
+        self.parent = parent
+        self.folder = parent / f"{PREFIX}{secrets.token_hex(8)}"
+        self._lock = filelock.FileLock(self.folder / LOCK, thread_local=False)
+
+    def open(self) -> None:
+        """Create the folder, for this user only, and lock it.
+
+        Raises
+        ------
+        OSError
+            If the folder can't be created.
+        """
+        self.folder.mkdir(mode=0o700)  # fails if the name exists, also as a symbolic link
+        (self.folder / NEW).mkdir()
+        (self.folder / OLD).mkdir()
+        # Without locks on this disk, other runs wait before they remove an abandoned folder.
+        with contextlib.suppress(OSError, NotImplementedError):
+            self._lock.acquire(timeout=0)
+
+    def path(self, target: Path) -> Path:
+        """Path at which a target below ``parent`` waits; its folder is created."""
+        staged = self.folder / NEW / target.relative_to(self.parent)
+        staged.parent.mkdir(parents=True, exist_ok=True)
+        return staged
+
+    def clear(self) -> None:
+        """Delete all waiting files."""
+        shutil.rmtree(self.folder / NEW)
+        (self.folder / NEW).mkdir()
+
+    def moves(self) -> list[Move]:
+        """List the renames that put all files into place.
+
+        A folder that does not exist yet is one rename, so that it appears with all its files.
+        """
+        return list(self._moves(self.folder / NEW, self.parent))
+
+    def _moves(self, staged: Path, place: Path) -> Iterator[Move]:
+        for path in sorted(staged.iterdir()):
+            target = place / path.name
+            if path.is_dir() and target.is_dir():
+                yield from self._moves(path, target)
+                continue
+            replaces = os.path.lexists(target)
+            if replaces and (path.is_dir() or target.is_dir()):
+                wrong = errno.ENOTDIR if path.is_dir() else errno.EISDIR
+                raise OSError(wrong, os.strerror(wrong), str(target))
+            yield Move(name=target.relative_to(self.parent).as_posix(), replaces=replaces)
+
+    def write_journal(self, moves: list[Move]) -> None:
+        """Write down the renames that follow."""
+        draft = self.folder / f"{JOURNAL}.draft"
+        content = {"moves": [{"name": move.name, "replaces": move.replaces} for move in moves]}
+        with draft.open("w", encoding="utf-8") as stream:
+            json.dump(content, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        draft.rename(self.folder / JOURNAL)
+
+    def set_aside(self, move: Move) -> None:
+        """Move the file that a result replaces into the staging folder."""
+        if move.replaces:
+            old = self.folder / OLD / move.name
+            old.parent.mkdir(parents=True, exist_ok=True)
+            (self.parent / move.name).rename(old)
+
+    def place(self, move: Move) -> None:
+        """Move a result to its place, which is free."""
+        (self.folder / NEW / move.name).rename(self.parent / move.name)
+
+    def undo(self, moves: list[Move]) -> None:
+        """Move results back and restore what they replaced, however far the renames got."""
+        for move in reversed(moves):
+            new, target = self.folder / NEW / move.name, self.parent / move.name
+            if not os.path.lexists(new) and os.path.lexists(target):
+                target.rename(new)
+        for move in moves:
+            old = self.folder / OLD / move.name
+            if move.replaces and os.path.lexists(old):
+                old.rename(self.parent / move.name)
+
+    def sync(self) -> None:
+        """Write the parent's list of files to the disk; does nothing on Windows."""
+        if os.name == "posix":
+            descriptor = os.open(self.parent, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+    def remove(self) -> bool:
+        """Delete the folder; return whether it is gone. Does nothing if it was never created."""
+        with contextlib.suppress(OSError):
+            (self.folder / JOURNAL).unlink()
+        self.release()
+        shutil.rmtree(self.folder, ignore_errors=True)
+        return not os.path.lexists(self.folder)
+
+    def release(self) -> None:
+        """Give up the lock."""
+        self._lock.release(force=True)
+
+
+def recover(parent: Path) -> None:
+    """Undo and delete what killed processes of this user left in a folder.
+
+    Folders of running processes, of other users, and symbolic links are left alone.
+    """
+    try:
+        names = [entry.name for entry in os.scandir(parent) if entry.name.startswith(PREFIX)]
+    except OSError:
+        return
+    for name in names:
+        folder = parent / name
+        with contextlib.suppress(OSError, ValueError, TypeError, LookupError):
+            if _is_ours(folder.lstat()):
+                _recover(parent, folder)
+
+
+def _is_ours(status: os.stat_result) -> bool:
+    owned = not hasattr(os, "geteuid") or status.st_uid == os.geteuid()
+    return stat.S_ISDIR(status.st_mode) and owned
+
+
+def _recover(parent: Path, folder: Path) -> None:
+    lock = folder / LOCK
+    if not lock.exists():
+        if time.time() - folder.stat().st_mtime > ABANDONED_AFTER_S:
+            _undo_and_remove(parent, folder)
+        return
+    try:
+        with filelock.FileLock(lock, timeout=0, thread_local=False):
+            _undo_and_remove(parent, folder)
+    except (filelock.Timeout, NotImplementedError):
+        return  # another process is at work
+
+
+def _undo_and_remove(parent: Path, folder: Path) -> None:
+    journal = folder / JOURNAL
+    if journal.exists():
+        content = json.loads(journal.read_text(encoding="utf-8"))
+        moves = [Move(name=str(m["name"]), replaces=bool(m["replaces"])) for m in content["moves"]]
+        if not all(_is_inside(move.name) for move in moves):
+            return
+        staging = Staging(parent)
+        staging.folder = folder
+        staging.undo(moves)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_inside(name: str) -> bool:
+    path = Path(name)
+    return not path.is_absolute() and ".." not in path.parts and bool(path.parts)
