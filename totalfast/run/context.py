@@ -62,13 +62,24 @@ class RunContext:
     def start_loading(self, number: int) -> None:
         """Start loading one of ``models``, if there are that many."""
         if number < len(self.models):
-            device, backend = self.options.device, self.options.backend
-            self.store.load(*self.models[number], device=device, backend=backend)
+            options = self.options
+            self.store.load(
+                *self.models[number],
+                device=options.device,
+                backend=options.backend,
+                trust_model=options.trust_model,
+            )
 
     def take(self, task: Task, part: Part) -> Model:
         """Wait until a model of a task is loaded, and start loading the next one."""
-        device, backend = self.options.device, self.options.backend
-        model = self.store.take(task, part, device=device, backend=backend)
+        options = self.options
+        model = self.store.take(
+            task,
+            part,
+            device=options.device,
+            backend=options.backend,
+            trust_model=options.trust_model,
+        )
         for number, (other_task, other_part) in enumerate(self.models, start=1):
             if other_task is task and other_part is part:
                 self.start_loading(number)
