@@ -17,6 +17,7 @@ import os
 import re
 import tempfile
 import threading
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ from totalsegmentator.map_to_binary import (
     class_map_5_parts_total_v3,
     class_map_parts_headneck_muscles,
     class_map_parts_mr,
+    commercial_models,
     map_taskid_to_partname_ct,
     map_taskid_to_partname_ct_v3,
     map_taskid_to_partname_headneck_muscles,
@@ -49,20 +51,23 @@ if TYPE_CHECKING:
 __all__ = [
     "CLASS_MAPS",
     "DEFAULT_CONFIG",
+    "LICENSE_SERVER_URL",
     "PART_CLASS_MAPS",
     "PART_NAMES",
+    "RELEASES_URL",
     "TASKS",
     "TASK_CONFIGS",
     "TASK_ID_WEIGHTS_CONFIGS",
+    "WeightsRequest",
     "check_license",
     "custom_trainer",
     "dataset_folder",
     "dicom_modality",
     "dicom_plane",
     "dicom_to_nifti",
-    "download_weights",
     "format_classes_table",
     "format_tasks_table",
+    "is_licensed_model",
     "label_names",
     "label_table_xml",
     "postprocessing",
@@ -72,6 +77,7 @@ __all__ = [
     "version",
     "warn_of_untested_version",
     "weights_home",
+    "weights_request",
     "write_dicom_seg",
     "write_radiomics",
     "write_rtstruct",
@@ -144,11 +150,55 @@ def dataset_folder(model_id: int) -> Path:
     return weights_home() / entry.get("rel_path", "") / entry["foldername"]
 
 
-def download_weights(model_id: int) -> None:
-    """Fetch a missing model with upstream's own downloader."""
-    from totalsegmentator.libs import download_pretrained_weights
+RELEASES_URL = "https://github.com/wasserth/TotalSegmentator/releases/download"
+LICENSE_SERVER_URL = "https://backend.totalsegmentator.com:443/download_weights"
+"""Where upstream's ``download_pretrained_weights`` fetches models (libs.py, 2.18.0). The two are
+inside its functions; a test compares the requests for all models with upstream's."""
 
-    download_pretrained_weights(model_id)
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightsRequest:
+    """The request for a model's zip file."""
+
+    url: str
+    body: Mapping[str, str] | None = field(default=None, repr=False)
+    """JSON of a POST request, with the licence number; None for a GET request."""
+
+
+def is_licensed_model(model_id: int | str) -> bool:
+    """Whether a model is downloaded with a licence number."""
+    entry = TASK_ID_WEIGHTS_CONFIGS[model_id]
+    return model_id in commercial_models.values() or bool(entry.get("commercial"))
+
+
+def weights_request(model_id: int | str, *, base_url: str = RELEASES_URL) -> WeightsRequest | None:
+    """Return the request that upstream sends for a model; None if upstream has no URL for it.
+
+    Parameters
+    ----------
+    model_id
+        Number, or name, in upstream's table.
+    base_url
+        Where models without a licence are.
+
+    Raises
+    ------
+    LicenseError
+        If the model needs a licence number, and none is stored.
+    """
+    if is_licensed_model(model_id):
+        from totalsegmentator.config import get_license_number
+
+        # Upstream inverts the table, so the last of two tasks with one model counts.
+        tasks: dict[int | str, str] = {number: name for name, number in commercial_models.items()}
+        task = tasks.get(model_id, str(model_id))
+        check_license(task)
+        body = {"license_number": get_license_number(), "task": task, "version": version()}
+        return WeightsRequest(url=LICENSE_SERVER_URL, body=body)
+    entry: dict[str, str] = TASK_ID_WEIGHTS_CONFIGS[model_id]
+    if entry.get("version") in (None, "TODO"):
+        return None
+    return WeightsRequest(url=f"{base_url}/{entry['version']}/{entry['foldername']}.zip")
 
 
 def check_license(task: str) -> None:

@@ -73,7 +73,7 @@ def test_open_file_nrrd_and_dicom_give_the_labels_of_the_nifti_file(scan, tmp_pa
 def test_failed_run_leaves_no_converted_dicom_files(scan, tmp_path, monkeypatch):
     folder = write_series(tmp_path / "dicom", np.zeros((5, 4, 4), np.int16))
     monkeypatch.setenv("TOTALSEG_WEIGHTS_PATH", str(tmp_path / "empty"))
-    monkeypatch.setattr("totalfast.upstream.download_weights", lambda model_id: None)
+    monkeypatch.setenv("TOTALFAST_OFFLINE", "1")
     with pytest.raises(totalfast.WeightsError):
         totalfast.segment(folder, tmp_path / "out", **QUICK)
     assert [path.name for path in tmp_path.iterdir()] == ["dicom"]
@@ -252,7 +252,7 @@ def test_legacy_resampling_changes_the_labels_and_excludes_linear_export(scan):
 def test_missing_scan_is_an_error_before_a_model_is_downloaded(tmp_path, monkeypatch):
     monkeypatch.setenv("TOTALSEG_WEIGHTS_PATH", str(tmp_path / "empty"))
     monkeypatch.setattr(
-        "totalfast.upstream.download_weights", lambda model_id: pytest.fail("downloaded a model")
+        "totalfast.weights.install.fetch", lambda *a, **k: pytest.fail("downloaded a model")
     )
     with pytest.raises(totalfast.InputError, match=r"nothere\.nii\.gz does not exist"):
         totalfast.segment(tmp_path / "nothere.nii.gz", **QUICK)

@@ -13,6 +13,7 @@ from totalfast.engine.checkpoints import read_checkpoint
 from totalfast.engine.loading import load_model
 from totalfast.engine.trainers import builds_from_plans
 from totalfast.engine.weights import find_model
+from totalfast.weights.official_model import OfficialModel
 
 
 class Exploit:
@@ -122,17 +123,8 @@ def test_errors_name_missing_files(standin_home, tmp_path, monkeypatch):
         load_model(tmp_path, folds=(0,), device=torch.device("cpu"))
     monkeypatch.delenv("TOTALSEG_WEIGHTS_PATH", raising=False)
     monkeypatch.setenv("TOTALSEG_HOME_DIR", str(standin_home))
-    with pytest.raises(WeightsError, match="is incomplete"):
-        find_model(297, trainer="other", plans="nnUNetPlans", configuration="3d_fullres")
-
-
-def test_failed_download_names_the_models_folder(tmp_path, monkeypatch):
-    import requests
-
-    def no_network(*args, **kwargs):
-        raise requests.ConnectionError("no network")
-
-    monkeypatch.setattr(requests, "get", no_network)
-    monkeypatch.setenv("TOTALSEG_WEIGHTS_PATH", str(tmp_path))
-    with pytest.raises(WeightsError, match=r"Dataset297.* can't be downloaded: no network"):
-        find_model(297, trainer="t", plans="p", configuration="c")
+    other = OfficialModel(
+        model_id=297, trainer="other", plans="nnUNetPlans", configuration="3d_fullres", folds=(0,)
+    )
+    with pytest.raises(WeightsError, match="has no other__nnUNetPlans__3d_fullres, only nnUNet"):
+        find_model(other)
