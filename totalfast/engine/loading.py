@@ -85,6 +85,11 @@ def load_model(
         load_checkpoint(path) for path in checkpoint_paths(folder, folds, checkpoint_name)
     ]
     architecture = _architecture(plans, dataset, checkpoints[0], trust_model=trust_model)
+    axes = checkpoints[0].mirroring_axes
+    if any(axis >= len(architecture.configuration.patch_size) for axis in axes or ()):
+        raise damaged(
+            checkpoints[0].path, f"the mirroring axes {axes} are not all axes of the network"
+        )
     networks = tuple(_network(architecture, checkpoint) for checkpoint in checkpoints)
     networks = tuple(network.to(device).eval() for network in networks)
     return Model(
@@ -96,7 +101,7 @@ def load_model(
         networks=networks,
         forwards=tuple(backend(network, architecture.tile_shape) for network in networks),
         trainer_name=architecture.trainer_name,
-        mirroring_axes=checkpoints[0].mirroring_axes,
+        mirroring_axes=axes,
         device=device,
     )
 

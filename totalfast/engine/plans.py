@@ -214,10 +214,12 @@ def check_network(kwargs: Entry, patch: Sequence[int]) -> None:
 
 def _check_strides(strides: Entry, stages: int, patch: Sequence[int]) -> None:
     remaining = list(patch)
-    for stage in _each(strides, stages):
+    for number, stage in enumerate(_each(strides, stages)):
         steps = _each(stage, len(patch))
         for axis in range(len(patch)):
             step = steps[axis].whole(1, MAX_TILE_VOXELS)
+            if number == 0 and step != 1:
+                raise strides.error("1 at the first stage, because the decoder does not undo it")
             if remaining[axis] % step:
                 raise strides.error(f"divisors of the tile {list(patch)}")
             remaining[axis] //= step

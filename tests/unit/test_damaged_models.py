@@ -1,0 +1,399 @@
+"""Damaged model folders: each is a WeightsError, or loads and predicts."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from totalfast import TotalfastError, WeightsError
+from totalfast.engine.loading import load_model
+from totalfast.engine.predict import predict_part
+from totalfast.engine.tiles import Tiling
+
+from .model_folders import architecture, checkpoint, dataset, plans, write
+
+CPU = torch.device("cpu")
+SECONDS = 8.0
+"""Duration of the random damage in a test run."""
+
+
+def put(*keys: str | int, value: object):
+    """Return a function that sets a value of nested containers."""
+
+    def change(content: Any) -> None:
+        for key in keys[:-1]:
+            content = content[key]
+        content[keys[-1]] = value
+
+    return change
+
+
+def drop(*keys: str | int):
+    """Return a function that removes a value of nested containers."""
+
+    def change(content: Any) -> None:
+        for key in keys[:-1]:
+            content = content[key]
+        del content[keys[-1]]
+
+    return change
+
+
+BASE = ("configurations", "base")
+FULL = ("configurations", "3d_fullres")
+NETWORK = (*FULL, "architecture")
+KWARGS = (*NETWORK, "arch_kwargs")
+
+PLANS = {
+    "inherits from itself": (put(*FULL, "inherits_from", value="3d_fullres"), "is a circle"),
+    "inherits in a circle": (put(*BASE, "inherits_from", value="3d_fullres"), "is a circle"),
+    "unknown parent": (put(*FULL, "inherits_from", value="none"), "no configuration 'none'"),
+    "parent is a list": (put(*FULL, "inherits_from", value=["base"]), "must be a text"),
+    "no configuration": (drop(*FULL), "no configuration '3d_fullres', only 'base'"),
+    "configurations a list": (put("configurations", value=[]), "configurations is"),
+    "patch a word": (put(*BASE, "patch_size", value="abc"), "patch_size is 'abc'"),
+    "patch 0": (put(*BASE, "patch_size", value=[0, 8, 8]), r"patch_size\[0\] is 0"),
+    "patch of one axis": (put(*BASE, "patch_size", value=[8]), "a list of 2 to 3 values"),
+    "patch enormous": (put(*BASE, "patch_size", value=[2**20] * 3), "at most 536870912 voxels"),
+    "patch a float": (put(*BASE, "patch_size", value=[8.0, 8, 8]), "a whole number"),
+    "patch not divisible": (put(*BASE, "patch_size", value=[9, 8, 8]), "divisors of the tile"),
+    "patch of a layer's size": (put(*BASE, "patch_size", value=[2, 2, 2]), "2 voxels of the tile"),
+    "spacing 0": (put(*BASE, "spacing", value=[0, 3, 3]), r"spacing\[0\] is 0"),
+    "spacing not a number": (put(*BASE, "spacing", value=[3, float("nan"), 3]), "is nan"),
+    "spacing infinite": (put(*BASE, "spacing", value=[3, 3, float("inf")]), "is inf"),
+    "spacing negative": (put(*BASE, "spacing", value=[3, 3, -3]), "is -3"),
+    "axes": (put("transpose_forward", value=[0, 1, 7]), r"transpose_forward\[2\] is 7"),
+    "axes twice": (put("transpose_forward", value=[0, 1, 1]), "an order of the axes"),
+    "axes that do not undo": (put("transpose_backward", value=[1, 0, 2]), "the inverse of"),
+    "no axes": (drop("transpose_backward"), "transpose_backward is missing"),
+    "no reader": (drop("image_reader_writer"), "image_reader_writer is missing"),
+    "preprocessor": (put(*BASE, "preprocessor_name", value="Nope"), "'Nope', which is no known"),
+    "network": (put(*NETWORK, "network_class_name", value="no.such.Class"), "no known part"),
+    "no kernels": (put(*KWARGS, "kernel_sizes", value=None), "kernel_sizes is None"),
+    "even kernel": (put(*KWARGS, "kernel_sizes", value=[[4, 3, 3]] * 2), "an odd number"),
+    "negative features": (put(*KWARGS, "features_per_stage", value=[-2, 3]), "is -2"),
+    "enormous features": (put(*KWARGS, "features_per_stage", value=[10**30, 3]), "is 10000"),
+    "stages": (put(*KWARGS, "n_stages", value=3), "a list of 3 values"),
+    "enormous number of layers": (put(*KWARGS, "n_conv_per_stage", value=10**9), "from 1 to 100"),
+    "layer of other images": (put(*KWARGS, "conv_op", value="torch.nn.Conv2d"), "for 3-D images"),
+    "first stage with strides": (
+        put(*KWARGS, "strides", value=[[2, 2, 2], [1, 1, 1]]),
+        "1 at the first stage",
+    ),
+    "unknown keyword": (put(*KWARGS, "depth", value=3), "its network can't be built"),
+    "no statistics": (drop("foreground_intensity_properties_per_channel", "0"), "is missing"),
+    "order a word": (
+        put(*BASE, "resampling_fn_data_kwargs", "order", value="three"),
+        "order is 'three'",
+    ),
+    "order of no function": (
+        put(*BASE, "resampling_fn_data", value="no_resampling_hack"),
+        "is no keyword of no_resampling_hack",
+    ),
+    "two schemes": (put(*BASE, "normalization_schemes", value=["NoNormalization"] * 2), "1 values"),
+}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_damaged_plans_are_refused_by_place_value_and_expectation(name, tmp_path):
+    change, message = PLANS[name]
+    content = plans()
+    change(content)
+    write(tmp_path, content)
+    with pytest.raises(WeightsError, match=message) as error:
+        load_model(tmp_path, folds=(0,), device=CPU)
+    assert str(tmp_path / "plans.json") in str(error.value)
+
+
+DATASETS = {
+    "no labels": (drop("labels"), "labels is missing"),
+    "labels a list": (put("labels", value=["background"]), "an object with keys"),
+    "no background": (drop("labels", "background"), "background is missing"),
+    "gap in the labels": (put("labels", "spleen", value=7), "consecutive numbers from 0"),
+    "label a word": (put("labels", "liver", value="one"), "liver is 'one'"),
+    "region without order": (
+        put("labels", "liver", value=[1, 2]),
+        "regions_class_order is missing",
+    ),
+    "ignored label a list": (put("labels", "ignore", value=[3]), "ignore is"),
+    "no channels": (drop("channel_names"), "channel_names is missing"),
+    "channels a text": (put("channel_names", value="CT"), "channel_names is 'CT'"),
+    "more channels": (put("channel_names", value={"0": "CT", "1": "CT"}), "a list of 2 values"),
+    "no ending": (drop("file_ending"), "file_ending is missing"),
+    "ending a path": (put("file_ending", value="/../a.nii"), "the ending of a file"),
+}
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_damaged_dataset_files_are_refused(name, tmp_path):
+    change, message = DATASETS[name]
+    content = dataset()
+    change(content)
+    write(tmp_path, plans(), content)
+    with pytest.raises(WeightsError, match=message):
+        load_model(tmp_path, folds=(0,), device=CPU)
+
+
+def first_weight(content):
+    return next(iter(content["network_weights"]))
+
+
+CHECKPOINTS = {
+    "a tensor": (lambda _: torch.zeros(3), "holds a Tensor"),
+    "a list": (lambda _: [1], "holds a list"),
+    "empty": (lambda _: {}, "has no init_args"),
+    "no trainer": (
+        lambda c: {k: v for k, v in c.items() if k != "trainer_name"},
+        "no trainer_name",
+    ),
+    "trainer a number": (lambda c: c | {"trainer_name": 3}, "trainer_name is a int"),
+    "weights a number": (lambda c: c | {"network_weights": 3}, "network_weights is a int"),
+    "weights of numbers": (lambda c: c | {"network_weights": {"a": 1}}, "not a tensor by name"),
+    "configuration missing": (lambda c: c | {"init_args": {}}, "has no configuration"),
+    "other configuration": (lambda c: c | {"init_args": {"configuration": "2d"}}, "'2d'"),
+    "mirroring by words": (
+        lambda c: c | {"inference_allowed_mirroring_axes": "xyz"},
+        "not a list of axes",
+    ),
+    "a layer more": (
+        lambda c: c | {"network_weights": c["network_weights"] | {"more": torch.ones(1)}},
+        "has layers that the network of the plans lacks: more",
+    ),
+    "a layer missing": (
+        lambda c: c | {"network_weights": dict(list(c["network_weights"].items())[1:])},
+        "lacks layers of the network",
+    ),
+    "another shape": (
+        lambda c: (
+            c | {"network_weights": c["network_weights"] | {first_weight(c): torch.ones((2, 2))}}
+        ),
+        r"has \(2, 2\) numbers",
+    ),
+    "integers": (
+        lambda c: (
+            c | {"network_weights": {k: v.to(torch.int32) for k, v in c["network_weights"].items()}}
+        ),
+        "numbers of torch.int32",
+    ),
+    "more numbers than stored": (
+        lambda c: (
+            c
+            | {
+                "network_weights": c["network_weights"]
+                | {first_weight(c): torch.ones(1).expand(2, 1, 3, 3, 3)}
+            }
+        ),
+        "no ordinary tensor",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_damaged_checkpoints_are_refused(name, tmp_path):
+    change, message = CHECKPOINTS[name]
+    write(tmp_path, plans(), content=change(checkpoint()))
+    with pytest.raises(WeightsError, match=message) as error:
+        load_model(tmp_path, folds=(0,), device=CPU)
+    assert "Traceback" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["plans.json", "dataset.json", "fold_0/checkpoint_final.pth"])
+@pytest.mark.parametrize(
+    "damage", ["empty", "cut", "zeros", "folder", "web page", "deep", "missing"]
+)
+def test_damaged_files_are_refused_by_name(name, damage, tmp_path):
+    path = write(tmp_path, plans()) / name
+    content = path.read_bytes()
+    path.unlink()
+    if damage == "folder":
+        path.mkdir()
+    elif damage != "missing":
+        path.write_bytes(
+            {
+                "empty": b"",
+                "cut": content[: len(content) // 2],
+                "zeros": bytes(len(content)),
+                "web page": b"<html>Not found</html>",
+                "deep": b"[" * 100_000,
+            }[damage]
+        )
+    with pytest.raises(WeightsError, match=Path(name).name.replace(".", r"\.")):
+        load_model(tmp_path, folds=(0,), device=CPU)
+
+
+def test_json_files_in_any_unicode_encoding_are_read(tmp_path):
+    path = write(tmp_path, plans()) / "plans.json"
+    path.write_bytes(json.dumps(plans()).encode("utf-16"))
+    assert load_model(tmp_path, folds=(0,), device=CPU).heads == 3
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_undamaged_models_of_both_formats_predict(old, tmp_path):
+    write(tmp_path, plans(old=old))
+    predict(tmp_path)
+
+
+def test_old_plans_with_words_for_numbers_do_not_fill_the_memory(tmp_path):
+    content = plans(old=True)
+    network = content["configurations"]["3d_fullres"]
+    network |= {"UNet_base_num_features": "abc", "n_conv_per_stage_encoder": [1] * 31}
+    write(tmp_path, content)
+    with pytest.raises(WeightsError, match="UNet_base_num_features is 'abc'"):
+        load_model(tmp_path, folds=(0,), device=CPU)
+
+
+def test_advice_names_the_weights_command_only_for_models_in_its_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("TOTALSEG_WEIGHTS_PATH", str(tmp_path / "weights"))
+    for folder, advised in ((tmp_path / "weights/Dataset297_x/t", True), (tmp_path / "own", False)):
+        write(folder, {})
+        for path in (folder / "plans.json", folder / "fold_0/checkpoint_final.pth"):
+            with pytest.raises(WeightsError) as error:
+                load_model(folder, folds=(0, 1), device=CPU)
+            assert ("totalfast weights verify" in str(error.value)) is advised, path
+            assert "Delete" not in str(error.value)
+            (folder / "plans.json").write_text(json.dumps(plans()))
+
+
+# ------------------------------------------------------------------------------------ random damage
+
+VALUES: list[Any] = [
+    *(None, True, False, 0, 1, 2, 3, 5, -1, 10**9, 10**30, 0.0, 0.5, 1e300, -1.5),
+    *(float("nan"), float("inf"), "", "abc", "0", "os.system", "torch.nn.ReLU", "nnUNetTrainerBN"),
+    *("no_resampling_hack", "ZScoreNormalization", "torch.nn.GELU", "NibabelIO", "\x00é𝔬𝔰"),
+    *([], {}, [0], [1, 2, 3], [[1, 1, 1]], {"0": 0}, [2, 0, 1], [8, 8], ["abc"], {"a": {"b": [1]}}),
+]
+
+
+def containers(content: Any) -> list[Any]:
+    """Return all lists and dictionaries in a JSON value that are not empty."""
+    found, waiting = [], [content]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict | list) and value:
+            found.append(value)
+            waiting.extend(value.values() if isinstance(value, dict) else value)
+    return found
+
+
+def damage(content: Any, chance: random.Random) -> None:
+    """Change, remove, add or exchange values at random places, in place."""
+    for _ in range(chance.choice((1, 1, 1, 2, 3))):
+        places = containers(content)
+        if not places:
+            return
+        place = chance.choice(places)
+        keys = list(place) if isinstance(place, dict) else list(range(len(place)))
+        key, other = chance.choice(keys), chance.choice(keys)
+        action = chance.random()
+        if action < 0.6:
+            place[key] = copy.deepcopy(chance.choice(VALUES))
+        elif action < 0.75:
+            del place[key]
+        elif action < 0.85:
+            place[key], place[other] = place[other], place[key]
+        elif isinstance(place, dict):
+            place[chance.choice((*keys, "more", "modality", "inherits_from", "previous_stage"))] = (
+                copy.deepcopy(chance.choice((*VALUES, place[key])))
+            )
+        else:
+            place.insert(key, copy.deepcopy(place[other]))
+
+
+def flip_bytes(path: Path, chance: random.Random) -> None:
+    """Change, cut or repeat parts of a file."""
+    content = bytearray(path.read_bytes())
+    for _ in range(chance.choice((1, 2, 8))):
+        place = chance.randrange(len(content))
+        content[place] = chance.randrange(256)
+    if chance.random() < 0.2:
+        content = content[: chance.randrange(len(content))]
+    path.write_bytes(content)
+
+
+def write_damaged(folder: Path, undamaged: dict[str, Any], chance: random.Random) -> None:
+    files = copy.deepcopy(undamaged)
+    which = chance.choice(
+        ("plans", "plans", "plans", "old plans", "dataset", "checkpoint", "bytes")
+    )
+    if which == "checkpoint":
+        weights = files["checkpoint"].pop("network_weights")
+        files["checkpoint"]["network_weights"] = dict.fromkeys(list(weights)[:4], 0)
+        damage(files["checkpoint"], chance)
+        own = files["checkpoint"].get("network_weights")
+        if isinstance(own, dict):
+            own = {name: weights.get(name) if v == 0 else v for name, v in own.items()}
+            files["checkpoint"]["network_weights"] = weights | own
+    elif which in ("plans", "old plans", "dataset"):
+        damage(files[which], chance)
+    chosen = files["old plans" if which == "old plans" else "plans"]
+    write(folder, chosen, files["dataset"], files["checkpoint"])
+    if which == "bytes":
+        names = ("plans.json", "dataset.json", "fold_0/checkpoint_final.pth")
+        flip_bytes(folder / chance.choice(names), chance)
+
+
+def predict(folder: Path) -> None:
+    """Load a model and segment a small image; images whose size explodes are left out."""
+    model = load_model(folder, folds=(0,), device=CPU)
+    if min(model.configuration.spacing) < 0.3 or max(model.patch_size) > 64:
+        return
+    if len(model.dataset.get("channel_names") or model.dataset["modality"]) != 1:
+        return
+    axes = tuple(model.mirroring_axes or ())
+    voxels = np.random.default_rng(0).normal(0, 300, (9, 10, 8)).astype(np.float32)
+    labels = predict_part(
+        voxels,
+        spacing_mm=(3.0, 3.0, 2.0),
+        model=model,
+        tiling=Tiling(step=0.5, mirror_axes=axes),
+        memory=None,
+        on_tile=lambda: None,
+    )
+    assert labels.shape == voxels.shape
+
+
+def run_damaged(folder: Path, seed: int, undamaged: dict[str, Any]) -> bool:
+    """Damage a model by a random number; return whether it still predicts.
+
+    Raises anything but a TotalfastError.
+    """
+    write_damaged(folder, undamaged, random.Random(seed))  # noqa: S311 - repeatable damage
+    with contextlib.suppress(TotalfastError):
+        predict(folder)
+        return True
+    return False
+
+
+def undamaged_files() -> dict[str, Any]:
+    return {
+        "plans": plans(),
+        "old plans": plans(old=True),
+        "dataset": dataset(),
+        "checkpoint": checkpoint(),
+    }
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_random_damage_ends_in_a_totalfast_error_or_has_no_effect(tmp_path):
+    undamaged, results = undamaged_files(), []
+    until = time.monotonic() + SECONDS
+    while time.monotonic() < until:
+        results.append(run_damaged(tmp_path, len(results), undamaged))
+    assert len(results) > 20
+    assert 0 < sum(results) < len(results)
+
+
+def test_architecture_of_the_small_model_is_that_of_its_old_plans(tmp_path):
+    write(tmp_path, plans(old=True))
+    converted = load_model(tmp_path, folds=(0,), device=CPU).configuration
+    kwargs = architecture()["arch_kwargs"]
+    assert converted.network_arch_init_kwargs == kwargs
