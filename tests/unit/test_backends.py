@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import copy
 import gc
 import importlib.util
 import logging
@@ -10,6 +9,7 @@ import subprocess
 import sys
 import weakref
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,13 +20,13 @@ import totalfast
 from tests.mapped_files import resident_kb
 from totalfast import OptionError
 from totalfast.engine import backends
-from totalfast.engine.backends import cache as disk_cache
-from totalfast.engine.backends import choose_backend, resolve_backend
+from totalfast.engine.backends import choose_backend, compiled, resolve_backend
 from totalfast.engine.backends.forward import run_by_torch
 from totalfast.engine.backends.norms import normalised_in_place
 from totalfast.engine.loading import load_model
 from totalfast.engine.sliding_window import inference_settings, predict_labels
 from totalfast.engine.tiles import Tiling
+from totalfast.system.cache_folder import FOLDER_VARIABLE
 
 CPU = torch.device("cpu")
 TILE = (1, 1, 16, 16, 16)
@@ -39,7 +39,7 @@ needs_openvino = pytest.mark.skipif(
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     folder = tmp_path / "cache"
-    monkeypatch.setenv(disk_cache.FOLDER_VARIABLE, str(folder))
+    monkeypatch.setenv(FOLDER_VARIABLE, str(folder))
     return folder
 
 
@@ -160,74 +160,22 @@ def test_unusable_backends_are_refused_before_any_work(installed):
         choose_backend("compile", torch.device("mps"))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems have other folders")
-def test_cache_is_the_users_or_the_environment_variables(cache, monkeypatch, tmp_path):
-    assert disk_cache.cache_folder() == cache
-    monkeypatch.delenv(disk_cache.FOLDER_VARIABLE)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert disk_cache.cache_folder() == tmp_path / "xdg/totalfast"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert disk_cache.cache_folder() == tmp_path / "home/.cache/totalfast"
-
-
-def test_key_depends_on_weights_layers_and_settings():
-    network = small_network()
-    key = disk_cache.content_key(network, {"shape": TILE})
-    assert disk_cache.content_key(copy.deepcopy(network), {"shape": TILE}) == key
-    assert disk_cache.content_key(network, {"shape": (1, 1, 16, 16, 32)}) != key
-    other = copy.deepcopy(network)
-    other.decoder.seg_layers[0].bias.data[0] += 1e-6
-    steeper = copy.deepcopy(network)
-    for module in steeper.modules():
-        if isinstance(module, torch.nn.LeakyReLU):
-            module.negative_slope = 0.02
-    keys = {
-        key,
-        *(disk_cache.content_key(changed, {"shape": TILE}) for changed in (other, steeper)),
-    }
-    assert len(keys) == 3
-
-
-def test_entries_are_written_once_and_again_if_damaged(cache):
-    made = []
-
-    def make(folder):
-        made.append(folder)
-        (folder / "weights").write_bytes(b"1234")
-
-    for _ in range(2):
-        assert (disk_cache.cached_folder("key", make) / "weights").read_bytes() == b"1234"
-    assert len(made) == 1
-    for damage in (
-        lambda: (cache / "key/weights").write_bytes(b"1235"),
-        lambda: (cache / "key/weights").unlink(),
-        lambda: (cache / "key" / disk_cache.CHECKSUMS).write_text("[1]"),
-        lambda: (cache / "key" / disk_cache.CHECKSUMS).write_text('{"weights'),
-        lambda: (cache / "key" / disk_cache.CHECKSUMS).unlink(),
-    ):
-        damage()
-        assert (disk_cache.cached_folder("key", make) / "weights").read_bytes() == b"1234"
-        assert (cache / "key" / disk_cache.CHECKSUMS).exists()
-    assert len(made) == 6
-    assert [path.name for path in cache.iterdir()] == ["key"]
-
-
-def test_failed_entry_leaves_nothing_and_an_unwritable_cache_is_not_used(
-    cache, monkeypatch, tmp_path, caplog
-):
-    def fail(folder):
-        (folder / "half").write_bytes(b"12")
-        raise RuntimeError("conversion failed")
-
-    with pytest.raises(RuntimeError, match="conversion failed"):
-        disk_cache.cached_folder("key", fail)
-    assert not list(cache.iterdir())
-    (tmp_path / "file").touch()
-    monkeypatch.setenv(disk_cache.FOLDER_VARIABLE, str(tmp_path / "file"))
-    with caplog.at_level(logging.INFO, logger="totalfast"):
-        assert disk_cache.cached_folder("key", fail) is None
-    assert "can't be kept" in caplog.text
+@pytest.mark.parametrize("usable", [True, False])
+def test_torchs_compiled_code_is_in_a_private_folder(cache, monkeypatch, tmp_path, usable):
+    monkeypatch.delenv(compiled.PLACE_VARIABLE, raising=False)
+    if not usable:
+        cache.mkdir(mode=0o777)
+        cache.chmod(0o777)
+    compiled._temporary_folder.cache_clear()
+    compiled.run_compiled(torch.nn.Conv3d(1, 2, 1), TILE)
+    place = Path(os.environ[compiled.PLACE_VARIABLE])
+    assert place.stat().st_mode & 0o077 == 0
+    assert (place.parent == cache) is usable
+    shutil.rmtree(place)
+    compiled._temporary_folder.cache_clear()
+    monkeypatch.setenv(compiled.PLACE_VARIABLE, str(tmp_path / "own"))
+    compiled.run_compiled(torch.nn.Conv3d(1, 2, 1), TILE)
+    assert os.environ[compiled.PLACE_VARIABLE] == str(tmp_path / "own")
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch needs a C++ compiler")
@@ -355,6 +303,24 @@ def test_labels_agree_with_torchs_and_a_second_load_converts_nothing(folder, cac
     )
     assert torch.equal(labels, again)
     assert (labels != expected).float().mean() < 1e-3
+
+
+@needs_openvino
+def test_an_entry_that_is_removed_before_it_is_read_is_converted_again(cache, monkeypatch, caplog):
+    from totalfast.engine.backends import openvino
+
+    found = openvino.cached_folder
+
+    def removed(*arguments):
+        folder = found(*arguments)
+        shutil.rmtree(folder)
+        return folder
+
+    monkeypatch.setattr(openvino, "cached_folder", removed)
+    tile = torch.ones(TILE)
+    expected, logits = logits_of_both(choose_backend("openvino", CPU), small_network(), tile)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    assert "can't run" not in caplog.text
 
 
 @needs_openvino

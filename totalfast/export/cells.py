@@ -6,6 +6,7 @@ seconds; later processes load the compiled code from numba's cache.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
@@ -176,7 +177,7 @@ def exact_winner(corners, candidates, kept, shape, weights, rounding):
     return winner
 
 
-@jit(inline="always")  # a call would cost a tenth of the whole export
+@functools.partial(jit, inline="always")  # a call would cost a tenth of the whole export
 def first_of(on_line, candidates, count, corners, wx):
     """The first maximum of the candidates interpolated along x, and its lead over the others."""
     winner, best, second = 0, -np.inf, -np.inf

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import secrets
 import shutil
 import tempfile
 import time
@@ -113,8 +114,8 @@ def remove(entry: Path) -> bool:
             entry.unlink()
         elif entry.exists():
             # The rename is one step, so that no process finds half of the entry.
-            aside = tempfile.mkdtemp(dir=entry.parent, prefix=OLD)
-            entry.rename(Path(aside) / "entry")
+            aside = entry.with_name(f"{OLD}{secrets.token_hex(8)}")
+            entry.rename(aside)
             shutil.rmtree(aside, ignore_errors=True)
     except OSError:
         return False

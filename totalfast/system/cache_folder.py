@@ -71,7 +71,7 @@ def usable_cache() -> Path | None:
     """
     folder, reason = check_cache()
     if reason:
-        _warn(f"{reason} {FOLDER_VARIABLE} sets another folder.")
+        _warn(f"{reason} Each run starts more slowly; {FOLDER_VARIABLE} sets another folder.")
         return None
     return folder
 
@@ -80,7 +80,7 @@ def check_cache() -> tuple[Path | None, str]:
     """Return the cache folder, created if it is missing, and why it is not used: a sentence."""
     folder = cache_folder()
     if folder is None:
-        return None, "There is no cache folder, because this user has no home folder."
+        return None, "No cache folder is used: this user has no home folder."
     try:
         with contextlib.suppress(FileExistsError):
             folder.mkdir(mode=PRIVATE, parents=True)
@@ -117,7 +117,8 @@ def _close_to_group(folder: Path) -> None:
     """
     status = folder.lstat()
     own = hasattr(os, "geteuid") and status.st_uid == os.geteuid()
-    if own and stat.S_ISDIR(status.st_mode) and status.st_mode & stat.S_IWGRP:
+    only_group = status.st_mode & WRITABLE_BY_OTHERS == stat.S_IWGRP
+    if own and stat.S_ISDIR(status.st_mode) and only_group:
         with contextlib.suppress(OSError):
             folder.chmod(stat.S_IMODE(status.st_mode) & ~stat.S_IWGRP)
 

@@ -93,11 +93,19 @@ class _LenientCache(FunctionCache):  # type: ignore[misc]
             _warn(f"{self.cache_path}: {error.strerror}")
 
 
-def jit(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile a function at its first call; threads that run it do not wait for each other."""
-    compiled: Any = numba.njit(nogil=True, error_model="numpy")(function)
+def jit(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:  # noqa: ANN401
+    """Compile a function at its first call; threads that run it do not wait for each other.
+
+    Parameters
+    ----------
+    function
+        The function, in the part of Python that numba compiles.
+    options
+        Further options of ``numba.njit``.
+    """
     if numba.config.DISABLE_JIT:
         return function
+    compiled: Any = numba.njit(nogil=True, error_model="numpy", **options)(function)
     try:
         compiled._cache = _LenientCache(function)
     except RuntimeError:  # numba has found no place
@@ -111,7 +119,7 @@ def _warn(reason: str) -> None:
     """Log, once per process and reason, that compiled loops are not kept."""
     logger.warning(
         "Compiled loops can't be kept (%s), so each run compiles them anew, which takes up to "
-        "%d seconds. The environment variable %s sets a folder for them.",
+        "%d seconds. %s sets a folder for them.",
         reason,
         SECONDS,
         FOLDER_VARIABLE,

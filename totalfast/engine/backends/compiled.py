@@ -5,9 +5,11 @@ A model's first tile waits about half a minute for the compiler. Torch caches th
 
 from __future__ import annotations
 
+import atexit
 import functools
 import logging
 import os
+import shutil
 import tempfile
 from typing import TYPE_CHECKING
 
@@ -40,7 +42,7 @@ def run_compiled(network: nn.Module, shape: tuple[int, ...]) -> Forward:
     if not os.environ.get(PLACE_VARIABLE):
         # Torch's default is a predictable path below /tmp, which another user can create first.
         folder = subfolder(FOLDER)
-        os.environ[PLACE_VARIABLE] = _temporary_folder().name if folder is None else str(folder)
+        os.environ[PLACE_VARIABLE] = _temporary_folder() if folder is None else str(folder)
     if next(network.parameters()).device.type != "cpu":
         return Forward(body=_Compiled(network, frozen=False))
     body, head = split_head(network)
@@ -48,9 +50,11 @@ def run_compiled(network: nn.Module, shape: tuple[int, ...]) -> Forward:
 
 
 @functools.cache
-def _temporary_folder() -> tempfile.TemporaryDirectory[str]:
-    """A private folder that lasts as long as the process."""
-    return tempfile.TemporaryDirectory(prefix="totalfast-torch-", ignore_cleanup_errors=True)
+def _temporary_folder() -> str:
+    """Create a private folder that lasts as long as the process."""
+    folder = tempfile.mkdtemp(prefix="totalfast-torch-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 class _Compiled:
