@@ -18,6 +18,7 @@ import warnings
 import zipfile
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from tests.weights_server import (
@@ -202,8 +203,32 @@ def test_download_goes_through_the_proxy_of_the_environment(monkeypatch):
 def test_proxy_that_does_not_answer_is_named_as_the_cause(monkeypatch):
     monkeypatch.setenv("NO_PROXY", "")
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
-    with pytest.raises(WeightsError, match="the proxy gives no connection"):
+    with pytest.raises(WeightsError, match=r"the proxy gives no connection \(Failed to est"):
         download(MODEL, quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("http://127.0.0.1:9", r"no connection \(Failed to establish a new connection"),
+        ("file:///folder", "is no http or https address"),
+        ("user:secret@folder", "is no http or https address"),
+    ],
+)
+def test_unreachable_server_is_one_line(url, reason, monkeypatch):
+    monkeypatch.setenv("TOTALFAST_WEIGHTS_MIRROR", url)
+    with pytest.raises(WeightsError, match=reason) as raised:
+        ensure_model(MODEL, quiet=True)
+    assert "\n" not in str(raised.value)
+    assert " object at " not in str(raised.value)
+
+
+def test_certificate_that_is_not_accepted_is_not_tried_again(monkeypatch):
+    with serve(whole(ZIP)) as server:
+        monkeypatch.setenv("TOTALFAST_WEIGHTS_MIRROR", server.url.replace("http:", "https:"))
+        monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("tried again"))
+        with pytest.raises(WeightsError, match="REQUESTS_CA_BUNDLE"):
+            download(MODEL, quiet=True)
 
 
 def test_credentials_in_the_mirrors_url_are_not_shown(mirror, monkeypatch):
@@ -398,7 +423,7 @@ def test_wrong_stall_time_is_an_option_error(monkeypatch):
 def test_length_that_is_too_small_is_found_out_by_the_zip_file(mirror):
     with serve(lambda handler: handler.send(ZIP, length=len(ZIP) - 3000)) as server:
         mirror(server)
-        with pytest.raises(WeightsError, match="is no zip file, or is damaged"):
+        with pytest.raises(WeightsError, match="the downloaded zip file .* is no zip file, or is"):
             download(MODEL, quiet=True)
     assert not MODEL.dataset.exists()
 
@@ -513,6 +538,34 @@ def test_zip_file_of_another_model_or_without_a_checkpoint_is_refused(mirror):
         with pytest.raises(WeightsError, match=r"no fold_0/checkpoint_final\.pth"):
             download(MODEL, quiet=True)
     assert not MODEL.dataset.exists()
+
+
+def test_zip_file_with_a_dot_before_its_names_is_unpacked(tmp_path):
+    archive = tmp_path / "model.zip"
+    archive.write_bytes(zipped({"./": b"", **{f"./{k}": v for k, v in FILES.items()}}))
+    assert import_zip(MODEL, archive)
+    assert content_of(MODEL.dataset) == FILES
+
+
+def test_any_changed_byte_of_a_zip_file_is_refused_or_does_not_matter(home, tmp_path):
+    """Damages the names, sizes, checksums, flags and the table of contents."""
+    files = model_files(checkpoint=b"weights" * 10)
+    content = zipped(files, method=zipfile.ZIP_DEFLATED)
+    archive = tmp_path / "model.zip"
+    random, refused = np.random.default_rng(0), 0
+    for _ in range(150):
+        damaged = bytearray(content)
+        for at in random.integers(0, len(content), random.integers(1, 4)):
+            damaged[at] = random.integers(0, 256)
+        archive.write_bytes(damaged)
+        try:
+            import_zip(MODEL, archive, force=True)
+        except WeightsError:
+            refused += 1
+        else:
+            assert content_of(MODEL.dataset) == files
+    assert refused > 75
+    assert {path.name for path in home.iterdir()} <= {".totalfast", TOP}
 
 
 def test_damaged_zip_file_is_refused(mirror):
@@ -633,27 +686,41 @@ def test_folder_that_another_program_fills_is_waited_for(home, monkeypatch):
     assert ensure_model(MODEL, quiet=True) == MODEL.folder
 
 
-def test_other_files_in_a_replaced_folder_are_kept(home, mirror, caplog):
+def test_other_models_in_an_incomplete_folder_stay_in_it(home, mirror):
     write(home, dict([next(iter(FILES.items()))]))
     own = MODEL.dataset / "mine__plans__3d_fullres"
     write(own, {"plans.json": b"{}", "fold_0/checkpoint_final.pth": b"my weights"})
     with serve(whole(ZIP)) as server:
         mirror(server)
         ensure_model(MODEL, quiet=True)
+    assert find_model(MODEL)
+    assert (own / "fold_0/checkpoint_final.pth").read_bytes() == b"my weights"
+    assert left_in_workshop(home) == []
+
+
+def test_weights_that_differ_from_the_new_ones_are_kept(home, mirror, caplog):
+    write(home, {**FILES, f"{TOP}/{MODEL.folder_name}/fold_0/checkpoint_final.pth": b"mine"})
+    with serve(whole(ZIP)) as server:
+        mirror(server)
+        assert not download(MODEL, quiet=True)
+        assert download(MODEL, quiet=True, force=True)
     assert content_of(MODEL.dataset) == FILES
     (kept,) = (home / ".totalfast").glob(f"replaced-{TOP}-*")
-    assert (kept / own.name / "fold_0/checkpoint_final.pth").read_bytes() == b"my weights"
+    assert (kept / MODEL.folder_name / "fold_0/checkpoint_final.pth").read_bytes() == b"mine"
     assert str(kept) in caplog.text
 
 
-def test_folder_of_another_model_is_left_alone(home, mirror):
+def test_official_model_is_added_to_a_folder_of_own_models_only_by_the_command(mirror):
     own = MODEL.dataset / "mine__plans__3d_fullres"
     write(own, {"plans.json": b"{}", "fold_0/checkpoint_final.pth": b"my weights"})
     with serve(whole(ZIP)) as server:
         mirror(server)
         with pytest.raises(WeightsError, match=f"has no {MODEL.folder_name}, only mine__plans"):
             ensure_model(MODEL, quiet=True)
-    assert server.requests == []
+        assert server.requests == []
+        assert download(MODEL, quiet=True)
+    assert find_model(MODEL)
+    assert (own / "fold_0/checkpoint_final.pth").read_bytes() == b"my weights"
 
 
 def test_symbolic_link_to_an_incomplete_folder_is_replaced_and_its_target_kept(home, mirror):

@@ -134,7 +134,7 @@ def _describe(model: OfficialModel, finding: Finding) -> str:
     dataset = model.dataset
     return {
         Condition.MISSING: f"model {model.model_id} ({dataset.name}) is not in {dataset.parent}",
-        Condition.INCOMPLETE: f"model {model.model_id} is incomplete: {dataset} has a fault: "
+        Condition.INCOMPLETE: f"model {model.model_id} is incomplete: {dataset} has "
         f"{finding.detail}",
         Condition.OTHER: f"{dataset} has no {model.folder_name}, only {finding.detail}",
         Condition.CHANGED: f"model {model.model_id} is not what was unpacked in {dataset}: "
@@ -147,7 +147,8 @@ def _advice(model: OfficialModel, finding: Finding) -> str:
     return {
         Condition.MISSING: f"'{command} {model.model_id}' downloads it. {_bring(model)}",
         Condition.INCOMPLETE: f"'{command} {model.model_id}' repairs it.",
-        Condition.OTHER: "Are the options of the task right?",
+        Condition.OTHER: f"'{command} {model.model_id}' adds TotalSegmentator's model to the "
+        "folder; what is there stays there.",
         Condition.CHANGED: f"'totalfast weights verify {model.model_id}' compares all files; "
         f"'{command} {model.model_id}' replaces the model.",
     }[finding.condition]

@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import logging
 import os
+import secrets
 import shutil
 import tempfile
 import time
@@ -93,9 +94,9 @@ def _fetch_and_put(
     model: OfficialModel, request: upstream.WeightsRequest, partial: PartialFile, *, quiet: bool
 ) -> None:
     fetch(request, partial, label=f"model {model.model_id}", quiet=quiet)
-    source = shown(request.url)
+    label = f"the downloaded zip file of model {model.model_id}"
     try:
-        _put(model, partial.path, partial.path.parent, source=source)
+        _put(model, partial.path, label=label, source=shown(request.url))
     except WeightsError:
         partial.remove()
         raise
@@ -110,10 +111,10 @@ def import_zip(model: OfficialModel, archive: Path, *, force: bool = False) -> b
     WeightsError
         If the zip file is not that of the model, or can't be unpacked or written.
     """
-    with _alone(model, waits_for="installs") as workshop:
+    with _alone(model, waits_for="installs"):
         if not force and _is_whole(model):
             return False
-        _put(model, archive, workshop, source=archive.name)
+        _put(model, archive, label=f"the zip file {archive}", source=archive.name)
         return True
 
 
@@ -127,10 +128,14 @@ def _request(model: OfficialModel) -> upstream.WeightsRequest:
 
 def _is_whole(model: OfficialModel) -> bool:
     """Whether the model is whole, or becomes so while another program fills its folder."""
-    finding = inspect(model)
-    while finding.condition is Condition.INCOMPLETE and _changed_lately(model.dataset):
+    waits = False
+    while (finding := inspect(model)).condition is Condition.INCOMPLETE and _changed_lately(
+        model.dataset
+    ):
+        if not waits:
+            logger.info("waiting whether another program completes %s", model.dataset)
+        waits = True
         time.sleep(LOCK_POLL_S)
-        finding = inspect(model)
     return finding.condition is Condition.WHOLE
 
 
@@ -167,23 +172,23 @@ def _alone(model: OfficialModel, *, waits_for: str) -> Iterator[Path]:
         ) from error
 
 
-def _put(model: OfficialModel, archive: Path, workshop: Path, *, source: str) -> None:
+def _put(model: OfficialModel, archive: Path, *, label: str, source: str) -> None:
     """Unpack a model beside its place, and rename it."""
-    name = model.dataset.name
+    place, workshop = model.dataset, model.dataset.parent / WORKSHOP_NAME
     temporary = Path(tempfile.mkdtemp(prefix=f"unpack-{model.model_id}-", dir=workshop))
+    new = temporary / place.name
     try:
-        label = f"the zip file of model {model.model_id} ({source})"
-        records = unpack(archive, name, temporary, label=label)
-        folds = _folds(temporary / name)
-        faults = model.faults(temporary / name, known_folds=folds.get(model.folder_name))
+        records = unpack(archive, place.name, temporary, label=label)
+        folds = _folds(new)
+        faults = model.faults(new, known_folds=folds.get(model.folder_name))
         if faults:
             raise WeightsError(f"{label} is not the model that is needed: {', '.join(faults)}.")
-        write_manifest(temporary / name, _manifest(source, folds, records))
-        for folder in (temporary / name, *(temporary / name).rglob("*")):
+        write_manifest(new, _manifest(source, folds, records))
+        for folder in (new, *new.rglob("*")):
             if folder.is_dir():
                 _sync(folder)
-        _exchange(temporary / name, model.dataset, temporary)
-        _sync(model.dataset.parent)
+        _exchange(new, place, workshop)
+        _sync(place.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -226,25 +231,29 @@ def _folds(dataset: Path) -> dict[str, list[str]]:
     return folds
 
 
-def _exchange(new: Path, place: Path, temporary: Path) -> None:
-    """Rename a folder to its place; what was there is deleted if ``new`` holds all of it.
+def _exchange(new: Path, place: Path, workshop: Path) -> None:
+    """Rename a folder to its place, and keep what was there before if it is not in ``new``.
 
-    Otherwise it is kept in the workshop, because it may be somebody's own model.
+    Other models in the old folder come into the new one. Files that differ from the new ones stay
+    in the workshop, because they may be somebody's own weights.
     """
-    old = temporary / "old"
-    if os.path.lexists(place):
-        place.rename(old)
+    if not os.path.lexists(place):
+        new.rename(place)
+        return
+    old = workshop / f"replaced-{place.name}-{secrets.token_hex(4)}"
+    place.rename(old)
     new.rename(place)
     if old.is_symlink():
         old.unlink()
-    elif old.exists() and not _holds_all_of(place, old):
-        kept = temporary.with_name(f"replaced-{place.name}-{time.strftime('%Y%m%d-%H%M%S')}")
-        old.rename(kept)
+        return
+    for path in old.iterdir():
+        if not os.path.lexists(place / path.name):
+            path.rename(place / path.name)
+    if _holds_all_of(place, old):
+        shutil.rmtree(old)
+    else:
         logger.warning(
-            "WARNING: the folder %s had files that are not those of the new model; they are kept "
-            "in %s",
-            place,
-            kept,
+            "WARNING: files in %s were not those of the new model; they are kept in %s", place, old
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 import time
 from typing import TYPE_CHECKING, Any
@@ -42,6 +43,11 @@ CHUNK = 1 << 18
 ZIP_SIGNATURE = b"PK\x03\x04"
 TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
 """HTTP statuses after which a later request may succeed."""
+
+NO_ADDRESS = (
+    "this, or the address of the proxy, is no http or https address. TOTALFAST_WEIGHTS_MIRROR sets "
+    "the first, HTTPS_PROXY the second"
+)
 
 Headers = dict[str, str]
 
@@ -173,8 +179,14 @@ class _Connection:
             raise _BrokenError(f"no answer within {self._stall_s:g} s (timeout)") from error
         except (requests.exceptions.ConnectionError, requests.exceptions.Timeout) as error:
             raise _BrokenError(f"no connection ({_innermost(error)})") from error
+        except (
+            requests.exceptions.InvalidURL,
+            requests.exceptions.InvalidSchema,
+            requests.exceptions.MissingSchema,
+        ) as error:
+            raise _RefusedError(NO_ADDRESS) from error
         except requests.RequestException as error:
-            raise _RefusedError(str(error)) from error
+            raise _RefusedError(f"it ended with {type(error).__name__}") from error
 
     def read(self, response: requests.Response) -> bytes:
         """Return the bytes that arrive next; b"" at the end of the answer."""
@@ -292,14 +304,15 @@ def _stall_s() -> float:
 
 
 def _innermost(error: BaseException) -> str:
-    """Return the cause in an error of requests, without the addresses of Python objects."""
+    """Return the cause in an error of requests, without addresses of Python objects and hosts."""
     while True:
-        inner = getattr(error, "reason", None) or (error.args[0] if error.args else None)
-        if not isinstance(inner, BaseException):
-            break
+        causes = [getattr(error, "original_error", None), getattr(error, "reason", None)]
+        causes += error.args
+        inner = next((cause for cause in causes if isinstance(cause, BaseException)), None)
+        if inner is None:
+            text = str(error).rpartition(">: ")[2].partition(" (Caused by")[0]
+            return re.sub(r"^\w+\(host=.*?\): ", "", text)
         error = inner
-    text = str(error).rpartition(">: ")[2]
-    return text.partition(" (Caused by")[0].removeprefix("[Errno 111] ")
 
 
 def shown(url: str) -> str:

@@ -44,9 +44,13 @@ def top_folders(archive: Path) -> list[str]:
     WeightsError
         If it is no zip file, or is damaged.
     """
-    with _open(archive, archive.name) as zip_file:
-        names = {PurePosixPath(name).parts[:1] for name in zip_file.namelist()}
-    return sorted(part for parts in names for part in parts)
+    with _open(archive, f"the zip file {archive}") as zip_file:
+        return _tops(zip_file)
+
+
+def _tops(zip_file: zipfile.ZipFile) -> list[str]:
+    names = (PurePosixPath(name).parts[:1] for name in zip_file.namelist())
+    return sorted({part for parts in names for part in parts})
 
 
 def unpack(archive: Path, name: str, target: Path, *, label: str) -> dict[str, FileRecord]:
@@ -82,8 +86,7 @@ def unpack(archive: Path, name: str, target: Path, *, label: str) -> dict[str, F
         _check_entries(entries, label)
         files = [entry for entry in entries if _is_wanted(entry, name)]
         if not files:
-            tops = sorted({PurePosixPath(entry.filename).parts[0] for entry in entries})
-            raise WeightsError(f"{label} holds {', '.join(tops[:5]) or 'nothing'}, not {name}.")
+            raise WeightsError(f"{label} holds {', '.join(_tops(zip_file)[:5])}, not {name}.")
         _check_size(files, archive, target, label)
         return {
             PurePosixPath(entry.filename).relative_to(name).as_posix(): _extract(
@@ -102,7 +105,7 @@ def _open(archive: Path, label: str) -> zipfile.ZipFile:
 
 def _is_wanted(entry: zipfile.ZipInfo, name: str) -> bool:
     parts = PurePosixPath(entry.filename).parts
-    return not entry.is_dir() and parts[0] == name and parts[1:] != (MANIFEST_NAME,)
+    return not entry.is_dir() and parts[:1] == (name,) and parts[1:] != (MANIFEST_NAME,)
 
 
 def _check_entries(entries: Sequence[zipfile.ZipInfo], label: str) -> None:
@@ -123,7 +126,7 @@ def _reason_to_refuse(entry: zipfile.ZipInfo) -> str | None:
     path = PurePosixPath(entry.filename)
     if path.is_absolute() or PureWindowsPath(entry.filename).anchor:
         return "the name is absolute"
-    if not path.parts or ".." in path.parts or "\\" in entry.filename:
+    if ".." in path.parts or "\\" in entry.filename:
         return "the name leads out of the folder"
     kind = stat.S_IFMT(entry.external_attr >> 16)
     if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
