@@ -66,7 +66,7 @@ def keep(self, **keywords):
 store.ModelStore.__init__ = keep
 """,
     "checkpoints read instead of memory-mapped": """
-import totalfast.engine.loading as weights
+import totalfast.engine.checkpoints as weights
 mapped = weights.read_checkpoint
 def read(path):
     import torch

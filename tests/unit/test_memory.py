@@ -84,16 +84,18 @@ def test_plans_are_read_in_both_formats(task, tmp_path, monkeypatch):
         "spacing": [1.0, 1.0],
         "architecture": {"arch_kwargs": {"features_per_stage": [24, 48]}},
     }
-    plans = {"transpose_forward": [1, 0, 2], "configurations": {"base": base, "3d_fullres": child}}
+    axes = {"transpose_forward": [1, 0, 2], "transpose_backward": [1, 0, 2]}
+    plans = axes | {"configurations": {"base": base, "3d_fullres": child}}
     (tmp_path / "plans.json").write_text(json.dumps(plans))
     regions = {"labels": {"background": 0, "a": [1, 2], "b": 2}, "regions_class_order": [1, 2]}
-    (tmp_path / "dataset.json").write_text(json.dumps(regions))
+    images = {"channel_names": {"0": "CT"}, "file_ending": ".nii.gz"}
+    (tmp_path / "dataset.json").write_text(json.dumps(regions | images))
     monkeypatch.setattr("totalfast.engine.model_summary.find_part", lambda *a, **k: tmp_path)
     network = ModelSummary.of(task, part)
     assert (network.patch, network.features, network.heads) == ((32, 32), 24, 2)
     assert network.image(grid_of((50, 40, 30), 1.0)) == 4 * 50 * 40 * 32
     (tmp_path / "plans.json").write_text("{}")
-    with pytest.raises(totalfast.WeightsError, match="can't be read"):
+    with pytest.raises(totalfast.WeightsError, match="configurations is missing"):
         ModelSummary.of(task, part)
 
 
