@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from totalfast import upstream
 from totalfast.errors import WeightsError
 from totalfast.weights.condition import Condition, inspect
+from totalfast.weights.connection import shown
 from totalfast.weights.manifest import (
     MANIFEST_NAME,
     FileRecord,
@@ -25,7 +26,7 @@ from totalfast.weights.manifest import (
 )
 from totalfast.weights.official_model import CHECKPOINT_NAME
 from totalfast.weights.partial_file import PartialFile
-from totalfast.weights.transfer import fetch, shown
+from totalfast.weights.transfer import fetch
 from totalfast.weights.unpack import DamagedZipError, unpack
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ AT_REST_S = 10.0
 """An incomplete folder that changed in this time may be being filled by TotalSegmentator's own
 downloader, which has no lock; it is left alone."""
 
+LONGEST_WAIT_S = 300.0
 LOCK_POLL_S = 0.2
 
 
@@ -128,21 +130,30 @@ def _request(model: OfficialModel) -> upstream.WeightsRequest:
 
 def _is_whole(model: OfficialModel) -> bool:
     """Whether the model is whole, or becomes so while another program fills its folder."""
-    waits = False
-    while (finding := inspect(model)).condition is Condition.INCOMPLETE and _changed_lately(
-        model.dataset
+    began_s = time.monotonic()
+    finding = inspect(model)
+    if finding.condition is Condition.INCOMPLETE and _changed_lately(model):
+        logger.info("waiting whether another program completes %s", model.dataset)
+    while (
+        finding.condition is Condition.INCOMPLETE
+        and _changed_lately(model)
+        and time.monotonic() - began_s < LONGEST_WAIT_S
     ):
-        if not waits:
-            logger.info("waiting whether another program completes %s", model.dataset)
-        waits = True
         time.sleep(LOCK_POLL_S)
+        finding = inspect(model)
     return finding.condition is Condition.WHOLE
 
 
-def _changed_lately(folder: Path) -> bool:
-    paths = [folder, *folder.rglob("*")]
-    newest = max((path.lstat().st_mtime for path in paths if os.path.lexists(path)), default=0.0)
-    return 0 <= time.time() - newest < AT_REST_S
+def _changed_lately(model: OfficialModel) -> bool:
+    paths = [model.dataset, model.folder, *model.folder.rglob("*")]
+    return 0 <= time.time() - max(map(_modified_s, paths)) < AT_REST_S
+
+
+def _modified_s(path: Path) -> float:
+    try:
+        return path.lstat().st_mtime
+    except OSError:  # it may be renamed at this moment
+        return 0.0
 
 
 @contextlib.contextmanager
@@ -241,7 +252,7 @@ def _exchange(new: Path, place: Path, workshop: Path) -> None:
         new.rename(place)
         return
     old = workshop / f"replaced-{place.name}-{secrets.token_hex(4)}"
-    place.rename(old)
+    shutil.move(place, old)  # copies a folder of a container's image, which can't be renamed
     new.rename(place)
     if old.is_symlink():
         old.unlink()
