@@ -230,6 +230,27 @@ def test_damaged_files_are_refused_by_name(name, damage, tmp_path):
         load_model(tmp_path, folds=(0,), device=CPU)
 
 
+def test_missing_folds_are_named_with_those_that_exist(tmp_path):
+    write(tmp_path, plans())
+    with pytest.raises(WeightsError, match=r"no fold_7/c.* folds with this file: fold_0"):
+        load_model(tmp_path, folds=(0, 7), device=CPU, checkpoint_name="checkpoint_final.pth")
+    with pytest.raises(WeightsError, match=r"has no other\.pth; folds with this file: none"):
+        load_model(tmp_path, folds=None, device=CPU, checkpoint_name="other.pth")
+    with pytest.raises(WeightsError, match="can't be read"):  # a name that is too long
+        load_model(tmp_path, folds=("a" * 300,), device=CPU)
+
+
+def test_mirroring_along_an_axis_that_the_network_lacks_is_refused(tmp_path):
+    flat = plans()
+    network = flat["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
+    network |= {"conv_op": "torch.nn.Conv2d", "norm_op": "torch.nn.InstanceNorm2d"}
+    network |= {"kernel_sizes": [[3, 3]] * 2, "strides": [[1, 1], [2, 2]]}
+    flat["configurations"]["base"] |= {"patch_size": [8, 8], "spacing": [3.0, 3.0]}
+    write(tmp_path, flat)
+    with pytest.raises(WeightsError, match=r"mirroring axes \(0, 1, 2\)"):
+        load_model(tmp_path, folds=(0,), device=CPU)
+
+
 def test_json_files_in_any_unicode_encoding_are_read(tmp_path):
     path = write(tmp_path, plans()) / "plans.json"
     path.write_bytes(json.dumps(plans()).encode("utf-16"))

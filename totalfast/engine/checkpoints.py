@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import pickle
 import re
-import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,10 +19,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
-
-
-_SAFE_TYPES = threading.Lock()
-"""Torch's list of safe types belongs to the process."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,13 +56,18 @@ def checkpoint_paths(
     WeightsError
         If one is missing.
     """
-    present = sorted(path.parent.name for path in folder.glob(f"fold_*/{checkpoint_name}"))
-    if folds is None:
-        names = [name for name in present if name != "fold_all"]
-    else:
-        names = [f"fold_{fold}" for fold in folds]
-    paths = [folder / name / checkpoint_name for name in names]
-    missing = [f"{path.parent.name}/{path.name}" for path in paths if not path.is_file()]
+    try:
+        present = sorted(
+            path.name for path in folder.glob("fold_*") if (path / checkpoint_name).is_file()
+        )
+        if folds is None:
+            names = [name for name in present if name != "fold_all"]
+        else:
+            names = [f"fold_{fold}" for fold in folds]
+        paths = [folder / name / checkpoint_name for name in names]
+        missing = [f"{path.parent.name}/{path.name}" for path in paths if not path.is_file()]
+    except OSError as error:
+        raise damaged(folder, f"it can't be read: {error}") from error
     if missing or not paths:
         raise WeightsError(
             f"{folder} has no {', '.join(missing) or checkpoint_name}; "
@@ -188,7 +188,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     import torch
 
     # The file is data from anywhere, and torch and pickle raise errors of any kind about it.
-    with _SAFE_TYPES, torch.serialization.safe_globals(_numpy_number_types()):
+    with torch.serialization.safe_globals(_numpy_number_types()):
         try:
             try:
                 checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

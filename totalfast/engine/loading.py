@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import threading
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from totalfast.engine import known_parts
@@ -44,6 +45,11 @@ if TYPE_CHECKING:
     """nnU-Net's classes and objects, which have no types."""
 
 
+_LOADING = threading.Lock()
+"""One model is loaded at a time: reading a checkpoint changes torch's list of safe types, finding a
+user's trainer changes ``sys.path``, and converting a network for a backend needs memory."""
+
+
 def load_model(
     folder: Path,
     *,
@@ -77,6 +83,19 @@ def load_model(
         If a file is missing, unreadable or damaged, the files do not fit each other, a checkpoint
         holds objects other than weights, or the plans name unknown parts and are not trusted.
     """
+    with _LOADING:
+        return _load(folder, folds, device, checkpoint_name, backend, trust_model=trust_model)
+
+
+def _load(
+    folder: Path,
+    folds: Sequence[int | str] | None,
+    device: torch.device,
+    checkpoint_name: str,
+    backend: Backend,
+    *,
+    trust_model: bool,
+) -> Model:
     plans, dataset = read_json(folder / "plans.json"), read_json(folder / "dataset.json")
     check_dataset(dataset)
     if not trust_model:
