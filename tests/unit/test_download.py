@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import json
@@ -719,6 +720,54 @@ def test_other_models_in_an_incomplete_folder_stay_in_it(home, mirror):
     assert find_model(MODEL)
     assert (own / "fold_0/checkpoint_final.pth").read_bytes() == b"my weights"
     assert left_in_workshop(home) == []
+
+
+class Failing:
+    """Raises an error at one of the calls that change folders, and counts them."""
+
+    def __init__(self, patch, error, at):
+        self.count, self._error, self._at = 0, error, at
+        for name in ("mkdir", "rename", "replace", "fsync"):
+            patch.setattr(os, name, self._wrap(getattr(os, name)))
+
+    def _wrap(self, call):
+        def wrapped(*arguments, **keywords):
+            self.count += 1
+            if self.count == self._at:
+                raise self._error
+            return call(*arguments, **keywords)
+
+        return wrapped
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), KeyboardInterrupt()])
+def test_failure_at_any_step_loses_nothing_and_can_be_repeated(error, home, tmp_path):
+    own = f"{TOP}/mine__plans__3d_fullres"
+    before = {
+        f"{own}/plans.json": b"{}",
+        f"{own}/fold_0/checkpoint_final.pth": b"my weights",
+        f"{TOP}/{MODEL.folder_name}/plans.json": b'{"cut o',
+    }
+    (tmp_path / "model.zip").write_bytes(ZIP)
+    steps = at = 0  # the first round has no error
+    while at <= steps:
+        shutil.rmtree(home, ignore_errors=True)
+        write(home, before)
+        with pytest.MonkeyPatch.context() as patch:
+            failing = Failing(patch, error, at)
+            with contextlib.suppress(WeightsError, KeyboardInterrupt):
+                import_zip(MODEL, tmp_path / "model.zip")
+            steps = max(steps, failing.count)
+        if inspect(MODEL).condition is Condition.WHOLE:
+            assert FILES.items() <= content_of(MODEL.dataset).items()
+        else:
+            assert content_of(MODEL.dataset) == before
+        (weights,) = home.rglob("mine__plans__3d_fullres/fold_0/*.pth")
+        assert weights.read_bytes() == b"my weights"
+        import_zip(MODEL, tmp_path / "model.zip")
+        assert find_model(MODEL)
+        at += 1
+    assert steps > 15
 
 
 def test_weights_that_differ_from_the_new_ones_are_kept(home, mirror, caplog):

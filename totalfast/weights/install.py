@@ -253,7 +253,11 @@ def _exchange(new: Path, place: Path, workshop: Path) -> None:
         return
     old = workshop / f"replaced-{place.name}-{secrets.token_hex(4)}"
     shutil.move(place, old)  # copies a folder of a container's image, which can't be renamed
-    new.rename(place)
+    try:
+        new.rename(place)
+    except BaseException:
+        shutil.move(old, place)
+        raise
     if old.is_symlink():
         old.unlink()
         return

@@ -55,8 +55,7 @@ def fetch(request: WeightsRequest, partial: PartialFile, *, label: str, quiet: b
     Raises
     ------
     WeightsError
-        If the server refuses, sends something else, or no data arrive. What has arrived is kept
-        if it can be continued.
+        If the server refuses, sends something else, or no data arrive.
     OSError
         If the file can't be written.
     """
@@ -79,7 +78,6 @@ def fetch(request: WeightsRequest, partial: PartialFile, *, label: str, quiet: b
         connection = Connection(session, request, stall_s)
         while (error := _failure(connection, partial, bar)) is not None:
             patience.note(partial.size)
-            partial.remove_unless_continuable()
             if isinstance(error, RefusedError) or patience.ended:
                 raise WeightsError(
                     f"the download of {label} from {shown(request.url)} failed: {error}."
