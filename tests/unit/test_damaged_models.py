@@ -8,16 +8,20 @@ import json
 import random
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
-from totalfast import TotalfastError, WeightsError
+from totalfast import InputError, TotalfastError, WeightsError
 from totalfast.engine.loading import load_model
+from totalfast.engine.model_summary import ModelSummary
 from totalfast.engine.predict import predict_part
 from totalfast.engine.tiles import Tiling
+from totalfast.geometry import Grid
 
 from .model_folders import architecture, checkpoint, dataset, plans, write
 
@@ -257,10 +261,11 @@ def test_json_files_in_any_unicode_encoding_are_read(tmp_path):
     assert load_model(tmp_path, folds=(0,), device=CPU).heads == 3
 
 
-@pytest.mark.parametrize("old", [False, True])
-def test_undamaged_models_of_both_formats_predict(old, tmp_path):
-    write(tmp_path, plans(old=old))
-    predict(tmp_path)
+@pytest.mark.filterwarnings("ignore")
+def test_undamaged_models_predict(tmp_path):
+    for files in undamaged_files():
+        for name in ("plans", "old plans"):
+            predict(write(tmp_path, files[name], files["dataset"], files["checkpoint"]))
 
 
 def test_old_plans_with_words_for_numbers_do_not_fill_the_memory(tmp_path):
@@ -270,6 +275,14 @@ def test_old_plans_with_words_for_numbers_do_not_fill_the_memory(tmp_path):
     write(tmp_path, content)
     with pytest.raises(WeightsError, match="UNet_base_num_features is 'abc'"):
         load_model(tmp_path, folds=(0,), device=CPU)
+
+
+def test_image_thinner_than_half_a_voxel_of_the_plans_is_an_input_error(tmp_path):
+    content = plans()
+    content["configurations"]["base"]["spacing"] = [3.0, 73.0, 3.0]
+    write(tmp_path, content)
+    with pytest.raises(InputError, match="none remain along one axis"):
+        predict(tmp_path)
 
 
 def test_advice_names_the_weights_command_only_for_models_in_its_folder(tmp_path, monkeypatch):
@@ -362,8 +375,18 @@ def write_damaged(folder: Path, undamaged: dict[str, Any], chance: random.Random
         flip_bytes(folder / chance.choice(names), chance)
 
 
+def summarise(folder: Path) -> None:
+    """Read what the memory plan needs."""
+    task: Any = SimpleNamespace(folds=None, configuration="3d_fullres")
+    with mock.patch("totalfast.engine.model_summary.find_part", return_value=folder):
+        summary = ModelSummary.of(task, task)
+    grid = Grid(shape=(9, 10, 8), affine=np.diag([3.0, 3.0, 2.0, 1.0]))
+    assert summary.summing(grid) + summary.logits(grid) + summary.image(grid) + summary.answer > 0
+
+
 def predict(folder: Path) -> None:
     """Load a model and segment a small image; images whose size explodes are left out."""
+    summarise(folder)
     model = load_model(folder, folds=(0,), device=CPU)
     if min(model.configuration.spacing) < 0.3 or max(model.patch_size) > 64:
         return
@@ -382,25 +405,40 @@ def predict(folder: Path) -> None:
     assert labels.shape == voxels.shape
 
 
-def run_damaged(folder: Path, seed: int, undamaged: dict[str, Any]) -> bool:
+def run_damaged(folder: Path, seed: int, undamaged: list[dict[str, Any]]) -> bool:
     """Damage a model by a random number; return whether it still predicts.
 
     Raises anything but a TotalfastError.
     """
-    write_damaged(folder, undamaged, random.Random(seed))  # noqa: S311 - repeatable damage
+    chance = random.Random(seed)  # noqa: S311 - repeatable damage
+    write_damaged(folder, chance.choice(undamaged), chance)
     with contextlib.suppress(TotalfastError):
         predict(folder)
         return True
     return False
 
 
-def undamaged_files() -> dict[str, Any]:
-    return {
+def undamaged_files() -> list[dict[str, Any]]:
+    """Return a plain network with labels, and a residual one with regions."""
+    plain = {
         "plans": plans(),
         "old plans": plans(old=True),
         "dataset": dataset(),
         "checkpoint": checkpoint(),
     }
+    residual = copy.deepcopy(plain)
+    network = residual["plans"]["configurations"]["3d_fullres"]["architecture"]
+    kwargs = network["arch_kwargs"]
+    kwargs["n_blocks_per_stage"] = kwargs.pop("n_conv_per_stage")
+    network["network_class_name"] = network["network_class_name"].replace("PlainConv", RESIDUAL)
+    residual["old plans"] = copy.deepcopy(residual["plans"])
+    residual["dataset"]["labels"] |= {"liver": [1, 2], "vessel": 3}
+    residual["dataset"]["regions_class_order"] = [1, 2, 3]
+    residual["checkpoint"] = checkpoint(network)
+    return [plain, residual]
+
+
+RESIDUAL = "ResidualEncoder"
 
 
 @pytest.mark.filterwarnings("ignore")

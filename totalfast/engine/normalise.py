@@ -97,7 +97,7 @@ def to_network_image(
     Raises
     ------
     InputError
-        If the model needs another number of channels.
+        If the model needs another number of channels, or the image is too thin for its spacing.
     """
     forward = list(model.plans.transpose_forward)
     spacing = [float(spacing_mm[axis]) for axis in forward]
@@ -207,11 +207,22 @@ def _normalization_class(name: str) -> Untyped:
 def _network_shape(
     shape: tuple[int, ...], spacing: Sequence[float], model: Model
 ) -> tuple[tuple[int, ...], list[float]]:
-    """Shape at the plans' spacing, and this spacing (default_resampling.py)."""
+    """Shape at the plans' spacing, and this spacing (default_resampling.py).
+
+    Raises
+    ------
+    InputError
+        If the image is thinner than half a voxel of the plans.
+    """
     target = [float(mm) for mm in model.configuration.spacing]
     if len(target) < len(shape):
         target = [float(spacing[0]), *target]
     sizes = tuple(
         int(round(own / new * size)) for own, new, size in zip(spacing, target, shape, strict=True)
     )
+    if min(sizes) < 1:
+        raise InputError(
+            f"the image has {shape} voxels of {tuple(spacing)} mm; at the spacing of "
+            f"{model.folder}, {tuple(target)} mm, none remain along one axis."
+        )
     return sizes, target
