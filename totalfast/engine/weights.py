@@ -134,8 +134,8 @@ def _describe(model: OfficialModel, finding: Finding) -> str:
     dataset = model.dataset
     return {
         Condition.MISSING: f"model {model.model_id} ({dataset.name}) is not in {dataset.parent}",
-        Condition.INCOMPLETE: f"model {model.model_id} is incomplete: {dataset} has "
-        f"{finding.detail}",
+        Condition.INCOMPLETE: f"model {model.model_id} in {dataset} is incomplete "
+        f"({finding.detail})",
         Condition.OTHER: f"{dataset} has no {model.folder_name}, only {finding.detail}",
         Condition.CHANGED: f"model {model.model_id} is not what was unpacked in {dataset}: "
         f"{finding.detail}",
