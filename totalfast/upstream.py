@@ -62,7 +62,6 @@ __all__ = [
     "check_license",
     "custom_trainer",
     "dataset_folder",
-    "dicom_modality",
     "dicom_plane",
     "dicom_to_nifti",
     "format_classes_table",
@@ -334,14 +333,6 @@ def label_names(header: Any) -> dict[int, str]:  # noqa: ANN401 - nibabel is unt
         labels = re.findall(r'<Label Key="(\d+)"[^>]*><!\[CDATA\[(.*?)\]\]></Label>', text)
         names.update((int(label), name) for label, name in labels)
     return names
-
-
-def dicom_modality(path: Path) -> str | None:
-    """Modality of a folder's first readable DICOM file, such as "CT"; None if there is none."""
-    from totalsegmentator.dicom_io import detect_dicom_modality
-
-    modality: str | None = detect_dicom_modality(path)
-    return modality
 
 
 def dicom_to_nifti(folder: Path, path: Path) -> None:

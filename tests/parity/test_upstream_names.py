@@ -54,7 +54,6 @@ def test_names_that_are_imported_lazily_exist():
     from totalsegmentator.dicom_io import (  # noqa: F401
         _infer_plane_from_iop,
         dcm_to_nifti,
-        detect_dicom_modality,
         save_mask_as_dicomseg,
         save_mask_as_rtstruct,
         tqdm,

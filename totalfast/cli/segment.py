@@ -75,7 +75,9 @@ def task_of_modality(task: str, scan: Path) -> str:
     """
     if task not in ("total", "total_mr") or not scan.exists() or not _is_dicom(scan):
         return task
-    modality = (upstream.dicom_modality(scan) or "").upper()
+    from totalfast.files.dicom.find import find_modality
+
+    modality = find_modality(scan) or ""
     swapped = {("total_mr", "CT"): "total", ("total", "MR"): "total_mr"}.get((task, modality))
     if swapped is None:
         return task

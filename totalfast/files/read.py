@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import math
 import os
@@ -16,6 +17,7 @@ from nibabel.spatialimages import HeaderDataError, SpatialImage
 from nibabel.wrapstruct import WrapStructError
 
 from totalfast.errors import InputError
+from totalfast.files.gunzip import unpack
 from totalfast.geometry import Grid
 from totalfast.scan import ScannerImage
 
@@ -33,6 +35,22 @@ logger = logging.getLogger(__name__)
 NIFTI_ENDINGS = (".nii", ".nii.gz")
 ITK_ENDINGS = (".nrrd", ".nhdr", ".mha", ".mhd")
 """Endings of formats that upstream does not read."""
+
+UNEXPECTED_CONTENT = (
+    ArithmeticError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    OSError,
+    TypeError,
+    ValueError,
+    zlib.error,
+)
+"""Errors that nibabel raises for damaged headers, beside its own; a size that no memory can hold is
+one of them."""
+
+LONGEST_HEADER = 4096
+"""Bytes that hold the header of a NIfTI file of either version."""
 
 GZIP_MAGIC = b"\x1f\x8b"
 NIFTI_2_SIZES = (b"\x1c\x02\0\0", b"\0\0\x02\x1c")
@@ -120,14 +138,12 @@ def _open(path: Path) -> nib.Nifti1Image:
         return nib.load(path)
     except (ImageFileError, HeaderDataError) as error:
         raise InputError(f"{path} is not a readable NIfTI file: {error}") from error
-    except (OSError, EOFError, zlib.error) as error:
+    except UNEXPECTED_CONTENT as error:
         raise InputError(f"{path} can't be read: {error}") from error
 
 
 def _open_stream(stream: BinaryIO) -> nib.Nifti1Image:
     """Open a NIfTI file, plain or gzipped, from an open file's current position."""
-    from isal import igzip
-
     if not hasattr(stream, "read"):
         raise InputError(
             f"the input is of type {type(stream).__name__}; it must be a path, a nibabel image or "
@@ -137,13 +153,18 @@ def _open_stream(stream: BinaryIO) -> nib.Nifti1Image:
         content = stream.read()
         if not isinstance(content, bytes):
             raise InputError("the input file is open in text mode; open it with mode 'rb'.")
+        head = content[:LONGEST_HEADER]
         if content.startswith(GZIP_MAGIC):
-            content = igzip.decompress(content)
-        newer = content[:4] in NIFTI_2_SIZES
-        return (nib.Nifti2Image if newer else nib.Nifti1Image).from_bytes(content)
+            head = unpack(content, LONGEST_HEADER)
+        kind = nib.Nifti2Image if head[:4] in NIFTI_2_SIZES else nib.Nifti1Image
+        if content.startswith(GZIP_MAGIC):
+            header = kind.header_class.from_fileobj(io.BytesIO(head), check=False)
+            size = math.prod(header.get_data_shape()) * header.get_data_dtype().itemsize
+            content = unpack(content, int(header.get_data_offset()) + size)
+        return kind.from_bytes(content)
     except (ImageFileError, HeaderDataError, WrapStructError) as error:
         raise InputError(f"the input file is not a readable NIfTI file: {error}") from error
-    except (OSError, EOFError, zlib.error) as error:
+    except UNEXPECTED_CONTENT as error:
         raise InputError(f"the input file can't be read: {error}") from error
 
 
@@ -183,21 +204,15 @@ def _stored_voxels(image: nib.Nifti1Image, name: str) -> tuple[NDArray[Any], flo
             stored = _inflate(Path(path), proxy)
         else:
             stored = np.asanyarray(proxy.get_unscaled())
-    except (OSError, EOFError, ValueError, zlib.error) as error:
+    except UNEXPECTED_CONTENT as error:
         raise InputError(f"{name} is damaged or truncated: {error}") from error
     return stored, float(proxy.slope), float(proxy.inter)
 
 
 def _inflate(path: Path, proxy: ArrayProxy) -> NDArray[Any]:
-    """Read a gzipped NIfTI's voxels in one call, which also verifies the checksum (igzip).
-
-    Another thread imports torch at the same time. A reader that takes the GIL after every block
-    needs twice as long; a single call takes it only once.
-    """
-    from isal import igzip
-
-    content = igzip.decompress(path.read_bytes())
+    """Read a gzipped NIfTI's voxels, and nothing that follows them."""
     offset, size = int(proxy.offset), math.prod(proxy.shape) * proxy.dtype.itemsize
+    content = unpack(path.read_bytes(), offset + size)
     if len(content) < offset + size:
         raise EOFError(f"it ends after {max(len(content) - offset, 0)} of {size} bytes of voxels")
     voxels: NDArray[Any] = np.frombuffer(

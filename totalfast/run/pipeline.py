@@ -23,6 +23,7 @@ from totalfast.run.cleanup import clean, refine
 from totalfast.run.context import RunContext
 from totalfast.run.empty_classes import NO_REGION, NOT_RESTORED, OUTSIDE, EmptyClasses
 from totalfast.run.input_warnings import warn_of_unusual
+from totalfast.run.intensities import replace_non_finite
 from totalfast.run.measure import measure_model_image
 from totalfast.run.memory_plan import Budget, StoredScan
 from totalfast.run.prediction import predict
@@ -106,7 +107,7 @@ def run(
         _prepare_models(context)
         progress.expect(context.work.total)
         progress.stage("Reading")
-        image = read_image(scan)
+        image = replace_non_finite(read_image(scan))
         warn_of_unusual(image, spacing_mm=task.spacing_mm, crops=task.crop is not None)
         progress.advance(context.work.read)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import shutil
 import zipfile
 import zlib
@@ -10,7 +12,9 @@ from typing import TYPE_CHECKING
 from totalfast.errors import InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
+    from typing import BinaryIO
 
     from pydicom import Dataset
 
@@ -21,6 +25,24 @@ BOMB_BYTES = 1 << 30
 BOMB_RATIO = 200
 """A zip file is refused if its unpacked size and its compression ratio are both above these limits.
 DICOM slices have a much lower ratio; deflate can reach 1032."""
+
+LONGEST_HEADER = 1 << 20
+"""Bytes of a file in a zip file that are read for its header."""
+
+NOT_SCANS = frozenset({"KO", "PR", "REG", "RTDOSE", "RTPLAN", "RTSTRUCT", "SEG", "SR"})
+"""Modalities of files that are not scans, but are often in a scan's folder."""
+
+UNEXPECTED_CONTENT = (
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""Errors that pydicom and dicom2nifti raise for unexpected headers and pixels."""
 
 HEADER = (
     "SOPClassUID",
@@ -98,16 +120,69 @@ def _refuse_bombs(archive: Path, members: list[zipfile.ZipInfo], folder: Path) -
 
 def read_header(path: Path) -> Dataset | None:
     """Read a file's header; None if it is not a DICOM file."""
+    try:
+        with path.open("rb") as stream:
+            return _header_of(stream)
+    except UNEXPECTED_CONTENT as error:
+        raise InputError(f"{path} is a damaged DICOM file: {type(error).__name__}.") from error
+
+
+def _header_of(stream: BinaryIO) -> Dataset | None:
     import pydicom
     from pydicom.errors import InvalidDicomError
 
+    if not stream.read(PREAMBLE_BYTES).endswith(b"DICM"):
+        return None
+    stream.seek(0)
     try:
+        header = pydicom.dcmread(stream, stop_before_pixels=True, specific_tags=list(HEADER))
+    except InvalidDicomError as error:
+        raise ValueError(str(error)) from error
+    for keyword in HEADER:
+        header.get(keyword)  # pydicom decodes values late; damage is found here
+    return header
+
+
+def find_modality(source: Path) -> str | None:
+    """Modality of the first image in a folder, with its subfolders, in a zip file, or of a file.
+
+    Files of results, such as structure sets, are passed over.
+
+    Returns
+    -------
+        For example "CT"; None if there is no readable image.
+    """
+    with contextlib.suppress(*UNEXPECTED_CONTENT):
+        for header in _headers(source):
+            modality = header.get("Modality")
+            if modality and str(modality).upper() not in NOT_SCANS:
+                return str(modality).upper()
+    return None
+
+
+def _headers(source: Path) -> Iterator[Dataset]:
+    """Headers of all DICOM files of a source, without unpacking a zip file."""
+    if not source.is_dir() and zipfile.is_zipfile(source):
+        with zipfile.ZipFile(source) as archive:
+            for name in sorted(archive.namelist()):
+                with archive.open(name) as member:
+                    # A header is at the start; the rest may be large.
+                    header = _readable(io.BytesIO(member.read(LONGEST_HEADER)))
+                if header is not None:
+                    yield header
+        return
+    for path in find_files(source, source):
         with path.open("rb") as stream:
-            if not stream.read(PREAMBLE_BYTES).endswith(b"DICM"):
-                return None
-        return pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(HEADER))
-    except (InvalidDicomError, EOFError, OSError, ValueError) as error:
-        raise InputError(f"{path} can't be read: {error}") from error
+            header = _readable(stream)
+        if header is not None:
+            yield header
+
+
+def _readable(stream: BinaryIO) -> Dataset | None:
+    """The header, or None if it is damaged."""
+    with contextlib.suppress(*UNEXPECTED_CONTENT):
+        return _header_of(stream)
+    return None
 
 
 def link(path: Path, target: Path) -> None:

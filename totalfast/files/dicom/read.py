@@ -14,7 +14,13 @@ import nibabel as nib
 
 from totalfast import upstream
 from totalfast.errors import InputError, OutputError
-from totalfast.files.dicom.find import find_files, link, read_header
+from totalfast.files.dicom.find import (
+    NOT_SCANS,
+    UNEXPECTED_CONTENT,
+    find_files,
+    link,
+    read_header,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -25,9 +31,6 @@ logger = logging.getLogger(__name__)
 
 FEWEST_SLICES = 4
 """dicom2nifti does not convert series with fewer slices, because they are localizers."""
-
-NOT_SCANS = frozenset({"KO", "PR", "REG", "RTDOSE", "RTPLAN", "RTSTRUCT", "SEG", "SR"})
-"""Modalities of files that are not scans, but are often in a scan's folder."""
 
 REASONS = {
     "NON_CUBICAL_IMAGE/GANTRY_TILT": "its slices are sheared, for example by a tilted gantry; "
@@ -41,18 +44,6 @@ REASONS = {
     "MISSING_DICOM_FILES": "its time points have different numbers of slices",
 }
 """dicom2nifti's error codes and their meaning."""
-
-UNEXPECTED_CONTENT = (
-    ArithmeticError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
-"""Errors that the converter raises for unexpected headers and pixels."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,50 @@
+"""Unpack gzip data up to a limit: a file can't need more memory than its header promises."""
+
+from __future__ import annotations
+
+from typing import cast
+
+
+def unpack(packed: bytes, limit: int) -> bytes:
+    """Unpack at most ``limit`` bytes of a gzip stream of one or several members.
+
+    Parameters
+    ----------
+    packed
+        Content of a gzip file.
+    limit
+        Number of bytes to return at most. What follows is not unpacked.
+
+    Returns
+    -------
+        Fewer than ``limit`` bytes if the stream is shorter. The checksum of each member that ends
+        within the limit was verified.
+
+    Raises
+    ------
+    EOFError, ValueError
+        If the stream is damaged.
+
+    Notes
+    -----
+    Each member is unpacked in one call. Another thread may import torch at the same time; a reader
+    that takes the GIL after every block needs twice as long.
+    """
+    from isal import igzip_lib
+
+    damaged = cast("type[Exception]", igzip_lib.error)  # its stub names an instance
+
+    pieces: list[bytes] = []
+    left, rest = limit, packed
+    try:
+        while left > 0 and rest:
+            member = igzip_lib.IgzipDecompressor(flag=igzip_lib.DECOMP_GZIP)
+            piece = member.decompress(rest, left)
+            pieces.append(piece)
+            left -= len(piece)
+            if not member.eof:
+                break
+            rest = member.unused_data.lstrip(b"\0")  # gzip allows zeros behind a member
+    except damaged as error:
+        raise ValueError(f"the gzip data are damaged ({error})") from error
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
