@@ -22,6 +22,8 @@ examples:
 other commands (each has a --help):
   totalfast demo                                   try it without a scan or a download
   totalfast preview ct.nii.gz seg.nii.gz out.png   draw a scan and its labels
+  totalfast weights list                           models on this machine: download, verify, import
+  totalfast cache                                  converted models: where, how large; clear
   totalfast nnunet -i DIR -o DIR -m MODEL          run any nnU-Net v2 model
   totalfast shim DIR                               a TotalSegmentator command that runs totalfast
 

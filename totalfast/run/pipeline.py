@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from totalfast.engine.weights import find_part
+from totalfast.engine.weights import ensure_part, parts_of
 from totalfast.export.cell_export import prepare as prepare_linear
 from totalfast.files.read import open_scan, read_image
 from totalfast.files.targets import derives_body_and_skin
@@ -42,7 +42,6 @@ from totalfast.system.progress import Progress, timed
 from totalfast.upstream import check_license, store_license, warn_of_untested_version
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
     from typing import BinaryIO
 
@@ -57,7 +56,7 @@ if TYPE_CHECKING:
     from totalfast.run.results import Segmentation
     from totalfast.scan import ModelImage, ScannerImage
     from totalfast.system.pending_files import PendingFiles
-    from totalfast.tasks import Crop, Part, Task
+    from totalfast.tasks import Crop, Task
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +99,8 @@ def run(
     scan = open_scan(source)  # before models are looked for, or even downloaded
     files.require_space(outputs.sizes(scan.shape[:3]))
     _log_task(task, options)
+    for needed, part in parts_of(task):  # before the memory plan, which reads the models' plans
+        ensure_part(needed, part, offline=options.offline, quiet=options.quiet)
     with Progress(disable=options.quiet) as progress:
         context = _context(scan, task, options=options, store=store, progress=progress, files=files)
         plan = _first_plan(context, Grid(shape=scan.shape[:3], affine=scan.affine), task)
@@ -253,7 +254,7 @@ def _context(
         empty_classes=EmptyClasses(
             task.classes, enabled=options.verbose or options.report is not None
         ),
-        models=tuple(_models_of(task)),
+        models=tuple(parts_of(task)),
     )
 
 
@@ -265,9 +266,7 @@ def _check_license(task: Task, options: Options) -> None:
 
 
 def _prepare_models(context: RunContext) -> None:
-    """Download missing models before anything is read; start loading the first one."""
-    for task, part in context.models:
-        find_part(task, part)
+    """Start loading the first model."""
     context.start_loading(0)
     if context.options.export == "linear":
         Thread(target=prepare_linear, name="totalfast-compile", daemon=True).start()
@@ -280,16 +279,6 @@ def _name_of(
     if series is not None:
         return series.source
     return source if isinstance(source, str | os.PathLike) else scan
-
-
-def _models_of(task: Task) -> Iterator[tuple[Task, Part]]:
-    """All models that a task needs, in the order of use."""
-    if task.crop is not None:
-        yield from _models_of(task.crop.rough)
-    for part in task.parts:
-        yield task, part
-    if task.refined_by is not None:
-        yield from _models_of(task.refined_by)
 
 
 def _keeps_scan(task: Task, options: Options) -> bool:
