@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import multiprocessing
 import os
 import subprocess
@@ -57,6 +58,16 @@ def _nothing_left_behind(tmp_path_factory, monkeypatch):
     assert not multiprocessing.active_children()
     if settings:
         assert _torch_settings() == settings
+
+
+@pytest.fixture(autouse=True)
+def _log_as_before():
+    """Undo what a command that is run in this process sets: it prints the log on its own stdout."""
+    logger = logging.getLogger("totalfast")
+    before = logger.handlers, logger.propagate, logger.level
+    yield
+    logger.handlers, logger.propagate = before[:2]
+    logger.setLevel(before[2])
 
 
 def _is_torchs(path: Path) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import builtins
 import importlib
 import json
-import logging
 import os
 import pydoc
 import subprocess
@@ -410,10 +409,7 @@ def test_importing_nnunet_prints_nothing():
     assert (done.stdout, done.stderr) == ("", "")
 
 
-def test_predictor_prints_nothing(tmp_path, capsys, caplog, monkeypatch):
-    # A command that was run by another test prints the log.
-    monkeypatch.setattr(logging.getLogger("totalfast"), "handlers", [])
-    monkeypatch.setattr(logging.getLogger("totalfast"), "propagate", True)
+def test_predictor_prints_nothing(tmp_path, capsys, caplog):
     folder = write(tmp_path, plans())
     with caplog.at_level("DEBUG", logger="totalfast"):
         predictor = ArgmaxPredictor(device=CPU, allow_tqdm=False)
