@@ -44,14 +44,14 @@ class Session:
     -----
     Safe to use from several threads; predictions then take turns. ``close``, or the end of a
     ``with`` block, frees the models. A model whose folder changes while it is loaded stays what it
-    was. A session does not work in a forked process; start processes with multiprocessing's
-    "spawn", and create a session in each.
+    was. After a network has run, forked processes can't run networks (``ForkError``); start
+    processes with multiprocessing's "spawn", and create a session in each.
 
     Examples
     --------
     >>> with totalfast.Session(device="cpu") as session:
     ...     for scan in scans:
-    ...         session.segment(scan, scan.with_suffix(".seg.nii.gz"), ml=True)
+    ...         session.segment(scan, results / scan.name, ml=True)
     """
 
     def __init__(

@@ -43,8 +43,8 @@ def check_process() -> None:
         return
     if _use.has_threads or _use.working:
         raise ForkError(
-            "this process was forked from one in which totalfast had already run a network; the "
-            "threads of torch do not survive a fork. Start processes with "
+            "this process was forked from one in which totalfast had run a network or was at work; "
+            "the threads of torch do not survive a fork. Start processes with "
             'multiprocessing.get_context("spawn"), or fork before the first segmentation.'
         )
     _use = _Use()
