@@ -9,7 +9,7 @@ import zipfile
 import zlib
 from typing import TYPE_CHECKING
 
-from totalfast.errors import InputError
+from totalfast.errors import InputError, TotalfastError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -120,24 +120,40 @@ def _refuse_bombs(archive: Path, members: list[zipfile.ZipInfo], folder: Path) -
 
 def read_header(path: Path) -> Dataset | None:
     """Read a file's header; None if it is not a DICOM file."""
+    with damage_refused(path), path.open("rb") as stream:
+        return _header_of(stream)
+
+
+@contextlib.contextmanager
+def damage_refused(path: Path) -> Iterator[None]:
+    """Turn the errors that damaged headers cause in the context into an InputError.
+
+    Their messages may quote the header, which holds the patient's name; only the kind is told.
+    """
     try:
-        with path.open("rb") as stream:
-            return _header_of(stream)
-    except UNEXPECTED_CONTENT as error:
-        raise InputError(f"{path} is a damaged DICOM file: {type(error).__name__}.") from error
+        yield
+    except TotalfastError:
+        raise
+    except _errors_of_damage() as error:
+        raise InputError(
+            f"{path} can't be read: a DICOM header is damaged or holds unexpected values "
+            f"({type(error).__name__})."
+        ) from error
+
+
+def _errors_of_damage() -> tuple[type[Exception], ...]:
+    from pydicom.errors import BytesLengthException, InvalidDicomError
+
+    return (InvalidDicomError, BytesLengthException, *UNEXPECTED_CONTENT)
 
 
 def _header_of(stream: BinaryIO) -> Dataset | None:
     import pydicom
-    from pydicom.errors import InvalidDicomError
 
     if not stream.read(PREAMBLE_BYTES).endswith(b"DICM"):
         return None
     stream.seek(0)
-    try:
-        header = pydicom.dcmread(stream, stop_before_pixels=True, specific_tags=list(HEADER))
-    except InvalidDicomError as error:
-        raise ValueError(str(error)) from error
+    header = pydicom.dcmread(stream, stop_before_pixels=True, specific_tags=list(HEADER))
     for keyword in HEADER:
         header.get(keyword)  # pydicom decodes values late; damage is found here
     return header
@@ -152,7 +168,7 @@ def find_modality(source: Path) -> str | None:
     -------
         For example "CT"; None if there is no readable image.
     """
-    with contextlib.suppress(*UNEXPECTED_CONTENT):
+    with contextlib.suppress(*_errors_of_damage()):
         for header in _headers(source):
             modality = header.get("Modality")
             if modality and str(modality).upper() not in NOT_SCANS:
@@ -180,7 +196,7 @@ def _headers(source: Path) -> Iterator[Dataset]:
 
 def _readable(stream: BinaryIO) -> Dataset | None:
     """The header, or None if it is damaged."""
-    with contextlib.suppress(*UNEXPECTED_CONTENT):
+    with contextlib.suppress(*_errors_of_damage()):
         return _header_of(stream)
     return None
 

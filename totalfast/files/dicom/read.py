@@ -16,7 +16,7 @@ from totalfast import upstream
 from totalfast.errors import InputError, OutputError
 from totalfast.files.dicom.find import (
     NOT_SCANS,
-    UNEXPECTED_CONTENT,
+    damage_refused,
     find_files,
     link,
     read_header,
@@ -95,16 +95,18 @@ def open_series(source: Path) -> Iterator[Series]:
         unpacked, folder = Path(private) / "unpacked", Path(private) / "series"
         unpacked.mkdir()
         folder.mkdir()
-        files = _one_series(source, find_files(source, unpacked))
+        with damage_refused(source):
+            files = _one_series(source, find_files(source, unpacked))
+            header = next(iter(files.values()))
+            cosines = header.get("ImageOrientationPatient")
+            orientation = tuple(map(float, cosines)) if cosines else None
         for number, path in enumerate(files):
             link(path, folder / f"{number:06d}.dcm")
-        header = next(iter(files.values()))
-        cosines = header.get("ImageOrientationPatient")
         series = Series(
             source=source,
             folder=folder,
             slices=len(files),
-            orientation=tuple(map(float, cosines)) if cosines else None,
+            orientation=orientation,
             image=_convert(source, folder, Path(private) / f"{source.resolve().name}.nii"),
         )
         logger.info("  found image with shape %s", series.image.shape)
@@ -232,16 +234,14 @@ def _refuse_wrong_frames(source: Path, series: dict[Path, Dataset]) -> None:
 def _convert(source: Path, folder: Path, path: Path) -> nib.Nifti1Image:
     """Run upstream's converter; the image's voxels are read later."""
     from dicom2nifti.exceptions import ConversionError, ConversionValidationError
-    from pydicom.errors import InvalidDicomError
 
     try:
         # Not compressed, unlike upstream's, because it is written twice and read once.
-        upstream.dicom_to_nifti(folder, path)
+        with damage_refused(source):
+            upstream.dicom_to_nifti(folder, path)
     except (ConversionError, ConversionValidationError) as error:
         code = str(error)
         raise InputError(
             f"{source} can't be converted: {REASONS.get(code, code)} ({code})."
         ) from error
-    except (InvalidDicomError, *UNEXPECTED_CONTENT) as error:
-        raise InputError(f"{source} can't be converted: {type(error).__name__}: {error}") from error
     return nib.load(path, mmap=False)

@@ -158,9 +158,13 @@ def write_dicom(
             folder=kind == "dicom_seg" and target.is_dir(),
         )
     except (AttributeError, LookupError, TypeError, ValueError) as error:
-        # The writers raise these errors if an attribute of the series is missing or unexpected.
+        # The writers raise these errors if an attribute of the series is missing or unexpected. The
+        # message of the latter may quote the header, which holds the patient's name.
+        reason = f"an attribute has an invalid value ({type(error).__name__})"
+        if isinstance(error, AttributeError | LookupError):
+            reason = str(error)
         raise OutputError(
-            f"TotalSegmentator's writer can't write {target} for {series.source}: {error}"
+            f"TotalSegmentator's writer can't write {target} for {series.source}: {reason}."
         ) from error
 
 
