@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from totalfast.about import version as _version
 from totalfast.errors import (
+    ForkError,
     InputError,
     LicenseError,
     MemoryLimitError,
     OptionError,
     OutputError,
     PredictionError,
+    SessionError,
     TotalfastError,
     UnsupportedError,
     WeightsError,
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ArgmaxPredictor",
+    "ForkError",
     "InputError",
     "LicenseError",
     "MemoryLimitError",
@@ -38,6 +41,7 @@ __all__ = [
     "OutputError",
     "PredictionError",
     "Session",
+    "SessionError",
     "TotalfastError",
     "UnsupportedError",
     "WeightsError",

@@ -8,7 +8,7 @@ The tree::
     │   └── UnsupportedError  upstream has it, totalfast does not yet
     ├── OutputError           the result can't be written to the given path
     ├── LicenseError          the task needs a TotalSegmentator licence number
-    ├── WeightsError          a model is missing, damaged or holds more than weights
+    ├── WeightsError          a model is missing or damaged, or holds what could run code
     ├── MemoryLimitError      the run needs more memory than the user allows
     ├── PredictionError       the network's output can't be used
     ├── SessionError          the session is closed
@@ -46,7 +46,7 @@ class LicenseError(TotalfastError):
 
 
 class WeightsError(TotalfastError):
-    """A model folder is missing, damaged, or a checkpoint holds more than weights."""
+    """A model is missing or damaged, or its files name or hold parts that could run code."""
 
 
 class MemoryLimitError(TotalfastError):

@@ -12,6 +12,7 @@ from totalfast.engine.store import MAX_MODELS, ModelStore
 from totalfast.errors import OptionError
 from totalfast.files.targets import OutputPlan
 from totalfast.options import Options, check_radiomics
+from totalfast.system.forks import working
 from totalfast.system.pending_files import PendingFiles
 
 if TYPE_CHECKING:
@@ -86,6 +87,7 @@ class Session:
         from totalfast.files.read import is_dicom
         from totalfast.run.pipeline import run
 
+        self.models.check()
         options = Options.from_keywords({"device": self.device, **keywords})
         target = None if output is None else Path(output)
         check_radiomics(input, target, options)
@@ -97,7 +99,7 @@ class Session:
         check_packages(options.dicom_types)
         outputs = OutputPlan.of(target, options.resolved_task(), options)
         outputs.check(input)
-        with PendingFiles(rescue_from=outputs.folder) as files:
+        with working(), PendingFiles(rescue_from=outputs.folder) as files:
             files.prepare(outputs.paths)
             if not is_dicom(input):
                 return _result(run(input, outputs, options=options, store=self.models, files=files))

@@ -40,7 +40,7 @@ from totalsegmentator.map_to_binary import (
 )
 from totalsegmentator.registry import TASKS, format_classes_table, format_tasks_table
 
-from totalfast.errors import LicenseError
+from totalfast.errors import LicenseError, WeightsError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -139,7 +139,15 @@ def weights_home() -> Path:
     home = os.environ.get("TOTALSEG_HOME_DIR")
     if home is not None:
         return Path(home) / "nnunet/results"
-    user_home = Path("/tmp") if str(Path.home()) == "/" else Path.home()  # noqa: S108
+    try:
+        user_home = Path.home()
+    except RuntimeError as error:
+        raise WeightsError(
+            "there is no place for models, because this user has no home folder. Set "
+            "TOTALSEG_WEIGHTS_PATH to the folder of the models."
+        ) from error
+    if str(user_home) == "/":
+        user_home = Path("/tmp")  # noqa: S108 - upstream's rule
     return user_home / ".totalsegmentator" / "nnunet/results"
 
 

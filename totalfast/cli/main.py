@@ -16,6 +16,7 @@ from totalfast.cli.console import hide_messages_of_libraries, make_printing_safe
 from totalfast.cli.exit_codes import run_to_exit_code
 from totalfast.cli.parser import build_parser
 from totalfast.cli.segment import run_main_command
+from totalfast.system.cores import limit_libraries
 from totalfast.system.process_memory import prepare_process
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ def command(run: Callable[[], int] = main) -> None:
     libraries registered to run at exit are called.
     """
     prepare_process()
+    limit_libraries()
     make_printing_safe()
     if "--debug" not in sys.argv:
         hide_messages_of_libraries()

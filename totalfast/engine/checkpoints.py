@@ -137,7 +137,7 @@ def _weights(path: Path, weights: dict[str, Any]) -> dict[str, torch.Tensor]:
 def fit_weights(checkpoint: Checkpoint, expected: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     """Return a checkpoint's weights in the precision of a network, after comparing their shapes.
 
-    Weights that are stored in half precision are converted, like copying them into a network does.
+    All weights are copied, and those in half precision are converted, like nnU-Net does.
 
     Parameters
     ----------
@@ -171,10 +171,8 @@ def fit_weights(checkpoint: Checkpoint, expected: Mapping[str, torch.Tensor]) ->
                 f"{tuple(tensor.shape)} numbers of {tensor.dtype}, but the network needs "
                 f"{tuple(own.shape)} of {own.dtype}",
             )
-    return {
-        name: tensor.float() if tensor.is_floating_point() else tensor
-        for name, tensor in weights.items()
-    }
+    # Copies: a mapped file that another program writes anew would end the process (SIGBUS).
+    return {name: tensor.to(expected[name].dtype, copy=True) for name, tensor in weights.items()}
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from totalfast.engine.plans import (
 from totalfast.engine.trainers import builds_from_plans, find_trainer
 from totalfast.engine.weights import CHECKPOINT_NAME
 from totalfast.errors import TotalfastError
+from totalfast.system.forks import working
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -83,7 +84,7 @@ def load_model(
         If a file is missing, unreadable or damaged, the files do not fit each other, a checkpoint
         holds objects other than weights, or the plans name unknown parts and are not trusted.
     """
-    with _LOADING:
+    with working(), _LOADING:
         return _load(folder, folds, device, checkpoint_name, backend, trust_model=trust_model)
 
 

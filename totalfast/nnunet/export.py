@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from totalfast.engine.nnunet_calls import call_quietly
 from totalfast.export import export_labels
 from totalfast.system.pending_files import PendingFiles
 
@@ -152,6 +153,6 @@ def write_segmentation(
             )
         files.write(
             target.with_name(target.name + ending),
-            lambda staged: writer.write_seg(segmentation, str(staged), properties),
+            lambda staged: call_quietly(writer.write_seg, segmentation, str(staged), properties),
         )
         files.commit()
