@@ -121,11 +121,12 @@ def _versions() -> Iterator[str]:
 
 
 def _device() -> str:
-    torch = sys.modules.get("torch")  # not imported for this: it takes seconds
+    # Not imported for this, because it takes seconds; a thread may be importing it.
+    cuda = getattr(sys.modules.get("torch"), "cuda", None)
     try:
-        if torch is not None and torch.cuda.is_available():
-            return str(torch.cuda.get_device_name())
-    except RuntimeError:
+        if cuda is not None and cuda.is_available():
+            return str(cuda.get_device_name())
+    except (AttributeError, RuntimeError):
         return "GPU not readable"
     return "no GPU"
 

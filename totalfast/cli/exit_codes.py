@@ -63,10 +63,15 @@ def _report(error: Exception, args: argparse.Namespace) -> int:
         _print_error(str(error))
         return WRONG_OPTION if isinstance(error, OptionError) else 1
     advice = advice_for(error)
-    if advice is None:
-        print(report_of(error, args), file=sys.stderr)
-        advice = "This is a bug; please report the lines above. --debug shows a traceback."
-    _print_error(f"{_one_line(error)}. {advice}")
+    if advice is not None:
+        _print_error(f"{_one_line(error)}. {advice}")
+        return 1
+    print(report_of(error, args), file=sys.stderr)
+    # Without the error's message, which may quote a scan's header.
+    _print_error(
+        f"unexpected {type(error).__name__}. This is a bug; please report the lines above. --debug "
+        "shows the error's message and a traceback."
+    )
     return 1
 
 
