@@ -183,7 +183,9 @@ class Harness:
 
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(descriptor, 2)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(descriptor, 1)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
         what, twice, ever = fault
         self.library.fault_at(ctypes.c_long(number), what, twice, ever)

@@ -267,6 +267,23 @@ def test_after_a_kill_at_any_rename_nothing_is_mixed_and_the_next_run_restores(o
     assert contents(old) == dict.fromkeys(NAMES, "old")
 
 
+def test_a_folder_that_another_process_removes_before_it_is_locked_is_made_anew(
+    tmp_path, monkeypatch
+):
+    removed, acquire = [], staging.filelock.FileLock.acquire
+
+    def acquire_late(self, **keywords):
+        if not removed:
+            recover(tmp_path)
+            removed.append(1)
+        return acquire(self, **keywords)
+
+    monkeypatch.setattr(staging.filelock.FileLock, "acquire", acquire_late)
+    save(tmp_path, "new")
+    assert removed
+    assert contents(tmp_path) == dict.fromkeys(NAMES, "new")
+
+
 def test_a_folder_of_a_running_process_is_left_alone(old):
     with PendingFiles() as files:
         write(files, old, "new")
@@ -275,11 +292,12 @@ def test_a_folder_of_a_running_process_is_left_alone(old):
     assert contents(old) == dict.fromkeys(NAMES, "new")
 
 
-def test_leftovers_without_a_lock_are_removed_when_they_are_old(tmp_path, monkeypatch):
+def test_leftovers_without_a_lock_are_removed_when_they_are_empty_or_old(tmp_path, monkeypatch):
+    (tmp_path / f"{PREFIX}empty").mkdir()
     folder = tmp_path / f"{PREFIX}0123456789abcdef"
     (folder / "new").mkdir(parents=True)
     recover(tmp_path)
-    assert folder.exists()
+    assert list(tmp_path.iterdir()) == [folder]
     monkeypatch.setattr(staging, "ABANDONED_AFTER_S", -1)
     recover(tmp_path)
     assert not folder.exists()

@@ -49,6 +49,7 @@ class PendingFiles:
         self._last: Path | None = None
         self._failure: OSError | None = None
         self._rescue: Path | None = None
+        self._recovered: set[Path] = set()
         self._lock = threading.Lock()
 
     def __enter__(self) -> PendingFiles:
@@ -208,6 +209,8 @@ class PendingFiles:
                 staging.place(move)
             for staging in self._stagings.values():
                 staging.sync()
+            for staging in self._stagings.values():
+                staging.remove_journal()
         except BaseException:
             for staging in tuple(self._stagings.values()):
                 self._undo(staging, [move for owner, move in moves if owner is staging])
@@ -244,15 +247,25 @@ class PendingFiles:
 
     def _stage(self, place: Path) -> Path:
         """Path in the staging folder of the deepest existing folder above ``place``."""
-        parent = _existing_folder(place)
         with self._lock:
+            self._recover_above(place)
+            parent = _existing_folder(place)
             staging = self._stagings.get(parent)
             if staging is None:
-                recover(parent)
                 # Registered before it exists, so that it is always removed.
                 staging = self._stagings[parent] = Staging(parent)
                 staging.open()
             return staging.path(place)
+
+    def _recover_above(self, place: Path) -> None:
+        """Undo what killed runs left, from the outermost folder inwards.
+
+        A killed run may have created any of the folders; undoing it removes them.
+        """
+        for folder in reversed(place.parents):
+            if folder not in self._recovered:
+                self._recovered.add(folder)
+                recover(folder)
 
     def _fail(self, error: OSError, target: Path) -> None:
         """Note an error, or raise it if nothing is to be rescued."""

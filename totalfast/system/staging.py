@@ -30,9 +30,12 @@ PREFIX = ".totalfast-"
 NEW, OLD, JOURNAL, LOCK = "new", "old", "journal.json", "lock"
 """Names in a staging folder."""
 
-ABANDONED_AFTER_S = 3600
-"""Age from which a staging folder without a lock counts as abandoned. Its process was killed
-between the creation of the folder and of the lock, or the disk has no locks."""
+ABANDONED_AFTER_S = 24 * 3600
+"""Age from which a staging folder with files but without a lock counts as abandoned: on a disk
+without locks, nothing shows whether its process still runs."""
+
+ATTEMPTS = 10
+"""How often a folder is created anew if another process removes it before it is locked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,8 +59,8 @@ class Staging:
 
     def __init__(self, parent: Path) -> None:
         self.parent = parent
-        self.folder = parent / f"{PREFIX}{secrets.token_hex(8)}"
-        self._lock = filelock.FileLock(self.folder / LOCK, thread_local=False)
+        self.folder = _new_name(parent)
+        self._lock: filelock.BaseFileLock | None = None
 
     def open(self) -> None:
         """Create the folder, for this user only, and lock it.
@@ -67,12 +70,17 @@ class Staging:
         OSError
             If the folder can't be created.
         """
-        self.folder.mkdir(mode=0o700)  # fails if the name exists, also as a symbolic link
+        for _ in range(ATTEMPTS):
+            self.folder.mkdir(mode=0o700)  # fails if the name exists, also as a symbolic link
+            self._lock = filelock.FileLock(self.folder / LOCK, thread_local=False)
+            with contextlib.suppress(OSError, NotImplementedError):  # a disk without locks
+                self._lock.acquire(timeout=0)
+            if self.folder.exists():
+                self.folder.chmod(0o700)  # filelock creates a missing folder with another mode
+                break
+            self.folder = _new_name(self.parent)  # removed before it was locked
         (self.folder / NEW).mkdir()
         (self.folder / OLD).mkdir()
-        # Without locks on this disk, other runs wait before they remove an abandoned folder.
-        with contextlib.suppress(OSError, NotImplementedError):
-            self._lock.acquire(timeout=0)
 
     def path(self, target: Path) -> Path:
         """Path at which a target below ``parent`` waits; its folder is created."""
@@ -145,17 +153,41 @@ class Staging:
             finally:
                 os.close(descriptor)
 
+    def remove_journal(self) -> None:
+        """Make the renames final."""
+        (self.folder / JOURNAL).unlink()
+
     def remove(self) -> bool:
         """Delete the folder; return whether it is gone. Does nothing if it was never created."""
-        with contextlib.suppress(OSError):
-            (self.folder / JOURNAL).unlink()
+        _delete_content(self.folder)
         self.release()
-        shutil.rmtree(self.folder, ignore_errors=True)
-        return not os.path.lexists(self.folder)
+        return _delete_folder(self.folder)
 
     def release(self) -> None:
         """Give up the lock."""
-        self._lock.release(force=True)
+        if self._lock is not None:
+            self._lock.release(force=True)
+
+
+def _delete_content(folder: Path) -> None:
+    """Delete all but the lock, without which the folder would not be known as abandoned."""
+    with contextlib.suppress(OSError):
+        for path in folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name != LOCK:
+                path.unlink()
+
+
+def _delete_folder(folder: Path) -> bool:
+    with contextlib.suppress(OSError):
+        if all(path.name == LOCK for path in folder.iterdir()):
+            shutil.rmtree(folder)
+    return not os.path.lexists(folder)
+
+
+def _new_name(parent: Path) -> Path:
+    return parent / f"{PREFIX}{secrets.token_hex(8)}"
 
 
 def recover(parent: Path) -> None:
@@ -183,16 +215,21 @@ def _recover(parent: Path, folder: Path) -> None:
     lock = folder / LOCK
     if not lock.exists():
         if time.time() - folder.stat().st_mtime > ABANDONED_AFTER_S:
-            _undo_and_remove(parent, folder)
+            _undo(parent, folder)
+            _delete_folder(folder)
+        else:
+            folder.rmdir()  # only if it is empty: its process was killed before it had a lock
         return
     try:
         with filelock.FileLock(lock, timeout=0, thread_local=False):
-            _undo_and_remove(parent, folder)
+            _undo(parent, folder)
     except (filelock.Timeout, NotImplementedError):
         return  # another process is at work
+    _delete_folder(folder)  # only now, because Windows does not delete open files
 
 
-def _undo_and_remove(parent: Path, folder: Path) -> None:
+def _undo(parent: Path, folder: Path) -> None:
+    """Undo the renames of an abandoned folder, and delete all but its lock."""
     journal = folder / JOURNAL
     if journal.exists():
         content = json.loads(journal.read_text(encoding="utf-8"))
@@ -202,7 +239,8 @@ def _undo_and_remove(parent: Path, folder: Path) -> None:
         staging = Staging(parent)
         staging.folder = folder
         staging.undo(moves)
-    shutil.rmtree(folder, ignore_errors=True)
+        staging.remove_journal()  # before the files that it would need are deleted
+    _delete_content(folder)
 
 
 def _is_inside(name: str) -> bool:
