@@ -134,10 +134,12 @@ def _weights(path: Path, weights: dict[str, Any]) -> dict[str, torch.Tensor]:
     return weights
 
 
-def fit_weights(checkpoint: Checkpoint, expected: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+def fit_weights(
+    checkpoint: Checkpoint, expected: Mapping[str, torch.Tensor], *, copy: bool
+) -> dict[str, Any]:
     """Return a checkpoint's weights in the precision of a network, after comparing their shapes.
 
-    All weights are copied, and those in half precision are converted, like nnU-Net does.
+    Weights in half precision are converted, like nnU-Net does.
 
     Parameters
     ----------
@@ -145,6 +147,9 @@ def fit_weights(checkpoint: Checkpoint, expected: Mapping[str, torch.Tensor]) ->
         A checked checkpoint.
     expected
         The network's own ``state_dict()``.
+    copy
+        Whether the weights are needed for longer. Without a copy they stay mapped from the file,
+        and another program that writes the file anew would end the process (SIGBUS).
 
     Raises
     ------
@@ -171,8 +176,7 @@ def fit_weights(checkpoint: Checkpoint, expected: Mapping[str, torch.Tensor]) ->
                 f"{tuple(tensor.shape)} numbers of {tensor.dtype}, but the network needs "
                 f"{tuple(own.shape)} of {own.dtype}",
             )
-    # Copies: a mapped file that another program writes anew would end the process (SIGBUS).
-    return {name: tensor.to(expected[name].dtype, copy=True) for name, tensor in weights.items()}
+    return {name: tensor.to(expected[name].dtype, copy=copy) for name, tensor in weights.items()}
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

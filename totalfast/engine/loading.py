@@ -12,6 +12,7 @@ import threading
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from totalfast.engine import known_parts
+from totalfast.engine.backends import keeps_weights
 from totalfast.engine.backends.forward import run_by_torch
 from totalfast.engine.checkpoints import checkpoint_paths, fit_weights, load_checkpoint
 from totalfast.engine.model import Model
@@ -110,8 +111,11 @@ def _load(
         raise damaged(
             checkpoints[0].path, f"the mirroring axes {axes} are not all axes of the network"
         )
-    networks = tuple(_network(architecture, checkpoint) for checkpoint in checkpoints)
-    networks = tuple(network.to(device).eval() for network in networks)
+    # One by one, so that only one checkpoint and its copy are in memory at a time.
+    networks = tuple(
+        _network(architecture, checkpoints.pop(0), copy=keeps_weights(backend)).to(device).eval()
+        for _ in list(checkpoints)
+    )
     return Model(
         folder=folder,
         plans=architecture.plans,
@@ -197,7 +201,7 @@ def tile_shape(plans: Untyped, configuration: Untyped, dataset: dict[str, Any]) 
     return (1, channels, *configuration.patch_size)
 
 
-def _network(architecture: _Architecture, checkpoint: Checkpoint) -> nn.Module:
+def _network(architecture: _Architecture, checkpoint: Checkpoint, *, copy: bool) -> nn.Module:
     """Build one fold's network with the weights of its checkpoint, on the CPU."""
     folder = checkpoint.path.parents[1]
     with _errors_name(folder / "plans.json", "its network can't be built"):
@@ -206,7 +210,8 @@ def _network(architecture: _Architecture, checkpoint: Checkpoint) -> nn.Module:
     # holds the network and the checkpoints through the callers' frames.
     gc.collect(1)
     with _errors_name(checkpoint.path, "the checkpoint does not fit its plans"):
-        network.load_state_dict(fit_weights(checkpoint, network.state_dict()), assign=True)
+        weights = fit_weights(checkpoint, network.state_dict(), copy=copy)
+        network.load_state_dict(weights, assign=True)
     return network
 
 

@@ -64,6 +64,11 @@ def resolve_backend(name: str) -> str:
     return name
 
 
+def keeps_weights(backend: Backend) -> bool:
+    """Whether a backend computes with a network's own tensors. OpenVINO has copies of them."""
+    return backend.__module__ != f"{__name__}.openvino"
+
+
 def choose_backend(name: str, device: torch.device) -> Backend:
     """Return the backend for a device; log a message if "auto" selects OpenVINO.
 
