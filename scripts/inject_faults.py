@@ -209,27 +209,26 @@ def inject(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     outcomes: Counter[str] = Counter()
     wrong: list[str] = []
     injections: dict[str, int] = {}
+    run_folder = folder / "watched/run"
     began = time.perf_counter()
     for scenario in ("new folder", "old results"):
         for name in args.faults:
-            number, calls = 0, 1
-            while number < calls:
-                number += 1
-                place = prepared(folder / "watched/run", scenario, expected)
+            _, _, calls = harness.run(prepared(run_folder, scenario, expected), 0, none)
+            for number in range(1, calls + 1):
+                place = prepared(run_folder, scenario, expected)
                 shutil.rmtree(harness.rescue, ignore_errors=True)
                 before = place.files()
-                code, messages, seen = harness.run(place, number, FAULTS[name])
+                code, messages, _ = harness.run(place, number, FAULTS[name])
                 outcome, faults = judge(harness, place, before, expected, name, code, messages)
-                second, text, calls_without_fault = harness.run(place, 0, none)
+                second, text, _ = harness.run(place, 0, none)
                 if second or set(place.files()) != expected or place.hidden():
                     faults.append(f"the second run: exit code {second}, {text[-200:]}")
                 if is_old(place.files()):
                     faults.append("the second run left old files")
-                calls = max(calls, seen, calls_without_fault)
                 outcomes[f"{scenario}, {name}: {outcome}"] += 1
                 wrong += [f"{scenario}, {name}, call {number}: {text}" for text in faults]
-            injections[f"{scenario}, {name}"] = number
-            print(f"{scenario}, {name}: {number} calls, {len(wrong)} wrong so far", flush=True)
+            injections[f"{scenario}, {name}"] = calls
+            print(f"{scenario}, {name}: {calls} calls, {len(wrong)} wrong so far", flush=True)
     return {
         "injections": {"total": sum(injections.values()), **injections},
         "outcomes": dict(sorted(outcomes.items())),
