@@ -270,3 +270,38 @@ def test_the_folder_of_a_killed_run_is_removed_by_the_next(run, scan, tmp_path):
     (folder / "lock").touch()
     assert run("-i", scan, "-o", tmp_path / "s.nii.gz", "-ml").returncode == 0
     assert [path.name for path in tmp_path.iterdir()] == ["s.nii.gz"]
+
+
+EXTRA_FAILS = """
+import runpy, sys
+import {module} as module
+def broken(*arguments, **keywords):
+    raise ValueError("broken")
+module.{name} = broken
+sys.argv[0] = "totalfast"
+runpy.run_module("totalfast", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "what"),
+    [
+        ("totalfast.preview.page", "draw_preview", "preview"),
+        ("totalfast.run.results", "measure_classes", "file of statistics"),
+        ("totalfast.run.pipeline", "save_report", "report"),
+    ],
+)
+def test_an_extra_output_that_fails_does_not_lose_the_others(
+    run, scan, tmp_path, module, name, what
+):
+    flags = ["-s", "-p", "-rp", tmp_path / "report.json", "--completion-marker"]
+    launcher = ("-c", EXTRA_FAILS.format(module=module, name=name))
+    done = run("-i", scan, "-o", tmp_path / "s.nii.gz", "-ml", *flags, launcher=launcher)
+    assert done.returncode == 1
+    assert f"WARNING: the {what} could not be written" in done.stdout
+    assert "ERROR: unexpected ValueError" in done.stderr
+    assert "Done in" not in done.stdout
+    expected = {"s.nii.gz", "statistics.json", "preview_total.png", "report.json"}
+    files = {path.name for path in tmp_path.iterdir()}
+    assert len(expected - files) == 1
+    assert files < expected  # without the marker

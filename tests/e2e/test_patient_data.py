@@ -118,3 +118,30 @@ def test_messages_of_libraries_are_not_printed_by_a_command():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("", "")
     assert logging.lastResort is not None
+
+
+DICOM_FAILS = """
+import runpy, sys
+import totalfast.run.results as results
+from totalfast.errors import OutputError
+def broken(*arguments, **keywords):
+    raise OutputError("can't write it")
+results.write_dicom = broken
+sys.argv[0] = "totalfast"
+runpy.run_module("totalfast", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_a_dicom_output_that_fails_leaves_the_labels_as_nifti(standin_home, series, tmp_path):
+    arguments = ["-i", series, "-o", tmp_path / "s.dcm", "-ot", "dicom_seg", "-ff", "-d", "cpu"]
+    done = subprocess.run(
+        [sys.executable, "-c", DICOM_FAILS, *map(str, arguments)],
+        env={**os.environ, "TOTALSEG_HOME_DIR": str(standin_home)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "ERROR: can't write it"
+    assert f"the labels are written to {tmp_path / 's.dcm.nii.gz'} instead" in done.stdout
+    assert {path.name for path in tmp_path.iterdir()} == {"ct", "s.dcm.nii.gz"}

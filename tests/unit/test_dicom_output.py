@@ -14,7 +14,7 @@ from tests.dicom_series import write_series
 from totalfast import OptionError, OutputError
 from totalfast.files.dicom.read import open_series
 from totalfast.files.dicom.write import check_packages, check_series, write_dicom
-from totalfast.files.targets import OutputPlan, output_files
+from totalfast.files.targets import OutputPlan, nifti_instead, output_files
 from totalfast.options import Options
 from totalfast.system.pending_files import PendingFiles
 
@@ -240,3 +240,10 @@ def test_output_paths_that_exist_already(tmp_path):
 
 def plan(output, chosen):
     return OutputPlan.of(output, chosen.resolved_task(), chosen)
+
+
+def test_labels_that_can_not_become_dicom_get_a_free_name_as_nifti(tmp_path):
+    assert nifti_instead(tmp_path / "s.dcm").name == "s.dcm.nii.gz"
+    (tmp_path / "s.dcm.nii.gz").touch()
+    assert nifti_instead(tmp_path / "s.dcm").name == "s.dcm-1.nii.gz"
+    assert nifti_instead(tmp_path) == tmp_path / "segmentation.nii.gz"

@@ -83,6 +83,18 @@ def _without_ending(name: str) -> str:
     return name
 
 
+def nifti_instead(path: Path) -> Path:
+    """Return a free name beside a DICOM file, or in its folder, for the labels as NIfTI."""
+    base = path / "segmentation" if path.is_dir() else path
+    number = 0
+    while True:
+        ending = f"-{number}.nii.gz" if number else ".nii.gz"
+        free = base.with_name(f"{base.name}{ending}")
+        if not os.path.lexists(free):
+            return free
+        number += 1
+
+
 def report_folder(output: Path, options: Options) -> Path:
     """Folder of files about a result, such as statistics: a file's folder, or the masks' folder."""
     return output.parent if options.multilabel else output

@@ -30,6 +30,7 @@ from totalfast.run.prediction import predict
 from totalfast.run.region import empty_result, find_region, keep_near, uncrop
 from totalfast.run.restoring import LabelMap, restore
 from totalfast.run.results import (
+    Failures,
     Results,
     add_results_to_nora,
     save_marker,
@@ -127,6 +128,7 @@ def run(
             task=task,
             options=options,
             files=files,
+            failures=Failures(),
         )
         segmentation = write_results(results, progress)
         progress.advance(context.work.save)
@@ -134,9 +136,11 @@ def run(
     elapsed_s = time.perf_counter() - began
     if options.report is not None:
         device, _ = store.place(options.device, options.backend)
-        save_report(results, context.empty_classes, device=device, elapsed_s=elapsed_s)
+        with results.failures.kept("report"):
+            save_report(results, context.empty_classes, device=device, elapsed_s=elapsed_s)
     save_marker(results)
     files.commit()
+    results.failures.raise_first()
     add_results_to_nora(results)
     if options.report is not None:
         logger.info("Run report written to %s", options.report)

@@ -5,6 +5,7 @@ All files are written to a ``PendingFiles``; they get their names when the run c
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -22,6 +23,7 @@ from totalfast.files.targets import (
     derives_body_and_skin,
     describe,
     marker_file,
+    nifti_instead,
     output_files,
     preview_file,
     radiomics_file,
@@ -37,6 +39,8 @@ from totalfast.system.progress import timed
 from totalfast.upstream import CLASS_MAPS, python_api, write_radiomics
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import torch
 
     from totalfast.files.dicom.read import Series
@@ -50,6 +54,30 @@ if TYPE_CHECKING:
     from totalfast.tasks import Task
 
 logger = logging.getLogger(__name__)
+
+
+class Failures:
+    """Outputs that could not be written, while the others are: a long run is never lost."""
+
+    def __init__(self) -> None:
+        self._errors: list[Exception] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._errors)
+
+    @contextlib.contextmanager
+    def kept(self, what: str) -> Iterator[None]:
+        """Keep an error of the context for later; ``what`` is the output, for the message."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - raised by raise_first
+            logger.warning("WARNING: the %s could not be written; other results follow.", what)
+            self._errors.append(error)
+
+    def raise_first(self) -> None:
+        """Raise the first error, if there is one."""
+        if self._errors:
+            raise self._errors[0]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +97,8 @@ class Results:
     options: Options
     files: PendingFiles
     """Collects all files of the run."""
+    failures: Failures
+    """Outputs that could not be written."""
 
     @property
     def saved_to(self) -> Path | None:
@@ -99,16 +129,19 @@ def write_results(results: Results, progress: Progress) -> Segmentation:
         saved.append(describe(results.saved_to, options, masks=len(results.task.classes)))
     if options.preview:
         progress.stage("Drawing")
-        save_preview(results)
+        with results.failures.kept("preview"):
+            save_preview(results)
     statistics = None
     if options.statistics:
         progress.stage("Measuring")
-        statistics = measure_classes(results)
-        path = save_statistics(results, statistics)
-        saved += [] if path is None else [f"statistics in {path}"]
+        with results.failures.kept("file of statistics"):
+            statistics = measure_classes(results)
+            path = save_statistics(results, statistics)
+            saved += [] if path is None else [f"statistics in {path}"]
     if options.radiomics and output is not None:
         progress.stage("Radiomics")
-        save_radiomics(results, output)
+        with results.failures.kept("file of radiomics"):
+            save_radiomics(results, output)
     return Segmentation(image=renumbered_map, statistics=statistics, saved=tuple(saved))
 
 
@@ -169,20 +202,29 @@ def add_results_to_nora(results: Results) -> None:
 def _write_label_maps(
     results: Results, result: nib.Nifti1Image, output: Path, *, threads: int
 ) -> None:
-    """Write one file per output type, each with all classes."""
+    """Write one file per output type, each with all classes.
+
+    If a DICOM file can't be written and no NIfTI file is wanted, one is written all the same.
+    """
     labels = results.label_map.voxels
-    for kind, path in output_files(output, results.options).items():
+    paths = output_files(output, results.options)
+    for kind, path in paths.items():
         if kind == "nifti":
             write_labels(result, path, files=results.files, threads=threads)
         elif results.series is not None:
-            write_dicom(
-                kind,
-                labels,
-                results.task.classes,
-                series=results.series,
-                target=path,
-                files=results.files,
-            )
+            with results.failures.kept("DICOM file"):
+                write_dicom(
+                    kind,
+                    labels,
+                    results.task.classes,
+                    series=results.series,
+                    target=path,
+                    files=results.files,
+                )
+    if results.failures and "nifti" not in paths:
+        path = nifti_instead(next(iter(paths.values())))
+        write_labels(result, path, files=results.files, threads=threads)
+        logger.warning("WARNING: the labels are written to %s instead.", path)
 
 
 def _write_body_and_skin(results: Results, output: Path, *, threads: int) -> None:
@@ -277,7 +319,7 @@ def save_report(
 
 def save_marker(results: Results) -> None:
     """Write the completion marker, which gets its name after all other files."""
-    if results.saved_to is None or not results.options.completion_marker:
+    if results.saved_to is None or not results.options.completion_marker or results.failures:
         return
     from totalfast.about import version
 
