@@ -88,7 +88,7 @@ def test_errors_about_damaged_headers_quote_nothing(standin_home, series, tmp_pa
         (b"\x20\x00\x32\x00DS", b"\x20\x00\x32\x00Zq"),
         (b"\x28\x00\x30\x00DS", b"\x28\x00\x30\x00UI"),
     ):
-        for path in files[:3]:
+        for path in files[:1]:
             before = path.read_bytes()
             assert word in before
             path.write_bytes(before.replace(word, other, 1))
