@@ -17,6 +17,18 @@ if TYPE_CHECKING:
 
     from totalfast.geometry import Box, Grid
 
+ALIKE = 0.01
+"""Relative difference of a header's voxel sizes and its affine's that is read as rounding."""
+
+
+def in_unit(affine: NDArray[np.float64], mm_per_unit: float) -> NDArray[np.float64]:
+    """Return an affine in mm in another unit of length."""
+    if mm_per_unit == 1.0:
+        return affine
+    scaled = affine.copy()
+    scaled[:3] /= mm_per_unit
+    return scaled
+
 
 class ScannerImage:
     """A scan as it came: voxels in the file's dtype, and how to read them.
@@ -34,9 +46,11 @@ class ScannerImage:
     truncated
         Intensities are truncated to int32, towards zero, before any other step. Upstream does
         this to cropped scans.
+    mm_per_unit
+        Size of the unit of length of ``header``; the grid is in mm.
     """
 
-    __slots__ = ("_stored", "grid", "header", "intercept", "slope", "truncated")
+    __slots__ = ("_stored", "grid", "header", "intercept", "mm_per_unit", "slope", "truncated")
 
     def __init__(
         self,
@@ -47,6 +61,7 @@ class ScannerImage:
         grid: Grid,
         header: nib.Nifti1Header,
         truncated: bool = False,
+        mm_per_unit: float = 1.0,
     ) -> None:
         self._stored: NDArray[Any] | None = stored
         self.slope = slope
@@ -54,6 +69,19 @@ class ScannerImage:
         self.grid = grid
         self.header = header
         self.truncated = truncated
+        self.mm_per_unit = mm_per_unit
+
+    @property
+    def zooms_mm(self) -> tuple[np.floating[Any], ...]:
+        """Voxel sizes (x, y, z), float32: the header's, or the grid's if the two are unlike."""
+        spacing = self.grid.spacing_mm
+        zooms = tuple(np.float32(zoom * self.mm_per_unit) for zoom in self.header.get_zooms()[:3])
+        return zooms if np.allclose(zooms, spacing, rtol=ALIKE, atol=0) else tuple(spacing)
+
+    @property
+    def written_affine(self) -> NDArray[np.float64]:
+        """The grid's affine in the unit of ``header``."""
+        return in_unit(self.grid.affine, self.mm_per_unit)
 
     @property
     def stored(self) -> NDArray[Any]:
@@ -91,6 +119,7 @@ class ScannerImage:
             grid=grid,
             header=self.header,
             truncated=self.truncated,
+            mm_per_unit=self.mm_per_unit,
         )
 
     def drop_voxels(self) -> None:

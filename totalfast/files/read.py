@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import math
 import os
@@ -17,7 +16,9 @@ from nibabel.spatialimages import HeaderDataError, SpatialImage
 from nibabel.wrapstruct import WrapStructError
 
 from totalfast.errors import InputError
-from totalfast.files.gunzip import unpack
+from totalfast.files import itk
+from totalfast.files.nifti import as_stored, open_nifti, partner_of
+from totalfast.files.nifti_header import UNIT_MM, mm_per_unit
 from totalfast.geometry import Grid
 from totalfast.scan import ScannerImage
 
@@ -26,15 +27,17 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    ArrayProxy: TypeAlias = Any
-    """nibabel's ArrayProxy, which has no types."""
+    ArrayLike: TypeAlias = Any
+    """An array, or one of nibabel's or our proxies, which have no common type."""
 
 
 logger = logging.getLogger(__name__)
 
 NIFTI_ENDINGS = (".nii", ".nii.gz")
-ITK_ENDINGS = (".nrrd", ".nhdr", ".mha", ".mhd")
-"""Endings of formats that upstream does not read."""
+PAIR_ENDINGS = (".hdr", ".img", ".hdr.gz", ".img.gz")
+
+UNREADABLE = (ImageFileError, HeaderDataError, WrapStructError)
+"""nibabel's errors for content that is not NIfTI."""
 
 UNEXPECTED_CONTENT = (
     ArithmeticError,
@@ -49,25 +52,20 @@ UNEXPECTED_CONTENT = (
 """Errors that nibabel raises for damaged headers, beside its own; a size that no memory can hold is
 one of them."""
 
-LONGEST_HEADER = 4096
-"""Bytes that hold the header of a NIfTI file of either version."""
-
-GZIP_MAGIC = b"\x1f\x8b"
-NIFTI_2_SIZES = (b"\x1c\x02\0\0", b"\0\0\x02\x1c")
-"""First bytes of a NIfTI-2 file in both byte orders: 540, the size of its header."""
-
-LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
-
 
 def is_dicom(source: object) -> TypeGuard[str | Path]:
     """Whether a source is read as DICOM: a path without another format's ending."""
     if not isinstance(source, str | os.PathLike):
         return False
-    return not Path(source).name.lower().endswith(NIFTI_ENDINGS + ITK_ENDINGS)
+    path = Path(source)
+    if path.name.lower().endswith(NIFTI_ENDINGS + itk.ENDINGS):
+        return False
+    # Some DICOM files are called .img, so a pair is recognised by its two files.
+    return not (path.name.lower().endswith(PAIR_ENDINGS) and partner_of(path))
 
 
 def open_scan(source: str | Path | nib.Nifti1Image | BinaryIO) -> nib.Nifti1Image:
-    """Open a scan and check its header, without reading the voxels of a NIfTI file.
+    """Open a scan and check its header, without reading the voxels of a file.
 
     Parameters
     ----------
@@ -75,13 +73,18 @@ def open_scan(source: str | Path | nib.Nifti1Image | BinaryIO) -> nib.Nifti1Imag
         Path of a NIfTI, NRRD or MetaImage file, an open NIfTI file (plain or gzipped), or a nibabel
         image.
 
+    Returns
+    -------
+        A 3-D image whose affine is in mm. If the file has another unit, ``extra`` holds the file's
+        header ("header") and the unit's size ("mm_per_unit").
+
     Raises
     ------
     InputError
         If the file is missing, damaged or not 3-D, or its voxels are not real numbers.
     """
     if isinstance(source, SpatialImage):
-        image = source
+        image = as_stored(source) if isinstance(source, nib.Nifti1Pair) else source
     elif isinstance(source, str | os.PathLike):
         image = _open(Path(source))
     else:
@@ -96,14 +99,11 @@ def open_scan(source: str | Path | nib.Nifti1Image | BinaryIO) -> nib.Nifti1Imag
         raise InputError(
             f"{name} is {len(image.shape)}-D {image.shape}; totalfast needs a 3-D volume."
         )
-    if len(image.shape) > 4:
-        raise InputError(
-            f"{name} is {len(image.shape)}-D {image.shape}; totalfast reads 3-D volumes, and the "
-            "first volume of 4-D files."
-        )
-    if 0 in image.shape:
+    if min(image.shape) < 1:
         raise InputError(f"{name} is empty: its shape is {image.shape}.")
-    return image
+    image = _in_three_dimensions(image, name)
+    itk.check_axes(image.shape, name)
+    return _in_mm(image)
 
 
 def _name(image: nib.Nifti1Image) -> str:
@@ -117,27 +117,32 @@ def read_image(source: str | Path | nib.Nifti1Image | BinaryIO) -> ScannerImage:
     The parameters and errors are those of ``open_scan``; a truncated file is an error, too.
     """
     image = open_scan(source)
-    name = _name(image)
-    stored, slope, intercept = _stored_voxels(image, name)
-    header = image.header
-    if stored.ndim == 4:
-        logger.warning("WARNING: Input image has 4 dimensions. Only using first three dimensions.")
-        stored = stored[..., 0]
-        header = nib.Nifti1Image(np.zeros((1, 1, 1), np.uint8), image.affine).header
-        header.set_data_shape(stored.shape)
-    grid = Grid(shape=stored.shape, affine=np.asarray(image.affine, dtype=np.float64))
-    return ScannerImage(stored=stored, slope=slope, intercept=intercept, grid=grid, header=header)
+    stored, slope, intercept = _stored_voxels(image, _name(image))
+    return ScannerImage(
+        stored=stored,
+        slope=slope,
+        intercept=intercept,
+        grid=Grid(shape=stored.shape, affine=np.asarray(image.affine, dtype=np.float64)),
+        header=image.extra.get("header", image.header),
+        mm_per_unit=image.extra.get("mm_per_unit", 1.0),
+    )
 
 
 def _open(path: Path) -> nib.Nifti1Image:
     if not path.exists():
         raise InputError(f"{path} does not exist.")
-    if path.name.lower().endswith(ITK_ENDINGS):
-        return _open_itk(path)
     try:
-        return nib.load(path)
-    except (ImageFileError, HeaderDataError) as error:
+        if path.name.lower().endswith(itk.ENDINGS):
+            return itk.open_itk(path)
+        partner = partner_of(path)
+        if partner is None:
+            return open_nifti(path, path.name)
+        header, voxels = sorted((path, partner))
+        return open_nifti(header, path.name, voxels=voxels)
+    except UNREADABLE as error:
         raise InputError(f"{path} is not a readable NIfTI file: {error}") from error
+    except InputError:
+        raise
     except UNEXPECTED_CONTENT as error:
         raise InputError(f"{path} can't be read: {error}") from error
 
@@ -151,46 +156,91 @@ def _open_stream(stream: BinaryIO) -> nib.Nifti1Image:
         )
     try:
         content = stream.read()
-        if not isinstance(content, bytes):
-            raise InputError("the input file is open in text mode; open it with mode 'rb'.")
-        head = content[:LONGEST_HEADER]
-        if content.startswith(GZIP_MAGIC):
-            head = unpack(content, LONGEST_HEADER)
-        kind = nib.Nifti2Image if head[:4] in NIFTI_2_SIZES else nib.Nifti1Image
-        if content.startswith(GZIP_MAGIC):
-            header = kind.header_class.from_fileobj(io.BytesIO(head), check=False)
-            size = math.prod(header.get_data_shape()) * header.get_data_dtype().itemsize
-            content = unpack(content, int(header.get_data_offset()) + size)
-        return kind.from_bytes(content)
-    except (ImageFileError, HeaderDataError, WrapStructError) as error:
+        return open_nifti(_bytes(content), "the input file")
+    except UNREADABLE as error:
         raise InputError(f"the input file is not a readable NIfTI file: {error}") from error
+    except InputError:
+        raise
     except UNEXPECTED_CONTENT as error:
         raise InputError(f"the input file can't be read: {error}") from error
 
 
-def _open_itk(path: Path) -> nib.Nifti1Image:
-    """Read a NRRD or MetaImage file with SimpleITK, whose axes are LPS+."""
-    import SimpleITK as sitk  # noqa: N813 - as everyone calls it
+def _bytes(content: object) -> bytes:
+    if not isinstance(content, bytes):
+        raise InputError("the input file is open in text mode; open it with mode 'rb'.")
+    return content
 
-    try:
-        image = sitk.ReadImage(str(path))
-    except RuntimeError as error:
-        raise InputError(f"{path} can't be read: {error}") from error
-    dimensions = image.GetDimension()
-    if dimensions < 3 or image.GetNumberOfComponentsPerPixel() != 1:
+
+def _in_three_dimensions(image: nib.Nifti1Image, name: str) -> nib.Nifti1Image:
+    """Return the first volume; axes behind the third that have one voxel are dropped.
+
+    Files whose slices lie along the fourth axis, (x, y, 1, slices), are read as one volume.
+    """
+    shape = tuple(int(size) for size in image.shape)
+    if len(shape) == 3:
+        return image
+    if math.prod(shape[4:]) > 1:
         raise InputError(
-            f"{path} is {dimensions}-D {image.GetSize()} with "
-            f"{image.GetNumberOfComponentsPerPixel()} values per voxel; totalfast needs a 3-D "
-            "volume with one value per voxel."
+            f"{name} is {len(shape)}-D {shape}; totalfast reads 3-D volumes, and the first volume "
+            "of 4-D files."
         )
-    direction = np.reshape(image.GetDirection(), (dimensions, dimensions))[:3, :3]
-    affine = np.eye(4)
-    affine[:3, :3] = direction * np.asarray(image.GetSpacing()[:3])
-    affine[:3, 3] = image.GetOrigin()[:3]
-    voxels = sitk.GetArrayFromImage(image).T
-    opened = nib.Nifti1Image(voxels, LPS_TO_RAS @ affine, dtype=voxels.dtype)
-    opened.file_map["image"].filename = str(path)
-    return opened
+    if shape[2] == 1 and shape[3] > 1:
+        logger.warning(
+            "WARNING: the scan's shape is %s; its %d slices lie along the fourth axis and are read "
+            "as one volume.",
+            shape,
+            shape[3],
+        )
+        shape = (shape[0], shape[1], shape[3])
+    elif shape[3] > 1:
+        logger.warning("WARNING: Input image has 4 dimensions. Only using first three dimensions.")
+    voxels = _first_volume(image.dataobj, shape[:3])
+    # As in upstream, a new header.
+    header = nib.Nifti1Image(np.zeros((1, 1, 1), np.uint8), image.affine).header
+    itk.check_axes(shape[:3], name)
+    header.set_data_shape(shape[:3])
+    header.set_data_dtype(image.get_data_dtype())
+    if isinstance(image.header, nib.Nifti1Header) and _unit(image.header) in UNIT_MM:
+        header["xyzt_units"] = _unit(image.header)
+    return nib.Nifti1Image(voxels, image.affine, header, file_map=_named(image))
+
+
+def _unit(header: nib.Nifti1Header) -> int:
+    return int(header["xyzt_units"]) & 7
+
+
+def _first_volume(voxels: ArrayLike, shape: tuple[int, ...]) -> ArrayLike:
+    """The first voxels of an array or a proxy, without reading them where that is possible."""
+    if hasattr(voxels, "with_shape"):
+        return voxels.with_shape(shape)
+    if not nib.is_proxy(voxels):
+        array = np.asanyarray(voxels)
+        array = array.reshape(array.shape[:4])
+        return array[:, :, 0] if array.shape[2] == 1 else array[..., 0]
+    return (
+        np.asanyarray(voxels).reshape(-1, order="F")[: math.prod(shape)].reshape(shape, order="F")
+    )
+
+
+def _in_mm(image: nib.Nifti1Image) -> nib.Nifti1Image:
+    """Convert an image's affine to mm, and keep its header."""
+    factor = mm_per_unit(image.header, image.shape, image.affine)
+    if factor == 1.0:
+        return image
+    affine = np.array(image.affine, dtype=np.float64)
+    affine[:3] *= factor
+    header = nib.Nifti1Image(np.zeros((1, 1, 1), np.uint8), affine).header
+    header.set_data_shape(image.shape)
+    header.set_data_dtype(image.get_data_dtype())
+    extra = {"header": image.header, "mm_per_unit": factor}
+    return nib.Nifti1Image(image.dataobj, affine, header, extra, file_map=_named(image))
+
+
+def _named(image: nib.Nifti1Image) -> dict[str, nib.FileHolder]:
+    """The file map of an image of one file, with the name of another image's file."""
+    file_map: dict[str, nib.FileHolder] = nib.Nifti1Image.make_file_map()
+    file_map["image"].filename = image.get_filename()
+    return file_map
 
 
 def _stored_voxels(image: nib.Nifti1Image, name: str) -> tuple[NDArray[Any], float, float]:
@@ -198,24 +248,8 @@ def _stored_voxels(image: nib.Nifti1Image, name: str) -> tuple[NDArray[Any], flo
     proxy = image.dataobj
     if not nib.is_proxy(proxy):
         return np.asanyarray(proxy), 1.0, 0.0
-    path = getattr(proxy, "file_like", None)
     try:
-        if isinstance(path, str | Path) and str(path).lower().endswith(".gz"):
-            stored = _inflate(Path(path), proxy)
-        else:
-            stored = np.asanyarray(proxy.get_unscaled())
+        stored = np.asanyarray(proxy.get_unscaled())
     except UNEXPECTED_CONTENT as error:
         raise InputError(f"{name} is damaged or truncated: {error}") from error
     return stored, float(proxy.slope), float(proxy.inter)
-
-
-def _inflate(path: Path, proxy: ArrayProxy) -> NDArray[Any]:
-    """Read a gzipped NIfTI's voxels, and nothing that follows them."""
-    offset, size = int(proxy.offset), math.prod(proxy.shape) * proxy.dtype.itemsize
-    content = unpack(path.read_bytes(), offset + size)
-    if len(content) < offset + size:
-        raise EOFError(f"it ends after {max(len(content) - offset, 0)} of {size} bytes of voxels")
-    voxels: NDArray[Any] = np.frombuffer(
-        content, proxy.dtype, offset=offset, count=math.prod(proxy.shape)
-    ).reshape(proxy.shape, order="F")
-    return voxels

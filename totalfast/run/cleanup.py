@@ -59,6 +59,6 @@ def refine(
         label_map.voxels,
         bodies.voxels,
         task.classes,
-        zooms_mm=image.header.get_zooms()[:3],
+        zooms_mm=image.zooms_mm,
     )
     context.empty_classes.note(label_map.voxels, REFINED)

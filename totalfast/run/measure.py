@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from totalfast.geometry import to_canonical
 from totalfast.labels.statistics import Wanted, measure
-from totalfast.scan import ScannerImage
+from totalfast.scan import ALIKE, ScannerImage
 from totalfast.system.progress import timed
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     import nibabel as nib
     from numpy.typing import NDArray
 
+    from totalfast.geometry import Grid
     from totalfast.labels.statistics import Statistics
     from totalfast.options import Options
     from totalfast.scan import ModelImage, ScannerImage
@@ -57,7 +59,7 @@ def measure_model_image(
             labels.transpose(2, 1, 0),
             measured,
             classes,
-            voxel_mm3=np.prod(grid.spacing_mm),
+            voxel_mm3=_voxel_mm3(grid, grid.spacing_mm),
             wanted=_wanted(options, extra=False),
         )
 
@@ -74,9 +76,19 @@ def measure_scan(
             np.asfortranarray(labels.dataobj),
             image,
             classes,
-            voxel_mm3=np.prod(image.header.get_zooms()[:3]),
+            voxel_mm3=_voxel_mm3(image.grid, image.zooms_mm),
             wanted=_wanted(options, extra=options.statistics_extra),
         )
+
+
+def _voxel_mm3(grid: Grid, zooms_mm: Iterable[np.floating[Any]]) -> np.floating[Any]:
+    """Volume of a voxel, float32: upstream's product of voxel sizes, if the axes are perpendicular.
+
+    A sheared voxel is smaller than the product.
+    """
+    product: np.floating[Any] = np.prod(tuple(zooms_mm))
+    volume = abs(float(np.linalg.det(grid.affine[:3, :3])))
+    return product if math.isclose(volume, product, rel_tol=ALIKE) else np.float32(volume)
 
 
 def _wanted(options: Options, *, extra: bool) -> Wanted:

@@ -41,10 +41,11 @@ def find_region(rough_labels: NDArray[np.uint8], crop: Crop, image: ScannerImage
 
 
 def empty_result(image: ScannerImage, task: Task) -> LabelMap:
-    """Return an empty label map; like upstream's, it has a fresh header."""
+    """Return an empty label map; like upstream's, it has a fresh header (in mm)."""
     voxels = np.zeros(image.grid.shape, dtype=np.uint8, order="F")
-    affine = image.grid.affine
-    return LabelMap(image=label_image(voxels, affine=affine, header=None, names=task.classes))
+    header = None if image.mm_per_unit == 1.0 else image.header
+    affine = image.written_affine
+    return LabelMap(image=label_image(voxels, affine=affine, header=header, names=task.classes))
 
 
 def uncrop(
@@ -53,7 +54,7 @@ def uncrop(
     """Put the labels of a box back into the whole scan's grid."""
     voxels = np.zeros(image.grid.shape, dtype=np.uint8, order="F")
     voxels[box] = label_map.voxels
-    whole = label_image(voxels, affine=image.grid.affine, header=image.header, names=names)
+    whole = label_image(voxels, affine=image.written_affine, header=image.header, names=names)
     return replace(label_map, image=whole)
 
 
@@ -68,7 +69,7 @@ def keep_near(
             rough_labels,
             crop.outside or (),
             scanner=image.grid,
-            zooms_mm=image.header.get_zooms()[:3],
+            zooms_mm=image.zooms_mm,
             distance_mm=crop.outside_mm,
             threads=usable_cores(),
         )

@@ -63,4 +63,4 @@ def restore(
         legacy = options.higher_order_resampling_LEGACY
         to_scanner_grid = smooth_to_scanner_grid if legacy else nearest_to_scanner_grid
         voxels = to_scanner_grid(labels, scanner=image.grid, threads=usable_cores())
-    return label_image(voxels, affine=image.grid.affine, header=image.header, names=names)
+    return label_image(voxels, affine=image.written_affine, header=image.header, names=names)
