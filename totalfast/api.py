@@ -65,6 +65,7 @@ def segment(
     completion_marker: bool = False,
     offline: bool = False,
     trust_model: bool = False,
+    series: str | int | None = None,
 ) -> nib.Nifti1Image | tuple[nib.Nifti1Image, Statistics]:
     """Segment one scan with one of TotalSegmentator's tasks.
 
@@ -177,6 +178,9 @@ def segment(
     trust_model
         Not upstream's. Also run models whose plans name networks or layers that are not nnU-Net's
         or torch's. Such a model can run any code; use this only for models of your own.
+    series
+        Not upstream's. DICOM input of several series: the SeriesInstanceUID or the SeriesNumber of
+        the one to segment. Without it several series are an error, which lists them.
 
     ``test`` other than 0, for upstream's own tests, raises ``UnsupportedError``.
 
@@ -240,4 +244,5 @@ def segment(
         completion_marker=completion_marker,
         offline=offline,
         trust_model=trust_model,
+        series=series,
     )

@@ -52,10 +52,10 @@ def parse_output_types(value: str | Sequence[str]) -> tuple[str, ...]:
 class Options:
     """Options of a run; names, meanings and defaults are those of ``totalsegmentator()``.
 
-    Seven are not upstream's: ``export``, one of ``EXPORTS``; ``backend``, one of
+    Eight are not upstream's: ``export``, one of ``EXPORTS``; ``backend``, one of
     ``totalfast.engine.backends.BACKENDS``; ``tile_step_size``, None for the task's own;
-    ``max_memory_gb``, None for the free memory; ``completion_marker``, ``offline`` and
-    ``trust_model``, as in ``totalfast.segment``.
+    ``max_memory_gb``, None for the free memory; ``completion_marker``, ``offline``,
+    ``trust_model`` and ``series``, as in ``totalfast.segment``.
     """
 
     ml: bool = False
@@ -104,6 +104,7 @@ class Options:
     completion_marker: bool = False
     offline: bool = False
     trust_model: bool = False
+    series: str | None = None
 
     def __post_init__(self) -> None:
         validate_device(self.device)
@@ -135,6 +136,8 @@ class Options:
                 values[name] = Path(values[name]).absolute()
         if "output_type" in values:
             values["output_type"] = parse_output_types(values["output_type"])
+        if values.get("series") is not None:
+            values["series"] = str(values["series"]).strip()
         for name in ("roi_subset", "roi_subset_robust"):
             if values.get(name) is not None:
                 if not isinstance(values[name], list | tuple):
@@ -357,6 +360,7 @@ class SegmentKeywords(TypedDict, total=False):
     completion_marker: bool
     offline: bool
     trust_model: bool
+    series: str | int | None
 
 
 def check_radiomics(source: object, output: Path | None, options: Options) -> None:

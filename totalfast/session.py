@@ -96,6 +96,8 @@ class Session:
                 "To use output type dicom_rtstruct or dicom_seg you also have to use a Dicom "
                 "image as input."
             )
+        if options.series is not None and not is_dicom(input):
+            raise OptionError(f"series ({options.series}) can only be chosen for DICOM input.")
         check_packages(options.dicom_types)
         outputs = OutputPlan.of(target, options.resolved_task(), options)
         outputs.check(input)
@@ -104,7 +106,8 @@ class Session:
             if not is_dicom(input):
                 return _result(run(input, outputs, options=options, store=self.models, files=files))
             refuse_slices(outputs.paths)
-            with open_series(Path(input)) as series:
+            with open_series(Path(input), wanted=options.series) as series:
+                _warn_of_modality(options.task, series.modality)
                 check_series(series, options.dicom_types)
                 return _result(
                     run(
@@ -116,6 +119,19 @@ class Session:
                         series=series,
                     )
                 )
+
+
+def _warn_of_modality(task: str, modality: str) -> None:
+    """Warn if the task is for the other modality; upstream's Python call keeps the task, too."""
+    fitting = {("total", "MR"): "total_mr", ("total_mr", "CT"): "total"}.get((task, modality))
+    if fitting is not None:
+        logger.warning(
+            "WARNING: The input's modality is %s, but task %s was trained on %s. Use task %s.",
+            modality,
+            task,
+            "CT" if modality == "MR" else "MR",
+            fitting,
+        )
 
 
 def _result(segmentation: Segmentation) -> nib.Nifti1Image | tuple[nib.Nifti1Image, Statistics]:

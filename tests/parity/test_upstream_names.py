@@ -22,6 +22,7 @@ OUR_FLAGS = {
     "completion_marker": "--completion-marker",
     "offline": "--offline",
     "trust_model": "--trust-model",
+    "series": "--series",
 }
 """Keywords and flags that only totalfast has: keyword to flag."""
 

@@ -53,8 +53,7 @@ def test_folder_zip_and_unrelated_files_give_upstreams_image(tmp_path):
         actual, actual_affine, series = opened(source)
         np.testing.assert_array_equal(actual, expected)
         np.testing.assert_array_equal(actual_affine, affine)
-        assert (series.slices, series.orientation) == (6, AXIAL)
-        assert not series.folder.exists()
+        assert [each.orientation for each in series.slices] == [AXIAL] * 6
 
 
 ORIENTATIONS = [
@@ -115,13 +114,13 @@ def refusal(source):
 
 def test_error_names_a_source_without_a_scan(tmp_path):
     (tmp_path / "empty").mkdir()
-    assert "(0 files checked)" in refusal(tmp_path / "empty")
+    assert "empty holds no DICOM image slices" in refusal(tmp_path / "empty")
     assert "none.zip does not exist" in refusal(tmp_path / "none.zip")
     (tmp_path / "notes.txt").write_text("hello")
     assert "notes.txt holds no DICOM image slices with" in refusal(tmp_path / "notes.txt")
     (tmp_path / "report").mkdir()
     new_file(Modality="SR").save_as(tmp_path / "report" / "a", enforce_file_format=True)
-    assert "its DICOM files have modality SR" in refusal(tmp_path / "report")
+    assert "1 x no scan, but SR" in refusal(tmp_path / "report")
     folder = write_series(tmp_path / "few", VOXELS[:3])
     assert "few can't be converted: it has fewer than 4 slices" in refusal(folder)
     assert "give the folder with its series" in refusal(folder / "slice000.dcm")
@@ -133,7 +132,10 @@ def test_two_series_in_one_folder(tmp_path):
         tmp_path / "both", VOXELS, name="b", SeriesDescription="bone", SeriesInstanceUID="1.2.7"
     )
     message = refusal(tmp_path / "both")
-    assert "both holds 2 DICOM series: 'lung' (CT, 6 slices); 'bone' (CT, 6 slices)" in message
+    assert "both holds 2 DICOM series: " in message
+    for name, uid in (("lung", "1.2.3.4"), ("bone", "1.2.7")):
+        assert f"'{name}' (CT, 6 slices of 7 x 8, UID {uid})" in message
+    assert "--series NUMBER" in message
 
 
 def test_a_tilted_gantry_a_missing_slice_and_slices_that_are_not_parallel(tmp_path):
@@ -145,12 +147,13 @@ def test_a_tilted_gantry_a_missing_slice_and_slices_that_are_not_parallel(tmp_pa
     mixed = write_series(tmp_path / "mixed", VOXELS)
     write_series(mixed, VOXELS, orientation=ORIENTATIONS[4], name="coronal")
     assert "mixed can't be converted: its slices are not parallel" in refusal(mixed)
+    assert "6 coronal of 7 x 8; 6 axial of 7 x 8" in refusal(mixed)
     sizes = write_series(tmp_path / "sizes", VOXELS)
     write_series(sizes, VOXELS[:, :5], name="small", origin_mm=(-30.0, -40.0, 68.0))
-    assert "a DICOM header is damaged or holds unexpected values (ValueError)" in refusal(sizes)
+    assert "not of one size; it holds several volumes" in refusal(sizes)
 
 
-def test_untrusted_zip_files(tmp_path, monkeypatch):
+def test_untrusted_zip_files(tmp_path, monkeypatch, caplog):
     series = write_series(tmp_path / "ct", VOXELS)
     with zipfile.ZipFile(tmp_path / "up.zip", "w") as archive:
         for path in sorted(series.iterdir()):
@@ -166,7 +169,13 @@ def test_untrusted_zip_files(tmp_path, monkeypatch):
     content = bytearray((tmp_path / "up.zip").read_bytes())
     content[content.index(b"DICM") + 300] ^= 0xFF  # in the first file's attributes
     (tmp_path / "damaged.zip").write_bytes(content)
-    assert "damaged.zip can't be unpacked: Bad CRC" in refusal(tmp_path / "damaged.zip")
+    opened(tmp_path / "damaged.zip")
+    assert "1 file, for example slice000.dcm: damaged" in caplog.text
+    content = bytearray((tmp_path / "up.zip").read_bytes())
+    content[content.index(b"PK\x01\x02") - 10] ^= 0xFF  # in the last file's pixels
+    (tmp_path / "pixels.zip").write_bytes(content)
+    opened(tmp_path / "pixels.zip")
+    assert "1 file, for example slice005.dcm: damaged" in caplog.text
 
 
 def multi_frame(path, *, order=range(1, 7), per_frame=(1, -1024), shared=None, name=ENHANCED_CT):
@@ -220,19 +229,19 @@ def test_a_multi_frame_file_is_read_as_a_scan(tmp_path):
         actual, actual_affine, series = opened(source)
         np.testing.assert_array_equal(actual, single)
         np.testing.assert_allclose(actual_affine, affine)
-        assert series.orientation is None
+        assert [each.frame for each in series.slices] == list(range(6))
 
 
-def test_multi_frame_files_with_a_wrong_conversion_are_refused(tmp_path):
-    shared = multi_frame(tmp_path / "shared.dcm", per_frame=None, shared=(1, -1024))
-    assert "share one rescale slope" in refusal(shared)
-    turned = multi_frame(tmp_path / "turned.dcm", order=range(6, 0, -1))
-    assert "not stored in the order of their slices" in refusal(turned)
-    multi_frame(tmp_path / "two" / "a.dcm")
-    multi_frame(tmp_path / "two" / "b.dcm")
-    assert "holds 2 files, of which 2 have many frames (for example a.dcm)" in refusal(
-        tmp_path / "two"
-    )
+def test_frames_are_ordered_by_position_with_their_own_or_a_shared_rescaling(tmp_path):
+    expected, affine, _ = opened(multi_frame(tmp_path / "ct.dcm"))
+    for name, arguments in (
+        ("shared", {"per_frame": None, "shared": (1, -1024)}),
+        ("turned", {"order": range(6, 0, -1)}),
+        ("mixed", {"order": (3, 1, 2, 6, 5, 4)}),
+    ):
+        actual, actual_affine, _ = opened(multi_frame(tmp_path / f"{name}.dcm", **arguments))
+        np.testing.assert_array_equal(actual, expected)
+        np.testing.assert_array_equal(actual_affine, affine)
 
 
 @pytest.mark.parametrize(

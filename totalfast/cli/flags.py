@@ -64,6 +64,12 @@ def add_file_flags(parser: argparse.ArgumentParser) -> None:
         "DICOM input and pip install 'totalfast[dicom]'. Several types: one file per type, named "
         "after -o.",
     )
+    add(
+        "--series",
+        metavar="number",
+        help="DICOM input of several series: the SeriesNumber or SeriesInstanceUID of the one to "
+        "segment. Without it several series are an error, which lists them.",
+    )
     add("-ss", "--skip_saving", action="store_true", help="Write no masks and no label map.")
     add(
         "-sl",

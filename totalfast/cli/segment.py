@@ -63,21 +63,21 @@ def segment_scan(args: argparse.Namespace) -> int:
     keywords["statistics_exclude_masks_at_border"] = not keywords.pop("stats_include_incomplete")
     keywords["output_type"] = keywords["output_type"] or "nifti"
     scan, output = keywords.pop("input"), keywords.pop("output")
-    keywords["task"] = task_of_modality(keywords["task"], scan)
+    keywords["task"] = task_of_modality(keywords["task"], scan, series=keywords["series"])
     Session(keep_models=False).segment(scan, output, **keywords)
     return 0
 
 
-def task_of_modality(task: str, scan: Path) -> str:
+def task_of_modality(task: str, scan: Path, *, series: str | None = None) -> str:
     """Return the task for a scan: total for DICOM CT, total_mr for DICOM MR, as upstream.
 
     Tasks other than these two, and files other than DICOM, keep ``task``.
     """
     if task not in ("total", "total_mr") or not scan.exists() or not _is_dicom(scan):
         return task
-    from totalfast.files.dicom.find import find_modality
+    from totalfast.files.dicom.read import find_modality
 
-    modality = find_modality(scan) or ""
+    modality = find_modality(scan, wanted=series) or ""
     swapped = {("total_mr", "CT"): "total", ("total", "MR"): "total_mr"}.get((task, modality))
     if swapped is None:
         return task

@@ -1,132 +1,154 @@
-"""Find DICOM files in a folder or a zip file, which is unpacked safely, and read their headers."""
+"""Find the files of a DICOM source: a folder with its subfolders, a zip file, or a single file."""
 
 from __future__ import annotations
 
 import contextlib
 import io
-import shutil
+import os
+import threading
 import zipfile
 import zlib
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from totalfast.errors import InputError, TotalfastError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
     from typing import BinaryIO
-
-    from pydicom import Dataset
-
-PREAMBLE_BYTES = 132
-"""A DICOM file starts with 128 arbitrary bytes and the letters DICM."""
 
 BOMB_BYTES = 1 << 30
 BOMB_RATIO = 200
 """A zip file is refused if its unpacked size and its compression ratio are both above these limits.
 DICOM slices have a much lower ratio; deflate can reach 1032."""
 
-LONGEST_HEADER = 1 << 20
-"""Bytes of a file in a zip file that are read for its header."""
-
-NOT_SCANS = frozenset({"KO", "PR", "REG", "RTDOSE", "RTPLAN", "RTSTRUCT", "SEG", "SR"})
-"""Modalities of files that are not scans, but are often in a scan's folder."""
+LARGEST_MEMBER = 1 << 32
+"""Bytes of the largest file in a zip file that is read: the largest that DICOM's lengths allow."""
 
 UNEXPECTED_CONTENT = (
     ArithmeticError,
     AttributeError,
     EOFError,
     LookupError,
+    MemoryError,
+    NotImplementedError,
     OSError,
     RuntimeError,
     TypeError,
     ValueError,
+    zipfile.BadZipFile,
+    zlib.error,
 )
-"""Errors that pydicom and dicom2nifti raise for unexpected headers and pixels."""
-
-HEADER = (
-    "SOPClassUID",
-    "SeriesInstanceUID",
-    "SeriesDescription",
-    "ImageType",
-    "Modality",
-    "InstanceNumber",
-    "NumberOfFrames",
-    "ImageOrientationPatient",
-    "ImagePositionPatient",
-    "SharedFunctionalGroupsSequence",
-    "PerFrameFunctionalGroupsSequence",
-)
-"""Attributes that are read before the conversion."""
+"""Errors that pydicom, its decoders and zipfile raise for unexpected headers, pixels and data."""
 
 
-def find_files(source: Path, unpacked: Path) -> list[Path]:
-    """List all files that may be DICOM, sorted by name.
+_pydicom_settings = threading.RLock()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DicomFile:
+    """A file that may be DICOM: on the disk, or a member of a zip file.
+
+    Parameters
+    ----------
+    name
+        Its name without folders.
+    path
+        Where it is, or the path of the zip file.
+    size
+        Bytes.
+    archive, member
+        The open zip file and the member; None for a file on the disk.
+    """
+
+    name: str
+    path: Path
+    size: int
+    archive: zipfile.ZipFile | None = None
+    member: zipfile.ZipInfo | None = None
+
+    def open(self, limit: int | None = None) -> BinaryIO:
+        """Open the file; of a member of a zip file only ``limit`` bytes can be read."""
+        if self.archive is None or self.member is None:
+            return self.path.open("rb")
+        with self.archive.open(self.member) as stream:
+            return io.BytesIO(stream.read(self.size if limit is None else limit))
+
+
+@contextlib.contextmanager
+def open_source(source: Path) -> Iterator[list[DicomFile]]:
+    """List all files of a source, sorted by name; they can be read until the context ends.
 
     Parameters
     ----------
     source
-        A folder, a zip file, or a file.
-    unpacked
-        Empty folder for the files of a zip file.
+        A folder, a zip file, or a file. Linked subfolders are searched, each folder once.
 
     Raises
     ------
     InputError
-        If the zip file is damaged, encrypted, or too large.
+        If the source is missing, or a zip file that is damaged, encrypted, or a bomb.
     """
+    if not source.exists():
+        raise InputError(f"{source} does not exist.")
     if source.is_dir():
-        return sorted(path for path in source.rglob("*") if path.is_file())
-    if zipfile.is_zipfile(source):
-        return _unpack(source, unpacked)
-    return [source]
+        yield [_on_disk(path) for path in sorted(_walk(source)) if path.is_file()]
+    elif zipfile.is_zipfile(source):
+        with contextlib.ExitStack() as stack:
+            try:
+                archive = stack.enter_context(zipfile.ZipFile(source))
+                files = _members(source, archive)
+            except UNEXPECTED_CONTENT as error:
+                raise InputError(f"{source} can't be unpacked: {error}") from error
+            yield files
+    else:
+        yield [_on_disk(source)]
 
 
-def _unpack(archive: Path, folder: Path) -> list[Path]:
-    """Extract the DICOM files of a zip file under new names, because its names may be unsafe."""
-    try:
-        with zipfile.ZipFile(archive) as opened:
-            members = [member for member in opened.infolist() if not member.is_dir()]
-            _refuse_bombs(archive, members, folder)
-            files = []
-            for number, member in enumerate(sorted(members, key=lambda member: member.filename)):
-                with opened.open(member) as stream:
-                    start = stream.read(PREAMBLE_BYTES)
-                    if start.endswith(b"DICM"):
-                        files.append(folder / f"{number:06d}.dcm")
-                        with files[-1].open("wb") as target:
-                            target.write(start)
-                            shutil.copyfileobj(stream, target)
-    except (zipfile.BadZipFile, EOFError, OSError, RuntimeError, zlib.error) as error:
-        raise InputError(f"{archive} can't be unpacked: {error}") from error
-    return files
+def _on_disk(path: Path) -> DicomFile:
+    return DicomFile(name=path.name, path=path, size=path.stat().st_size)
 
 
-def _refuse_bombs(archive: Path, members: list[zipfile.ZipInfo], folder: Path) -> None:
+def _walk(folder: Path) -> Iterator[Path]:
+    """All files below a folder. A link to a folder that was already searched is not followed."""
+    seen = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        yield from (Path(place) / name for name in names)
+
+
+def _members(source: Path, archive: zipfile.ZipFile) -> list[DicomFile]:
+    members = [member for member in archive.infolist() if not member.is_dir()]
     size = sum(member.file_size for member in members)
     packed = sum(member.compress_size for member in members)
     if size > BOMB_BYTES and size > BOMB_RATIO * packed:
         raise InputError(
-            f"{archive} would grow from {packed / 1e6:.1f} MB to {size / 1e6:.0f} MB, which is "
+            f"{source} would grow from {packed / 1e6:.1f} MB to {size / 1e6:.0f} MB, which is "
             "unusual for a DICOM series; unpack it yourself if you trust it."
         )
-    free = shutil.disk_usage(folder).free
-    if size > free:
-        raise InputError(
-            f"{archive} needs {size / 1e6:.0f} MB of temporary space when it is unpacked; "
-            f"{folder} has {free / 1e6:.0f} MB. Set TMPDIR to a larger disk."
+    if any(member.flag_bits & 1 for member in members):
+        raise InputError(f"{source} can't be unpacked: it is encrypted; unpack it yourself.")
+    return [
+        DicomFile(
+            name=member.filename.replace("\\", "/").rsplit("/", 1)[-1],
+            path=source,
+            size=min(member.file_size, LARGEST_MEMBER),
+            archive=archive,
+            member=member,
         )
-
-
-def read_header(path: Path) -> Dataset | None:
-    """Read a file's header; None if it is not a DICOM file."""
-    with damage_refused(path), path.open("rb") as stream:
-        return _header_of(stream)
+        for member in sorted(members, key=lambda member: member.filename)
+    ]
 
 
 @contextlib.contextmanager
-def damage_refused(path: Path) -> Iterator[None]:
-    """Turn the errors that damaged headers cause in the context into an InputError.
+def damage_refused(source: Path) -> Iterator[None]:
+    """Turn the errors that damaged files cause in the context into an InputError.
 
     Their messages may quote the header, which holds the patient's name; only the kind is told.
     """
@@ -134,76 +156,24 @@ def damage_refused(path: Path) -> Iterator[None]:
         yield
     except TotalfastError:
         raise
-    except _errors_of_damage() as error:
+    except errors_of_damage() as error:
         raise InputError(
-            f"{path} can't be read: a DICOM header is damaged or holds unexpected values "
+            f"{source} can't be read: a DICOM file is damaged or holds unexpected values "
             f"({type(error).__name__})."
         ) from error
 
 
-def _errors_of_damage() -> tuple[type[Exception], ...]:
+@contextlib.contextmanager
+def values_unchecked() -> Iterator[None]:
+    """Keep pydicom from checking values in the context; its warnings quote the header."""
+    from pydicom.config import disable_value_validation
+
+    with _pydicom_settings, disable_value_validation():
+        yield
+
+
+def errors_of_damage() -> tuple[type[Exception], ...]:
+    """The errors that a damaged DICOM file can cause."""
     from pydicom.errors import BytesLengthException, InvalidDicomError
 
     return (InvalidDicomError, BytesLengthException, *UNEXPECTED_CONTENT)
-
-
-def _header_of(stream: BinaryIO) -> Dataset | None:
-    import pydicom
-
-    if not stream.read(PREAMBLE_BYTES).endswith(b"DICM"):
-        return None
-    stream.seek(0)
-    header = pydicom.dcmread(stream, stop_before_pixels=True, specific_tags=list(HEADER))
-    for keyword in HEADER:
-        header.get(keyword)  # pydicom decodes values late; damage is found here
-    return header
-
-
-def find_modality(source: Path) -> str | None:
-    """Modality of the first image in a folder, with its subfolders, in a zip file, or of a file.
-
-    Files of results, such as structure sets, are passed over.
-
-    Returns
-    -------
-        For example "CT"; None if there is no readable image.
-    """
-    with contextlib.suppress(*_errors_of_damage()):
-        for header in _headers(source):
-            modality = header.get("Modality")
-            if modality and str(modality).upper() not in NOT_SCANS:
-                return str(modality).upper()
-    return None
-
-
-def _headers(source: Path) -> Iterator[Dataset]:
-    """Headers of all DICOM files of a source, without unpacking a zip file."""
-    if not source.is_dir() and zipfile.is_zipfile(source):
-        with zipfile.ZipFile(source) as archive:
-            for name in sorted(archive.namelist()):
-                with archive.open(name) as member:
-                    # A header is at the start; the rest may be large.
-                    header = _readable(io.BytesIO(member.read(LONGEST_HEADER)))
-                if header is not None:
-                    yield header
-        return
-    for path in find_files(source, source):
-        with path.open("rb") as stream:
-            header = _readable(stream)
-        if header is not None:
-            yield header
-
-
-def _readable(stream: BinaryIO) -> Dataset | None:
-    """The header, or None if it is damaged."""
-    with contextlib.suppress(*_errors_of_damage()):
-        return _header_of(stream)
-    return None
-
-
-def link(path: Path, target: Path) -> None:
-    """Link ``target`` to a file; copy the file if the system can't create links."""
-    try:
-        target.symlink_to(path.resolve())
-    except OSError:  # some file systems, and Windows without the right to create links
-        shutil.copyfile(path, target)

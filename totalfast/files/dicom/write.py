@@ -1,23 +1,36 @@
 """Write labels as DICOM SEG and RT structure set, with upstream's own writers.
 
-Series that these writers can't handle correctly are refused before any work is done.
+The writers place upright axial slices correctly. Other series are given to them as if they were
+upright; then the true geometry is put into the result.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
 
 from totalfast import upstream
 from totalfast.errors import OptionError, OutputError
+from totalfast.files.dicom.find import errors_of_damage, values_unchecked
+from totalfast.files.dicom.source_headers import (
+    UPRIGHT,
+    hide_texts,
+    save_headers,
+    source_headers,
+)
+from totalfast.files.dicom.voxels import AXES, native_affine
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from pathlib import Path
+    from collections.abc import Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
+    from pydicom import Dataset
 
     from totalfast.files.dicom.read import Series
     from totalfast.system.pending_files import PendingFiles
@@ -25,13 +38,11 @@ if TYPE_CHECKING:
 PACKAGES = {"dicom_rtstruct": "rt_utils", "dicom_seg": "highdicom"}
 """Output type to the package with which upstream writes it."""
 
-DIRECTIONS = {
-    "axial": ((0, 1), (1, 1)),
-    "coronal": ((0, 1), (2, -1)),
-    "sagittal": ((1, 1), (2, -1)),
-}
-"""Directions of rows and columns that upstream's writers (2.18.0) assume per plane: the axis of LPS
-space and the sign."""
+REHEARSAL = (8, 8)
+"""Rows and columns of the slices with which the writers are tried before the network runs."""
+
+SAME_MM = 1e-3
+"""Difference of positions that does not matter."""
 
 
 def check_packages(types: Sequence[str]) -> None:
@@ -53,65 +64,27 @@ def check_packages(types: Sequence[str]) -> None:
 
 
 def check_series(series: Series, types: Sequence[str]) -> None:
-    """Refuse a series for which upstream's writers would fail or rotate the labels.
+    """Try the writers with the headers of a series, before any work is done.
 
     Raises
     ------
     OptionError
-        If the series is a multi-frame file or oblique, or its rows and columns are swapped. For
-        "dicom_rtstruct" also if the number of files is not the number of slices. For "dicom_seg"
-        also if the slices are sagittal and not square.
+        If the series is a multi-frame file.
+    OutputError
+        If a writer fails for these headers.
     """
     if not types:
         return
-    source, shape = series.source, series.image.shape
-    if series.orientation is None:
-        raise OptionError(f"{types[0]} can't be written for multi-frame files, such as {source}.")
-    plane = upstream.dicom_plane(series.orientation)
-    along = tuple(int(np.argmax(np.abs(cosines))) for cosines in _row_and_column(series))
-    if plane not in DIRECTIONS or along != tuple(axis for axis, _ in DIRECTIONS[plane]):
-        cosines = ", ".join(f"{cosine:.3g}" for cosine in series.orientation)
+    if any(each.frames > 1 for each in series.slices):
         raise OptionError(
-            f"{types[0]} can't be written for {source}: its slices are {plane} and have direction "
-            f"cosines ({cosines}), which TotalSegmentator's writer would rotate. Use 'nifti'."
+            f"{types[0]} can't be written for multi-frame files, such as {series.source}."
         )
-    if "dicom_rtstruct" in types and series.slices not in shape[:3]:
-        raise OptionError(
-            f"dicom_rtstruct can't be written for {source}: its series has {series.slices} files, "
-            f"but its image has shape {' x '.join(map(str, shape))}."
-        )
-    if "dicom_seg" in types and plane == "sagittal" and shape[1] != shape[2]:
-        raise OptionError(
-            f"dicom_seg can't be written for {source}: TotalSegmentator's writer needs square "
-            f"sagittal slices, not {shape[2]} x {shape[1]}."
-        )
-
-
-def _row_and_column(series: Series) -> NDArray[np.float64]:
-    return np.reshape(np.asarray(series.orientation, dtype=np.float64), (2, 3))
-
-
-def _as_the_writer_expects(
-    labels: NDArray[np.uint8], series: Series, kind: str
-) -> NDArray[np.uint8]:
-    """Mirror labels (x, y, z) along axes that the writer would mirror, e.g. for prone patients.
-
-    The writers consider only the plane and the direction of an axial slice's columns. The writer of
-    RT structure sets numbers the slices along the normal, in either direction.
-    """
-    directions = DIRECTIONS[upstream.dicom_plane(series.orientation or ())]
-    is_reversed = [
-        bool(cosines[axis] * direction < 0)
-        for cosines, (axis, direction) in zip(_row_and_column(series), directions, strict=True)
-    ]
-    (row, _), (column, _) = directions
-    axes: tuple[int, ...] = (row,) if is_reversed[0] else ()
-    if is_reversed[1] and directions != DIRECTIONS["axial"]:
-        axes += (column,)
-    if kind == "dicom_rtstruct" and is_reversed[0] != is_reversed[1]:
-        axes += (3 - row - column,)
-    flipped: NDArray[np.uint8] = np.flip(labels, axes)
-    return flipped
+    labels = np.zeros((*REHEARSAL, len(series.slices)), dtype=np.uint8)
+    labels[2:5, 3:6, 1:3] = 1
+    with tempfile.TemporaryDirectory(prefix="totalfast-", ignore_cleanup_errors=True) as folder:
+        for kind in types:
+            target = Path(folder) / f"{kind}.dcm"
+            _write(kind, labels, {1: "liver"}, series=series, path=target, target=target)
 
 
 def write_dicom(
@@ -149,22 +122,148 @@ def write_dicom(
     present = _present(labels, names)
     if kind == "dicom_seg" and not present:
         raise OutputError(f"no structure was found, but a DICOM SEG needs one: {target}.")
-    labels = _as_the_writer_expects(labels, series, kind)
+    to_native = ornt_transform(axcodes2ornt(AXES), io_orientation(native_affine(series.slices)))
+    native = apply_orientation(labels, to_native)
+    files.write(
+        target,
+        lambda staged: _write(kind, native, present, series=series, path=staged, target=target),
+        folder=kind == "dicom_seg" and target.is_dir(),
+    )
+
+
+def _write(
+    kind: str,
+    native: NDArray[np.uint8],
+    names: Mapping[int, str],
+    *,
+    series: Series,
+    path: Path,
+    target: Path,
+) -> None:
+    """Write labels (column, row, slice) with upstream's writer, and correct the result."""
+    headers = source_headers(series)
+    texts = hide_texts(headers)
+    turns = _needs_turn(series, kind)
+    if turns:
+        _make_upright(headers, series, kind)
+    writer = upstream.write_rtstruct if kind == "dicom_rtstruct" else upstream.write_dicom_seg
+    before = set(path.iterdir()) if path.is_dir() else set()
+    columns, rows, _ = native.shape
+    with _temporary_folder(target) as folder, _failures_explained(series, target):
+        with values_unchecked():
+            save_headers(headers, folder, (rows, columns))
+        # The writers take labels of an image with LAS axes, whose rows are reversed.
+        writer(np.ascontiguousarray(native[:, ::-1]), names, folder, path)
+        if turns or texts:
+            (written,) = set(path.iterdir()) - before if path.is_dir() else {path}
+            _correct(written, series, texts, turns=turns)
+
+
+def _needs_turn(series: Series, kind: str) -> bool:
+    """Whether the writer would place the labels of this series elsewhere."""
+    first, last = series.slices[0], series.slices[-1]
+    if first.orientation != UPRIGHT:
+        return True
+    # rt_utils exchanges the distances of rows and columns, and ignores shear.
+    sheared = not np.allclose(first.position[:2], last.position[:2], rtol=0, atol=SAME_MM)
+    return kind == "dicom_rtstruct" and (sheared or len(set(first.spacing_mm)) > 1)
+
+
+def _make_upright(headers: Sequence[Dataset], series: Series, kind: str) -> None:
+    """Give the headers upright axial positions: the number of a slice, or its distance in mm."""
+    step_mm = 1.0 if kind == "dicom_rtstruct" else _step_mm(series)
+    for number, header in enumerate(headers):
+        header.ImageOrientationPatient = list(UPRIGHT)
+        header.ImagePositionPatient = [0, 0, f"{number * step_mm:.8g}"]
+        if kind == "dicom_rtstruct":
+            header.PixelSpacing = [1, 1]
+
+
+def _step_mm(series: Series) -> float:
+    first, last = series.slices[0], series.slices[-1]
+    return (last.distance - first.distance) / (len(series.slices) - 1)
+
+
+def _correct(path: Path, series: Series, texts: Mapping[str, str], *, turns: bool) -> None:
+    """Put the true geometry and the texts into a result."""
+    from pydicom import dcmread
+
+    result = dcmread(path)
+    if turns and "ROIContourSequence" in result:
+        _turn_contours(result, series)
+    elif turns:
+        _turn_frames(result, series)
+    if texts:
+        result.SpecificCharacterSet = "ISO_IR 192"
+        for keyword, text in texts.items():
+            if keyword in result:
+                setattr(result, keyword, text)
+    result.save_as(path)
+
+
+def _turn_contours(result: Dataset, series: Series) -> None:
+    """Turn points (column, row, slice) into positions in the patient, LPS."""
+    affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ native_affine(series.slices)
+    for roi in result.ROIContourSequence:
+        for contour in roi.get("ContourSequence") or ():
+            points = np.reshape(np.asarray(contour.ContourData, dtype=np.float64), (-1, 3))
+            points = points @ affine[:3, :3].T + affine[:3, 3]
+            contour.ContourData = [f"{value:.6f}"[:16] for value in points.ravel()]
+
+
+def _turn_frames(result: Dataset, series: Series) -> None:
+    """Give each frame of a segmentation the position of its slice."""
+    step_mm = _step_mm(series)
+    shared = result.SharedFunctionalGroupsSequence[0]
+    groups = [shared, *result.PerFrameFunctionalGroupsSequence]
+    for group in groups:
+        if "PlaneOrientationSequence" in group:
+            plane = group.PlaneOrientationSequence[0]
+            plane.ImageOrientationPatient = _numbers(series.slices[0].orientation)
+        if "PlanePositionSequence" in group:
+            place = group.PlanePositionSequence[0]
+            number = round(float(place.ImagePositionPatient[2]) / step_mm)
+            place.ImagePositionPatient = _numbers(series.slices[number].position)
+
+
+def _numbers(values: Sequence[float]) -> list[str]:
+    """Texts of at most 16 letters, DICOM's limit for decimal numbers."""
+    from pydicom.valuerep import format_number_as_ds
+
+    return [format_number_as_ds(float(value)) for value in values]
+
+
+@contextlib.contextmanager
+def _temporary_folder(target: Path) -> Iterator[Path]:
     try:
-        writer = upstream.write_rtstruct if kind == "dicom_rtstruct" else upstream.write_dicom_seg
-        files.write(
-            target,
-            lambda staged: writer(labels, present, series.folder, staged),
-            folder=kind == "dicom_seg" and target.is_dir(),
-        )
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
-        # The writers raise these errors if an attribute of the series is missing or unexpected. The
-        # message of the latter may quote the header, which holds the patient's name.
+        # Windows can't delete files that are still open; that must not be an error of the run.
+        with tempfile.TemporaryDirectory(prefix="totalfast-", ignore_cleanup_errors=True) as folder:
+            yield Path(folder)
+    except OSError as error:
+        raise OutputError(
+            f"{target} can't be written: {error.strerror or type(error).__name__}. The writer "
+            f"needs a few MB in the folder for temporary files ({tempfile.gettempdir()}); TMPDIR "
+            "sets another one."
+        ) from error
+
+
+@contextlib.contextmanager
+def _failures_explained(series: Series, target: Path) -> Iterator[None]:
+    """The writers raise these errors if an attribute of the series is missing or unexpected.
+
+    The message may quote the header, which holds the patient's name.
+    """
+    try:
+        yield
+    except OSError:
+        raise
+    except errors_of_damage() as error:
         reason = f"an attribute has an invalid value ({type(error).__name__})"
-        if isinstance(error, AttributeError | LookupError):
+        if isinstance(error, AttributeError):
             reason = str(error)
         raise OutputError(
-            f"TotalSegmentator's writer can't write {target} for {series.source}: {reason}."
+            f"TotalSegmentator's writer can't write {target.name} for {series.source}: {reason}. "
+            "Use output type 'nifti'."
         ) from error
 
 
