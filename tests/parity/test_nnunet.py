@@ -19,7 +19,7 @@ from totalfast import ArgmaxPredictor, InputError
 from totalfast.cli.main import main
 from totalfast.cli.nnunet import build_parser
 from totalfast.nnunet import export_prediction_from_logits
-from totalfast.nnunet.cases import list_cases
+from totalfast.nnunet.cases import check_channel_numbers, list_cases
 
 from .nnunet_models import SyntheticModel
 
@@ -186,8 +186,9 @@ def test_cases_of_a_folder_equal_nnunets(tmp_path):
     assert list_cases(str(tmp_path), ".nii.gz") == expected
     assert len(expected) == 4
     (tmp_path / "patient.nii.gz").touch()  # nnU-Net fails with an IndexError
+    unnumbered = list_cases(str(tmp_path), ".nii.gz")[-1]
     with pytest.raises(InputError, match=r"patient\.nii\.gz has no channel number"):
-        list_cases(str(tmp_path), ".nii.gz")
+        check_channel_numbers(unnumbered, ".nii.gz")
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -6,13 +6,16 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from totalfast.cli.advice import advice_for
 from totalfast.cli.console import configure_output
 from totalfast.engine.backends import BACKENDS
-from totalfast.errors import InputError, OptionError
+from totalfast.errors import InputError, OptionError, TotalfastError
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +23,8 @@ if TYPE_CHECKING:
 DEVICES = ("cpu", "cuda", "mps")
 EXPORTS = ("auto", "nearest", "linear", "plans")
 FOLDS = ("0", "1", "2", "3", "4")
+DESCRIPTIONS = ("dataset.json", "plans.json", "predict_from_raw_data_args.json")
+"""Files that nnU-Net writes beside the segmentations."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -121,7 +126,7 @@ def _add_other_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check the flags, predict all cases, print the time."""
+    """Check the flags, predict all cases, print the time and the cases that failed."""
     if bool(args.m) == bool(args.d):
         raise OptionError("give the model by -m FOLDER, or by -d DATASET and -c CONFIGURATION.")
     if args.d and not args.c:
@@ -134,14 +139,28 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"{args.i} is no folder.")
     began = time.perf_counter()
     configure_output(quiet=False, verbose=args.verbose)
-    count = predict_folder(args)
-    print(f"Done in {time.perf_counter() - began:.1f} s: {count} cases in {args.o}")
-    return 0
+    failures: dict[str, str] = {}
+    try:
+        count = predict_folder(args, failures)
+        print(f"Done in {time.perf_counter() - began:.1f} s: {count} cases in {args.o}", flush=True)
+    finally:
+        for case, reason in failures.items():
+            print(f"ERROR: {case} failed: {reason}", file=sys.stderr)
+    return 1 if failures else 0
 
 
-def predict_folder(args: argparse.Namespace) -> int:
-    """Predict all cases of a folder; return the number of predicted cases."""
+def predict_folder(args: argparse.Namespace, failures: dict[str, str]) -> int:
+    """Predict all cases of a folder; return the number of predicted cases.
+
+    ``failures`` is filled with the name of each case that fails, and the reason.
+    """
     from totalfast.nnunet.predictor import ArgmaxPredictor
+
+    def note_failure(case: str, error: Exception) -> None:
+        if args.debug:
+            traceback.print_exception(error)
+        print(f"WARNING: {case} failed; other cases follow.", flush=True)
+        failures[case] = one_line(error)
 
     predictor = ArgmaxPredictor(
         tile_step_size=args.step_size,
@@ -154,6 +173,7 @@ def predict_folder(args: argparse.Namespace) -> int:
         export=args.export,
         backend=args.backend,
         trust_model=args.trust_model,
+        on_failure=note_failure,
     )
     folds = [fold if fold == "all" else int(fold) for fold in args.f]
     predictor.initialize_from_trained_model_folder(model_folder(args), folds, args.chk)
@@ -164,9 +184,7 @@ def predict_folder(args: argparse.Namespace) -> int:
             f"give the predictions of {model.configuration.previous_stage_name} by "
             "-prev_stage_predictions."
         )
-    ending = model.dataset["file_ending"]
-    if not any(Path(args.i).glob(f"*_0000{ending}")):
-        raise InputError(f"{args.i} has no image of the model's kind: no file *_0000{ending}.")
+    check_folders(args, model.dataset["file_ending"])
     results = predictor.predict_from_files(
         args.i,
         args.o,
@@ -177,6 +195,54 @@ def predict_folder(args: argparse.Namespace) -> int:
         part_id=args.part_id,
     )
     return len(results or ())
+
+
+def check_folders(args: argparse.Namespace, ending: str) -> None:
+    """Check, before any prediction, that there are images and that results can be written."""
+    from totalfast.nnunet.cases import list_cases
+    from totalfast.system.pending_files import PendingFiles
+
+    cases = list_cases(args.i, ending)
+    if not cases:
+        others = sorted({"".join(path.suffixes[-2:]) for path in Path(args.i).glob("[!.]*_0000.*")})
+        seen = f"; it has images with the endings {', '.join(others)}" if others else ""
+        raise InputError(
+            f"{args.i} has no image of the model's kind: no file *_0000{ending}{seen}."
+        )
+    output = Path(args.o)
+    targets = [output / (Path(files[0]).name[: -len("_0000" + ending)] + ending) for files in cases]
+    images = {_identity(Path(file)) for files in cases for file in files} - {None}
+    if args.prev_stage_predictions:
+        images |= {_identity(Path(args.prev_stage_predictions, path.name)) for path in targets}
+    for target in targets:
+        identity = _identity(target)
+        if identity is not None and identity in images:
+            raise OptionError(f"{target} would replace one of the input files; use another folder.")
+    mine = targets[args.part_id :: args.num_parts]
+    with PendingFiles() as files:
+        files.prepare([*mine, *(output / name for name in DESCRIPTIONS)])
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Device and inode of a file; None if there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def one_line(error: Exception) -> str:
+    """Return an error's reason in one line, with advice if there is some.
+
+    The message of an unexpected error is left out, because it may quote a header.
+    """
+    if isinstance(error, TotalfastError):
+        return " ".join(str(error).split())
+    advice = advice_for(error)
+    if advice is not None:
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:300].rstrip('.')}. {advice}"
+    return f"unexpected {type(error).__name__}; --debug shows its message and a traceback."
 
 
 def model_folder(args: argparse.Namespace) -> str:

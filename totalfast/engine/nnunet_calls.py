@@ -22,33 +22,44 @@ logger = logging.getLogger(__name__)
 
 
 def call_quietly(function: Callable[..., Any], *arguments: Untyped, **keywords: Untyped) -> Untyped:
-    """Call a Python function or method; what it prints becomes debug lines of the log.
-
-    This holds for the function itself, not for the functions that it calls. Functions that are not
-    written in Python are called unchanged.
+    """Call a function or method of nnU-Net; what it prints becomes debug lines of the log.
 
     Parameters
     ----------
     function
-        A function or bound method of nnU-Net.
+        As for ``with_print``.
     arguments, keywords
         Its arguments.
     """
+    return with_print(function, _log)(*arguments, **keywords)
+
+
+def with_print(function: Callable[..., Any], say: Callable[..., None]) -> Callable[..., Any]:
+    """Return a copy of a function or method that calls ``say`` instead of ``print``.
+
+    This holds for the function itself, not for the functions that it calls. Functions that are not
+    written in Python are returned unchanged.
+
+    Parameters
+    ----------
+    function
+        A function or bound method.
+    say
+        Called with the arguments of ``print`` and of ``warnings.warn``.
+    """
     plain = function.__func__ if isinstance(function, MethodType) else function
     if not isinstance(plain, FunctionType):
-        return function(*arguments, **keywords)
-    own = {"print": _log, "warnings": SimpleNamespace(warn=_log)}
-    quiet = FunctionType(
+        return function
+    own = {"print": say, "warnings": SimpleNamespace(warn=say)}
+    changed = FunctionType(
         plain.__code__,
         plain.__globals__ | own,
         plain.__name__,
         plain.__defaults__,
         plain.__closure__,
     )
-    quiet.__kwdefaults__ = plain.__kwdefaults__
-    if isinstance(function, MethodType):
-        return quiet(function.__self__, *arguments, **keywords)
-    return quiet(*arguments, **keywords)
+    changed.__kwdefaults__ = plain.__kwdefaults__
+    return MethodType(changed, function.__self__) if isinstance(function, MethodType) else changed
 
 
 def _log(*values: object, **_: object) -> None:

@@ -5,6 +5,7 @@ nnU-Net prepares cases in worker processes; here it is done in a thread.
 
 from __future__ import annotations
 
+import logging
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,16 +13,26 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from totalfast.engine.nnunet_calls import call_quietly
+from totalfast.engine.nnunet_calls import with_print
 from totalfast.engine.normalise import NetworkImage, to_network_image
 from totalfast.errors import InputError
+from totalfast.nnunet.complete_files import check_complete
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from typing import TypeAlias
 
     from numpy.typing import NDArray
 
     from totalfast.engine.model import Model
+
+    Untyped: TypeAlias = Any
+    """What nnU-Net's readers return."""
+
+logger = logging.getLogger(__name__)
+
+FLAT = 999
+"""nnU-Net's readers give 2-D images this multiple of their spacing as the thickness of a slice."""
 
 Item = TypeVar("Item")
 _END = object()
@@ -41,28 +52,57 @@ def list_cases(folder: str, file_ending: str) -> list[list[str]]:
     """List the files of each case in a folder, one per channel: ``CASE_0000``, ``CASE_0001``, ...
 
     Equals nnU-Net's ``create_lists_from_splitted_dataset_folder``, which forks processes while
-    torch's threads are running.
+    torch's threads are running, with three differences: hidden files are left out, the ending may
+    be in upper case, and links to missing files are listed, so that they are reported.
 
     Returns
     -------
-        A list of paths per case; cases and paths are sorted.
+        A list of paths per case; cases and paths are sorted. A file that has the ending but no
+        channel number is a case of its own, which ``check_channel_numbers`` refuses.
+    """
+    cases: dict[str, list[str]] = {}
+    for path in sorted(Path(folder).iterdir()):
+        hidden = path.name.startswith(".")
+        if hidden or not path.name.lower().endswith(file_ending.lower()):
+            continue
+        if path.is_file() or not path.exists():
+            match = _channel(file_ending).fullmatch(path.name)
+            cases.setdefault(match[1] if match else path.name, []).append(str(path))
+    return [cases[name] for name in sorted(cases)]
+
+
+def check_channel_numbers(files: Sequence[str], file_ending: str) -> None:
+    """Check that the files of a case in a folder are numbered from 0000 without a gap.
+
+    nnU-Net takes the files in their order, so without channel 0000 it would use the wrong channels.
 
     Raises
     ------
     InputError
-        If a file has the ending but no channel number.
+        If a file has no channel number, or a number is missing or there twice.
     """
-    channel = re.compile(r"(.+)_\d{4}" + re.escape(file_ending))
-    cases: dict[str, list[str]] = {}
-    for path in sorted(Path(folder).iterdir()):
-        if path.name.endswith(file_ending) and path.is_file():
-            match = channel.fullmatch(path.name)
-            if match is None:
-                raise InputError(
-                    f"{path} has no channel number: an image is named CASE_0000{file_ending}."
-                )
-            cases.setdefault(match[1], []).append(str(path))
-    return [cases[name] for name in sorted(cases)]
+    numbers = []
+    for file in files:
+        match = _channel(file_ending).fullmatch(Path(file).name)
+        if match is None:
+            raise InputError(
+                f"{file} has no channel number: an image is named CASE_0000{file_ending}."
+            )
+        numbers.append(match[2])
+    expected = [f"{number:04d}" for number in range(len(files))]
+    if numbers != expected:
+        raise InputError(
+            f"{_names(files)}: the channels are numbered {', '.join(numbers)}, but should be "
+            f"{', '.join(expected)}."
+        )
+
+
+def _channel(file_ending: str) -> re.Pattern[str]:
+    return re.compile(r"(.+)_(\d{4})" + re.escape(file_ending), re.IGNORECASE | re.DOTALL)
+
+
+def _names(files: Sequence[str]) -> str:
+    return ", ".join(Path(file).name for file in files)
 
 
 def case_from_files(
@@ -88,17 +128,66 @@ def case_from_files(
     Raises
     ------
     InputError
-        If a file can't be read, or the model needs another number of channels.
+        If a file can't be read, the files do not fit together, or the model needs another number
+        of channels or of dimensions.
     """
     reader = model.plans.image_reader_writer_class()
-    try:
-        image, properties = call_quietly(reader.read_images, tuple(files))
-        labels = None
-        if previous_stage is not None:
-            labels, _ = call_quietly(reader.read_seg, previous_stage)
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
-        raise InputError(f"{files[0]} can't be read: {error}") from error
+    image, properties = _read(reader.read_images, tuple(files), _names(files))
+    _check_image(image, properties, _names(files), model)
+    labels = None
+    if previous_stage is not None:
+        labels, _ = _read(reader.read_seg, previous_stage, f"the previous stage's {previous_stage}")
+        if labels.shape[1:] != image.shape[1:]:
+            raise InputError(
+                f"the previous stage's {previous_stage} has {labels.shape[1:]} voxels, but the "
+                f"image has {image.shape[1:]} (z, y, x)."
+            )
     return case_from_array(image, labels, properties, output, model)
+
+
+def _read(read: Callable[..., Any], files: str | tuple[str, ...], what: str) -> Untyped:
+    """Call a reader; its printed remarks become warnings, or the reason of an error."""
+    printed: list[str] = []
+    try:
+        for file in [files] if isinstance(files, str) else files:
+            check_complete(Path(file))
+        contents = with_print(read, lambda *values: printed.extend(map(str, values)))(files)
+    except MemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 - readers' libraries have errors of many types
+        reason = " ".join(_remarks(printed)) or _reason(error)
+        raise InputError(f"{what} can't be read: {reason}") from error
+    for remark in _remarks(printed):
+        logger.warning("WARNING: %s: %s", what, remark)
+    return contents
+
+
+def _remarks(printed: Sequence[str]) -> list[str]:
+    """nnU-Net's remarks, one line each, without the list of files and the advice behind it."""
+    _, *remarks = re.split(r"(?:WARNING|ERROR)[!:]* ", " ".join(printed))
+    return [" ".join(remark.partition("Image files:")[0].split()) for remark in remarks]
+
+
+def _reason(error: Exception) -> str:
+    """The last line of an error's message, without ITK's names of objects."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return re.sub(r"^(?:ITK ERROR|sitk::ERROR): (?:\w+\(\w+\): )?", "", lines[-1])
+
+
+def _check_image(image: NDArray[Any], properties: dict[str, Any], what: str, model: Model) -> None:
+    """Check an image's number of channels and of dimensions."""
+    needed = len(model.configuration.normalization_schemes)
+    if len(image) != needed:
+        channels = model.dataset.get("channel_names") or model.dataset.get("modality") or {}
+        list_of_them = ", ".join(f"{int(k):04d} ({name})" for k, name in channels.items())
+        raise InputError(
+            f"{what}: {len(image)} channel{'s' * (len(image) != 1)}, but the model needs {needed}: "
+            f"{list_of_them}."
+        )
+    spacing = [float(mm) for mm in properties["spacing"]]
+    is_flat = image.shape[1] == 1 and spacing[0] >= FLAT * max(spacing[1:])
+    if is_flat and len(model.patch_size) == 3:  # noqa: PLR2004 - dimensions
+        raise InputError(f"{what}: 2-D {image.shape[2:]}, but the model needs 3-D images.")
 
 
 def case_from_array(

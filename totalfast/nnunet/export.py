@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ import numpy as np
 
 from totalfast.engine.nnunet_calls import call_quietly
 from totalfast.export import export_labels
+from totalfast.nnunet.complete_files import check_complete
 from totalfast.system.pending_files import PendingFiles
 
 if TYPE_CHECKING:
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 
     Untyped: TypeAlias = Any
     """nnU-Net's objects, which have no types."""
+
+INCOMPLETE = "the written file is incomplete, perhaps because the disk is full"
 
 
 def export_prediction_from_logits(
@@ -153,6 +157,32 @@ def write_segmentation(
             )
         files.write(
             target.with_name(target.name + ending),
-            lambda staged: call_quietly(writer.write_seg, segmentation, str(staged), properties),
+            lambda staged: _write_checked(segmentation, staged, properties, writer),
         )
         files.commit()
+
+
+def _write_checked(
+    segmentation: NDArray[np.unsignedinteger],
+    path: Path,
+    properties: dict[str, Any],
+    writer: Untyped,
+) -> None:
+    """Write a segmentation and read it back.
+
+    On a full disk, SimpleITK writes truncated NIfTI files without an error; for other formats it
+    raises RuntimeError.
+
+    Raises
+    ------
+    OSError
+        If the file is not complete.
+    """
+    try:
+        call_quietly(writer.write_seg, segmentation, str(path), properties)
+        check_complete(path)
+        (written, *_), _ = call_quietly(writer.read_seg, str(path))
+    except (EOFError, RuntimeError, ValueError) as error:
+        raise OSError(errno.EIO, INCOMPLETE) from error
+    if not np.array_equal(written, segmentation):
+        raise OSError(errno.EIO, INCOMPLETE)

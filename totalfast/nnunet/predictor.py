@@ -9,6 +9,9 @@ from __future__ import annotations
 import copy
 import logging
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,10 +27,12 @@ from totalfast.engine.predict import predict_network_image
 from totalfast.engine.sliding_window import inference_settings, predict_labels, predict_logits
 from totalfast.engine.tiles import Tiling, plan_tiles
 from totalfast.engine.weights import CHECKPOINT_NAME
+from totalfast.errors import OutputError
 from totalfast.nnunet.cases import (
     ahead,
     case_from_array,
     case_from_files,
+    check_channel_numbers,
     list_cases,
     network_image,
 )
@@ -67,6 +72,10 @@ class ArgmaxPredictor(nnUNetPredictor):  # type: ignore[misc] # nnU-Net is untyp
     trust_model
         Whether plans.json may name any class and function; see
         ``totalfast.engine.loading.load_model``.
+    on_failure
+        Called with a case's name and the error if the case can't be read or predicted; the other
+        cases follow, and the results are without this one. An ``OutputError`` is always raised.
+        None: the first error is raised, as nnU-Net does.
     """
 
     def __init__(
@@ -75,11 +84,13 @@ class ArgmaxPredictor(nnUNetPredictor):  # type: ignore[misc] # nnU-Net is untyp
         export: str = "auto",
         backend: str = "torch",
         trust_model: bool = False,
+        on_failure: Callable[[str, Exception], None] | None = None,
         **keywords: Untyped,
     ) -> None:
         call_quietly(super().__init__, *arguments, **keywords)
         self.export = export
         self.trust_model = trust_model
+        self.on_failure = on_failure
         self.backend = choose_backend(backend, self.device)
         self._model: Model | None = None
 
@@ -206,12 +217,18 @@ class ArgmaxPredictor(nnUNetPredictor):  # type: ignore[misc] # nnU-Net is untyp
         *arguments: Untyped,
         **keywords: Untyped,
     ) -> Untyped:
-        """nnU-Net's method, but it lists a folder without forking processes."""
-        cases = list_of_lists_or_source_folder
-        if isinstance(cases, str):
-            cases = list_cases(cases, self.dataset_json["file_ending"])
+        """nnU-Net's method, but it checks names, and forks no processes to list a folder."""
+        source, ending = list_of_lists_or_source_folder, self.dataset_json["file_ending"]
+        cases = list_cases(source, ending) if isinstance(source, str) else source
         manage = super()._manage_input_and_output_lists
-        return call_quietly(manage, cases, *arguments, **keywords)
+        lists = call_quietly(manage, cases, *arguments, **keywords)
+        numbered = [True] * len(lists[0])
+        for place, files in enumerate(lists[0] if isinstance(source, str) else []):
+            numbered[place] = False
+            with self._attempt(Path(files[0]).name):
+                check_channel_numbers(files, ending)
+                numbered[place] = True
+        return tuple(values and list(compress(values, numbered)) for values in lists)
 
     def _internal_get_data_iterator_from_lists_of_filenames(
         self,
@@ -227,7 +244,29 @@ class ArgmaxPredictor(nnUNetPredictor):  # type: ignore[misc] # nnU-Net is untyp
             _as_list(output_filenames_truncated, count),
             strict=True,
         )
-        return ahead(case_from_files(*case, self.model) for case in cases)
+        return ahead(self._prepared(cases))
+
+    def _prepared(
+        self, cases: Iterable[tuple[list[str], str | None, str | None]]
+    ) -> Iterator[dict[str, Any]]:
+        for files, previous, output in cases:
+            case = None
+            with self._attempt(_name(output) or _name(files[0])):
+                case = case_from_files(files, previous, output, self.model)
+            if case is not None:
+                yield case
+
+    @contextmanager
+    def _attempt(self, case: str) -> Iterator[None]:
+        """Hand an error of one case to ``on_failure``, if there is such a function."""
+        try:
+            yield
+        except OutputError:
+            raise
+        except Exception as error:
+            if self.on_failure is None:
+                raise
+            self.on_failure(case, error)
 
     def predict_from_data_iterator(
         self,
@@ -255,7 +294,11 @@ class ArgmaxPredictor(nnUNetPredictor):  # type: ignore[misc] # nnU-Net is untyp
         with ThreadPoolExecutor(1, thread_name_prefix="totalfast-write") as writer:
             writing = []
             for case in data_iterator:
-                result = self._predict_case(case, save_probabilities=save_probabilities)
+                result = None
+                with self._attempt(_name(case["ofile"])):
+                    result = self._predict_case(case, save_probabilities=save_probabilities)
+                if result is None:
+                    continue
                 if case["ofile"] is None:
                     results.append(result)
                     continue
@@ -299,25 +342,35 @@ class ArgmaxPredictor(nnUNetPredictor):  # type: ignore[misc] # nnU-Net is untyp
         return None if results is None else [result for result in results if result is not None]
 
     def _predict_case(self, case: dict[str, Any], *, save_probabilities: bool) -> Result:
+        predict = self._with_probabilities if save_probabilities else self._labels
+        try:
+            with self._bar(case) as bar:
+                return predict(case, self.tiling, bar.update)
+        except torch.OutOfMemoryError:
+            if self.device.type == "cpu" or not self.tiling.on_device:
+                raise
+        # Outside of the except clause, which keeps the failed call's tensors alive.
+        logger.warning("WARNING: the GPU's memory is too small; the logits are summed on the CPU.")
         with self._bar(case) as bar:
-            if save_probabilities:
-                return self._with_probabilities(case, bar.update)
-            return predict_network_image(
-                network_image(case, self.model),
-                self.model,
-                self.tiling,
-                on_tile=bar.update,
-                method=self.export,
-            )
+            return predict(case, replace(self.tiling, on_device=False), bar.update)
+
+    def _labels(self, case: dict[str, Any], tiling: Tiling, on_tile: Callable[[], Any]) -> Labels:
+        return predict_network_image(
+            network_image(case, self.model),
+            self.model,
+            tiling,
+            on_tile=on_tile,
+            method=self.export,
+        )
 
     def _with_probabilities(
-        self, case: dict[str, Any], on_tile: Callable[[], Any]
+        self, case: dict[str, Any], tiling: Tiling, on_tile: Callable[[], Any]
     ) -> tuple[NDArray[np.unsignedinteger], NDArray[np.floating]]:
         from nnunetv2.inference.export_prediction import (
             convert_predicted_logits_to_segmentation_with_correct_shape,
         )
 
-        logits = predict_logits(self.model, case["data"], self.tiling, on_tile=on_tile)
+        logits = predict_logits(self.model, case["data"], tiling, on_tile=on_tile)
         with inference_settings(self.device):
             segmentation, probabilities = (
                 convert_predicted_logits_to_segmentation_with_correct_shape(
@@ -334,7 +387,7 @@ class ArgmaxPredictor(nnUNetPredictor):  # type: ignore[misc] # nnU-Net is untyp
     def _bar(self, case: dict[str, Any]) -> Untyped:
         shape = tuple(case["data"].shape[1:])
         tiles = plan_tiles(shape, self.model.patch_size, self.tile_step_size)
-        name = "image" if case["ofile"] is None else Path(case["ofile"]).name
+        name = _name(case["ofile"]) or "image"
         return tqdm(total=tiles.count, desc=name, leave=False, disable=not self.allow_tqdm)
 
     def _write(self, result: Result, case: dict[str, Any]) -> None:
@@ -347,6 +400,10 @@ class ArgmaxPredictor(nnUNetPredictor):  # type: ignore[misc] # nnU-Net is untyp
             self.dataset_json,
             probabilities=probabilities,
         )
+
+
+def _name(path: str | None) -> str:
+    return "" if path is None else Path(path).name
 
 
 def _as_list(one_or_more: Untyped, count: int = 1) -> list[Any]:
