@@ -7,6 +7,8 @@ import os
 import re
 import shutil
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import nibabel as nib
@@ -139,6 +141,28 @@ def test_a_bad_case_is_named_and_the_others_are_predicted(single, predict, tmp_p
     assert (code, names) == (1, ["case1.nii.gz"])
     assert "0 cases" in out
     assert (tmp_path / "out/case1.nii.gz").stat().st_mtime_ns == modified_ns
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
+def test_names_that_are_not_utf8_do_not_end_the_process(single, tmp_path):
+    model, images = single
+    folder, out = copied(images, tmp_path / "in"), tmp_path / "out"
+    (folder / "case0_0000.nii.gz").rename(folder / os.fsdecode(b"\xff_0000.nii.gz"))
+    shutil.copy(images / "case0_0000.nii.gz", folder / "a\nb 'c\"_0000.nii.gz")
+
+    def run(*flags):
+        words = ["-m", model, "-f", "0", "-device", "cpu", *flags]
+        command = [sys.executable, "-m", "totalfast", "nnunet", *words]
+        return subprocess.run(command, capture_output=True, check=False)
+
+    done = run("-i", folder, "-o", out)
+    assert done.returncode == 1
+    assert b"its name is not UTF-8" in done.stderr
+    assert sorted(p.name for p in out.glob("*.nii.gz")) == ["a\nb 'c\".nii.gz", "case1.nii.gz"]
+    for flags in (("-i", images, "-o", os.fsencode(tmp_path) + b"/\xff"), ("-i", "", "-o", out)):
+        done = run(*flags)
+        assert done.returncode == 2
+        assert b"needs a folder whose name is UTF-8" in done.stderr
 
 
 def test_parts_share_good_and_bad_cases(single, predict, tmp_path):

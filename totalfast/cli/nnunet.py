@@ -16,6 +16,7 @@ from totalfast.cli.advice import advice_for
 from totalfast.cli.console import configure_output
 from totalfast.engine.backends import BACKENDS
 from totalfast.errors import InputError, OptionError, TotalfastError
+from totalfast.nnunet.complete_files import is_utf8
 
 if TYPE_CHECKING:
     import torch
@@ -135,6 +136,10 @@ def run(args: argparse.Namespace) -> int:
         raise OptionError(f"-part_id must be from 0 to {args.num_parts - 1}, not {args.part_id}.")
     if not 0 < args.step_size <= 1:
         raise OptionError(f"-step_size must be above 0 and at most 1, not {args.step_size}.")
+    for flag, folder in (("-i", args.i), ("-o", args.o)):
+        if not folder or not is_utf8(folder):
+            # SimpleITK ends the process if a name is not UTF-8.
+            raise OptionError(f"{flag} needs a folder whose name is UTF-8, not {folder!r}.")
     if not Path(args.i).is_dir():
         raise InputError(f"{args.i} is no folder.")
     began = time.perf_counter()

@@ -16,7 +16,7 @@ import numpy as np
 from totalfast.engine.nnunet_calls import with_print
 from totalfast.engine.normalise import NetworkImage, to_network_image
 from totalfast.errors import InputError
-from totalfast.nnunet.complete_files import check_complete
+from totalfast.nnunet.complete_files import check_complete, is_utf8
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -150,6 +150,8 @@ def _read(read: Callable[..., Any], files: str | tuple[str, ...], what: str) -> 
     printed: list[str] = []
     try:
         for file in [files] if isinstance(files, str) else files:
+            if not is_utf8(file):
+                raise ValueError("its name is not UTF-8; rename it")  # noqa: TRY301
             check_complete(Path(file))
         contents = with_print(read, lambda *values: printed.extend(map(str, values)))(files)
     except MemoryError:

@@ -1,4 +1,4 @@
-"""Whether a NIfTI file is complete: SimpleITK, nnU-Net's reader and writer, does not check it."""
+"""What SimpleITK, nnU-Net's reader and writer, does not check: truncated files, unusual names."""
 
 from __future__ import annotations
 
@@ -40,3 +40,12 @@ def check_complete(path: Path) -> None:
     size = len(unpack(path.read_bytes(), needed + 1)) if is_packed else path.stat().st_size
     if size < needed:
         raise OSError(f"it ends after {size} of {needed} bytes")
+
+
+def is_utf8(path: str) -> bool:
+    """Whether a path can be given to SimpleITK, which ends the process if it is not UTF-8."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:  # Python keeps undecodable bytes as surrogates
+        return False
+    return True
