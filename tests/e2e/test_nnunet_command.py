@@ -287,6 +287,7 @@ def test_a_file_that_the_writer_truncates_is_not_delivered(single, predict, tmp_
     code, _, err, names = predict(model, images)
     assert (code, names) == (1, [])
     assert INCOMPLETE in err
+    assert "ERROR: case0 failed" in err
 
 
 def test_memory_that_runs_out_on_the_device_moves_the_sums_to_the_cpu(single, monkeypatch):

@@ -164,7 +164,7 @@ def predict_folder(args: argparse.Namespace, failures: dict[str, str]) -> int:
     def note_failure(case: str, error: Exception) -> None:
         if args.debug:
             traceback.print_exception(error)
-        print(f"WARNING: {case} failed; other cases follow.", flush=True)
+        print(f"WARNING: {case} failed.", flush=True)
         failures[case] = one_line(error)
 
     predictor = ArgmaxPredictor(

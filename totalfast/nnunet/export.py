@@ -180,9 +180,12 @@ def _write_checked(
     """
     try:
         call_quietly(writer.write_seg, segmentation, str(path), properties)
+    except RuntimeError as error:
+        raise OSError(errno.EIO, INCOMPLETE) from error
+    try:
         check_complete(path)
         (written, *_), _ = call_quietly(writer.read_seg, str(path))
-    except (EOFError, RuntimeError, ValueError) as error:
+    except (EOFError, OSError, RuntimeError, ValueError) as error:
         raise OSError(errno.EIO, INCOMPLETE) from error
     if not np.array_equal(written, segmentation):
         raise OSError(errno.EIO, INCOMPLETE)

@@ -74,7 +74,8 @@ class ArgmaxPredictor(nnUNetPredictor):  # type: ignore[misc] # nnU-Net is untyp
         ``totalfast.engine.loading.load_model``.
     on_failure
         Called with a case's name and the error if the case can't be read or predicted; the other
-        cases follow, and the results are without this one. An ``OutputError`` is always raised.
+        cases follow, and the results are without this one. After an ``OutputError``, which would
+        hit the other cases too, the function is called and the error is raised.
         None: the first error is raised, as nnU-Net does.
     """
 
@@ -392,14 +393,19 @@ class ArgmaxPredictor(nnUNetPredictor):  # type: ignore[misc] # nnU-Net is untyp
 
     def _write(self, result: Result, case: dict[str, Any]) -> None:
         segmentation, probabilities = result if isinstance(result, tuple) else (result, None)
-        write_segmentation(
-            segmentation,
-            Path(case["ofile"]),
-            case["data_properties"],
-            self.plans_manager,
-            self.dataset_json,
-            probabilities=probabilities,
-        )
+        try:
+            write_segmentation(
+                segmentation,
+                Path(case["ofile"]),
+                case["data_properties"],
+                self.plans_manager,
+                self.dataset_json,
+                probabilities=probabilities,
+            )
+        except OutputError as error:
+            if self.on_failure is not None:
+                self.on_failure(_name(case["ofile"]), error)
+            raise
 
 
 def _name(path: str | None) -> str:
