@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import zipfile
 
 import nibabel as nib
 import numpy as np
 import pytest
-from pydicom import Dataset
-from pydicom.uid import generate_uid
+from pydicom import Dataset, dcmread
+from pydicom.uid import (
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    RLELossless,
+    generate_uid,
+)
 
 from tests.dicom_series import AXIAL, new_file, write_series
-from totalfast import InputError
+from totalfast import InputError, OptionError, TotalfastError
 from totalfast.cli.segment import task_of_modality
 from totalfast.files.dicom import find as dicom_files
 from totalfast.files.dicom.read import open_series
@@ -258,3 +264,125 @@ def test_command_selects_the_task_of_the_modality(tmp_path, asked, modality, exp
     folder = write_series(tmp_path / "scan", VOXELS[:1], Modality=modality)
     assert task_of_modality(asked, folder) == expected
     assert task_of_modality(asked, tmp_path / "scan.nii.gz") == asked
+
+
+def test_mr_slices_in_the_order_of_acquisition_are_ordered_by_position(tmp_path):
+    folder = write_series(tmp_path / "mr", VOXELS, Modality="MR", Manufacturer="SIEMENS")
+    expected, affine, _ = opened(folder)
+    for number, path in enumerate(sorted(folder.iterdir())):
+        header = dcmread(path)
+        header.InstanceNumber = number // 2 + 1 + 3 * (number % 2)
+        header.save_as(path)
+    actual, actual_affine, _ = opened(folder)
+    np.testing.assert_array_equal(actual, expected)
+    np.testing.assert_array_equal(actual_affine, affine)
+
+
+def test_several_echoes_and_a_spacing_that_drifts_are_refused(tmp_path):
+    echoes = write_series(tmp_path / "echoes", VOXELS, Modality="MR", EchoTime=10)
+    write_series(echoes, VOXELS + 1, Modality="MR", EchoTime=20, name="second")
+    message = refusal(echoes)
+    assert "at 6 of 6 positions it has 2 images: several echoes (EchoTime differs)" in message
+    drift = write_series(tmp_path / "drift", np.tile(VOXELS, (4, 1, 1)), spacing_mm=(1.0, 2.0, 2.0))
+    for number, path in enumerate(sorted(drift.iterdir())):
+        header = dcmread(path)
+        header.ImagePositionPatient = [-30, -40, number if number < 12 else 1.1 * number - 1.2]
+        header.save_as(path)
+    assert "the spacing changes" in refusal(drift)
+
+
+def test_one_of_several_series_is_chosen_by_number_or_uid(tmp_path):
+    for number, name in ((3, "a"), (7, "b")):
+        write_series(
+            tmp_path / "both",
+            VOXELS + number,
+            name=name,
+            SeriesNumber=number,
+            SeriesInstanceUID=f"1.2.{number}",
+        )
+    assert "series 3: 'synthetic'" in refusal(tmp_path / "both")
+    for wanted, number in (("3", 3), ("1.2.7", 7)):
+        with open_series(tmp_path / "both", wanted=wanted) as series:
+            np.testing.assert_array_equal(
+                np.asarray(series.image.dataobj).max(), (VOXELS + number).max()
+            )
+    with (
+        pytest.raises(OptionError, match="has no series 5"),
+        open_series(tmp_path / "both", wanted="5"),
+    ):
+        pass
+
+
+def test_files_that_are_no_slices_are_left_out_and_told(tmp_path, caplog):
+    folder = write_series(tmp_path / "ct", VOXELS)
+    expected, _, _ = opened(folder)
+    (folder / "empty.dcm").write_bytes(b"")
+    (folder / "cut.dcm").write_bytes((folder / "slice000.dcm").read_bytes()[:200])
+    (folder / "short.dcm").write_bytes((folder / "slice000.dcm").read_bytes()[:-20])
+    (folder / "._slice000.dcm").write_bytes(b"\x00\x05\x16\x07" + bytes(300))
+    for keyword in ("ImageOrientationPatient", "ImagePositionPatient"):
+        header = dcmread(folder / "slice000.dcm")
+        setattr(header, keyword, None)
+        header.SeriesInstanceUID = "1.2.9"
+        header.save_as(folder / f"{keyword}.dcm")
+    caplog.set_level("INFO")
+    np.testing.assert_array_equal(opened(folder)[0], expected)
+    for name, reason in (
+        ("empty.dcm", "empty (0 bytes)"),
+        ("cut.dcm", "no image, or cut off before it"),
+        ("short.dcm", "cut off within the pixels"),
+        ("._slice000.dcm", "attributes that macOS keeps"),
+        ("ImageOrientationPatient.dcm", "no ImageOrientationPatient"),
+        ("ImagePositionPatient.dcm", "no ImagePositionPatient"),
+    ):
+        assert f"for example {name}: {reason}" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "syntax", [DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, RLELossless]
+)
+def test_transfer_syntaxes(tmp_path, syntax):
+    folder = write_series(tmp_path / "ct", VOXELS)
+    expected, _, _ = opened(folder)
+    for path in folder.iterdir():
+        header = dcmread(path)
+        if syntax == RLELossless:
+            header.compress(syntax, generate_instance_uid=False)
+        if syntax == ExplicitVRBigEndian:
+            header.PixelData = np.frombuffer(header.PixelData, "<i2").astype(">i2").tobytes()
+            new = Dataset()
+            new.update({element.tag: element for element in header})
+            new.file_meta = header.file_meta
+            header = new
+        header.file_meta.TransferSyntaxUID = syntax
+        header.save_as(path, enforce_file_format=True)
+    np.testing.assert_array_equal(opened(folder)[0], expected)
+
+
+def test_a_deflated_bomb_is_not_unpacked(tmp_path, monkeypatch):
+    folder = write_series(tmp_path / "ct", VOXELS)
+    for path in folder.iterdir():
+        header = dcmread(path)
+        header.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+        header.PixelData += bytes(1 << 20)
+        header.save_as(path, enforce_file_format=True)
+    monkeypatch.setattr("totalfast.files.dicom.voxels.LONGEST_HEADER", 1 << 16)
+    with pytest.raises(InputError, match="unpacks to more data than its 1 x 7 x 8 pixels need"):
+        opened(folder)
+
+
+def test_random_damage_is_refused_or_read(tmp_path):
+    folder = write_series(tmp_path / "ct", VOXELS)
+    files = {path: path.read_bytes() for path in sorted(folder.iterdir())}
+    random = np.random.default_rng(3)
+    for _ in range(200):
+        path = random.choice(list(files))
+        content = bytearray(files[path])
+        for place in random.integers(128, len(content), random.integers(1, 5)):
+            content[place] = random.integers(256)
+        path.write_bytes(
+            content[: random.integers(100, len(content)) if random.random() < 0.2 else None]
+        )
+        with contextlib.suppress(TotalfastError):
+            opened(folder)
+        path.write_bytes(files[path])

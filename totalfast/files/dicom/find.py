@@ -36,11 +36,13 @@ UNEXPECTED_CONTENT = (
     OSError,
     RuntimeError,
     TypeError,
+    UserWarning,
     ValueError,
     zipfile.BadZipFile,
     zlib.error,
 )
-"""Errors that pydicom, its decoders and zipfile raise for unexpected headers, pixels and data."""
+"""Errors that pydicom, its decoders and zipfile raise for unexpected headers, pixels and data;
+warnings, where a program turns them into errors."""
 
 
 _pydicom_settings = threading.RLock()

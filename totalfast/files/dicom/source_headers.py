@@ -126,8 +126,17 @@ def _repair(header: Dataset) -> set[str]:
         if header.get(keyword) is None:
             setattr(header, keyword, "")
     header.decode()
-    header.SpecificCharacterSet = "ISO_IR 192"
+    characters = header.get("SpecificCharacterSet")
+    if characters is not None and not _is_known(characters):
+        header.SpecificCharacterSet = "ISO_IR 192"
     return repaired
+
+
+def _is_known(characters: object) -> bool:
+    """Whether it names one character set; the writers fail for several, or an empty first one."""
+    from pydicom.charset import python_encoding
+
+    return isinstance(characters, str) and bool(characters) and characters in python_encoding
 
 
 def _is_valid(element: DataElement) -> bool:

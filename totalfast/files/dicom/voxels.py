@@ -130,12 +130,13 @@ def image_of(source: Path, slices: Sequence[Slice]) -> nib.Nifti1Image:
     to_image = ornt_transform(io_orientation(native), axcodes2ornt(AXES))
     rows, columns = slices[0].shape
     affine = native @ inv_ornt_aff(to_image, (columns, rows, len(slices)))
-    image = nib.Nifti1Image(voxels, affine)
+    # The dtype is given because nibabel would read voxels to find it.
+    image = nib.Nifti1Image(voxels, affine, dtype=voxels.dtype)
     header = image.header
     header.set_data_dtype(voxels.dtype)
     header.set_xyzt_units("mm")
     # Upstream reads the affine from a file, where it is float32.
-    return nib.Nifti1Image(voxels, header.get_best_affine(), header)
+    return nib.Nifti1Image(voxels, header.get_best_affine(), header, dtype=voxels.dtype)
 
 
 def read_planes(source: Path, slices: Sequence[Slice]) -> Iterator[tuple[Slice, NDArray[Any]]]:
