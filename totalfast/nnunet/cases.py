@@ -152,7 +152,7 @@ def _read(read: Callable[..., Any], files: str | tuple[str, ...], what: str) -> 
         for file in [files] if isinstance(files, str) else files:
             if not is_utf8(file):
                 raise ValueError("its name is not UTF-8; rename it")  # noqa: TRY301
-            check_complete(Path(file))
+            check_complete(Path(file))  # if it knows nothing, the reader may know more
         contents = with_print(read, lambda *values: printed.extend(map(str, values)))(files)
     except MemoryError:
         raise

@@ -10,11 +10,15 @@ from totalfast.files.gunzip import unpack
 GZIP_MAGIC = b"\x1f\x8b"
 
 
-def check_complete(path: Path) -> None:
+def check_complete(path: Path) -> bool:
     """Refuse a truncated or damaged NIfTI file. Files of other formats are not looked at.
 
     SimpleITK reads a truncated file without an error, and the voxels that are missing get random
     values. It also writes truncated files without an error if the disk is full.
+
+    Returns
+    -------
+        False if nothing is known about the file, because nibabel can't read its header.
 
     Raises
     ------
@@ -28,11 +32,11 @@ def check_complete(path: Path) -> None:
     from nibabel.spatialimages import HeaderDataError
 
     if not path.name.lower().endswith((".nii", ".nii.gz")):
-        return
+        return True
     try:
         stored = nib.load(path).dataobj
     except (ImageFileError, HeaderDataError):
-        return  # left to the reader, which knows more kinds of headers
+        return False
     needed = stored.offset + math.prod(stored.shape) * stored.dtype.itemsize
     with path.open("rb") as stream:
         is_packed = stream.read(2) == GZIP_MAGIC
@@ -40,6 +44,7 @@ def check_complete(path: Path) -> None:
     size = len(unpack(path.read_bytes(), needed + 1)) if is_packed else path.stat().st_size
     if size < needed:
         raise OSError(f"it ends after {size} of {needed} bytes")
+    return True
 
 
 def is_utf8(path: str) -> bool:
