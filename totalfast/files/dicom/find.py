@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import struct
 import threading
 import zipfile
 import zlib
@@ -38,6 +39,7 @@ UNEXPECTED_CONTENT = (
     TypeError,
     UserWarning,
     ValueError,
+    struct.error,
     zipfile.BadZipFile,
     zlib.error,
 )
