@@ -38,12 +38,17 @@ from totalsegmentator.map_to_binary import (
     map_taskid_to_partname_headneck_muscles,
     map_taskid_to_partname_mr,
 )
-from totalsegmentator.registry import TASKS, format_classes_table, format_tasks_table
+from totalsegmentator.registry import (
+    TASKS,
+    format_classes_table,
+    format_tasks_table,
+    task_modality,
+)
 
 from totalfast.errors import LicenseError, WeightsError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping
 
     import numpy as np
     from numpy.typing import NDArray
@@ -62,7 +67,6 @@ __all__ = [
     "check_license",
     "custom_trainer",
     "dataset_folder",
-    "dicom_plane",
     "dicom_to_nifti",
     "format_classes_table",
     "format_tasks_table",
@@ -73,6 +77,7 @@ __all__ = [
     "python_api",
     "resample_each_label",
     "store_license",
+    "task_modality",
     "version",
     "warn_of_untested_version",
     "weights_home",
@@ -348,20 +353,6 @@ def dicom_to_nifti(folder: Path, path: Path) -> None:
     from totalsegmentator.dicom_io import dcm_to_nifti
 
     dcm_to_nifti(folder, path)
-
-
-def dicom_plane(orientation: Sequence[float]) -> str:
-    """Name the plane of slices as upstream's DICOM writers do: "axial", ... or "oblique".
-
-    Parameters
-    ----------
-    orientation
-        DICOM's ImageOrientationPatient: direction cosines of a row and of a column.
-    """
-    from totalsegmentator.dicom_io import _infer_plane_from_iop
-
-    plane: str = _infer_plane_from_iop(list(orientation))
-    return plane
 
 
 def write_rtstruct(

@@ -125,7 +125,7 @@ def test_skip_saving_writes_no_files(run, scan, tmp_path):
         (["-i", "{scan}", "-o", "{taken}", "-ml"], 1, "is a directory; "),
         (["-i", "{scan}", "-o", "{folder}/s.txt", "-ml"], 1, "must end in .nii.gz"),
         (["-i", "{scan}", "-o", "{scan}"], 1, "is a file; without --ml"),
-        (["-i", "{scan}", "-o", "{scan}/seg"], 1, "ct.nii.gz is a file."),
+        (["-i", "{scan}", "-o", "{scan}/seg"], 1, "ct.nii.gz is no folder."),
     ],
 )
 def test_errors_have_a_message_an_exit_code_and_leave_no_files(

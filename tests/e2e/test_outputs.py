@@ -259,8 +259,9 @@ def test_a_gpu_without_memory_is_one_line_that_says_what_to_do(run, scan, tmp_pa
     done = run("-i", scan, "-o", tmp_path / "s.nii.gz", "-ml", launcher=("-c", code))
     lines = [line for line in done.stderr.splitlines() if "%|" not in line and line.strip()]
     assert lines == [
-        "ERROR: OutOfMemoryError: CUDA out of memory. The GPU has too little free memory. Try "
-        "--fast or --force_split, close other programs on the GPU, or use -d cpu."
+        "ERROR: OutOfMemoryError: CUDA out of memory. The GPU has too little free memory. Close "
+        "other programs on the GPU, use a smaller model or part of the scan (--fast, "
+        "--force_split), or use the CPU."
     ]
 
 

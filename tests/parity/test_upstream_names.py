@@ -53,7 +53,6 @@ def test_names_that_are_imported_lazily_exist():
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager  # noqa: F401
     from totalsegmentator import custom_trainers
     from totalsegmentator.dicom_io import (  # noqa: F401
-        _infer_plane_from_iop,
         dcm_to_nifti,
         save_mask_as_dicomseg,
         save_mask_as_rtstruct,

@@ -378,7 +378,7 @@ def test_prepare_refuses_what_can_not_be_written_and_leaves_nothing(tmp_path):
     before = sorted(tmp_path.rglob("*"))
     for target, message in (
         (tmp_path / "folder", "is a folder"),
-        (tmp_path / "file" / "x", "file is a file"),
+        (tmp_path / "file" / "x", "file is no folder"),
         (tmp_path / ("x" * 300), "File name too long|can't write"),
         *(
             [(Path("/proc/x.nii"), "can't write /proc/x.nii")]

@@ -33,36 +33,36 @@ _CASES = (
     _Case(
         "MemoryError",
         "",
-        "The computer has too little free memory. Try --fast or --force_split, or close other "
-        "programs.",
+        "The computer has too little free memory. Close other programs, or use a smaller model or "
+        "part of the scan (--fast, --force_split).",
     ),
     _Case(
         "OutOfMemoryError",
         "",
-        "The GPU has too little free memory. Try --fast or --force_split, close other programs on "
-        "the GPU, or use -d cpu.",
+        "The GPU has too little free memory. Close other programs on the GPU, use a smaller model "
+        "or part of the scan (--fast, --force_split), or use the CPU.",
     ),
     _Case(
         "",
         "no kernel image is available",
         "The installed torch was not built for this GPU. Install a build of torch that supports "
-        "it, or use -d cpu.",
+        "it, or use the CPU.",
     ),
     _Case(
         "",
         "driver version is insufficient|no NVIDIA driver|CUDA driver",
         "The NVIDIA driver and the installed torch do not fit together. Update the driver, install "
-        "a build of torch for it, or use -d cpu.",
+        "a build of torch for it, or use the CPU.",
     ),
     _Case(
         "",
         r"CUDA error|cuDNN|CUBLAS|device-side assert|\bNCCL\b",
-        "The GPU or its driver failed. Run the command again, or use -d cpu.",
+        "The GPU or its driver failed. Run the command again, or use the CPU.",
     ),
     _Case(
         "",
         r"\bMPS\b",
-        "The MPS device failed. Use -d cpu.",
+        "The MPS device failed. Use the CPU.",
     ),
     _Case(
         "OSError",

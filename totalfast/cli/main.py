@@ -10,6 +10,7 @@ import atexit
 import importlib
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from totalfast.cli.console import hide_messages_of_libraries, make_printing_safe
@@ -54,6 +55,9 @@ def command(run: Callable[[], int] = main) -> None:
     Shutting down the interpreter takes half a second with torch in it. Only functions that
     libraries registered to run at exit are called.
     """
+    if not _has_current_folder():
+        print("ERROR: the current folder was deleted; change to another one.", file=sys.stderr)
+        os._exit(1)
     prepare_process()
     limit_libraries()
     make_printing_safe()
@@ -64,3 +68,12 @@ def command(run: Callable[[], int] = main) -> None:
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(code)
+
+
+def _has_current_folder() -> bool:
+    """Whether the current folder exists; numeric libraries end the process without one."""
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        return False
+    return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -45,6 +46,10 @@ def label_map_file(output: Path) -> Path:
     A name without an ending gets ``.nii``, even if a directory with that name exists. This is
     nibabel's rule for TotalSegmentator's files, and 3D Slicer's extension relies on it.
     """
+    if not output.name:
+        raise OutputError(
+            f"{output} is a folder; name a file, for example {output / 'segmentation.nii.gz'}."
+        )
     return output if output.suffix else output.with_name(f"{output.name}.nii")
 
 
@@ -69,7 +74,7 @@ def output_files(output: Path, options: Options) -> dict[str, Path]:
         if kind == "dicom_rtstruct" and output.suffix != ".dcm":
             output = output.with_name(f"{output.name}.dcm")
         return {kind: output}
-    if output.is_dir():
+    if _is_folder(output):
         folder, base = output, f"{options.task}_segmentation"
     else:
         folder, base = output.parent, _without_ending(output.name)
@@ -249,7 +254,7 @@ def _results(output: Path, task: Task, options: Options) -> Iterator[tuple[str, 
     """List the label maps or masks."""
     if options.multilabel:
         for kind, path in output_files(output, options).items():
-            if path.is_dir() and kind != "dicom_seg":
+            if _is_folder(path) and kind != "dicom_seg":
                 raise OutputError(
                     f"{path} is a directory; name a file, for example "
                     f"{path / f'segmentation{ENDINGS[kind]}'}."
@@ -258,12 +263,12 @@ def _results(output: Path, task: Task, options: Options) -> Iterator[tuple[str, 
                 if not path.name.endswith((".nii", ".nii.gz")):
                     raise OutputError(f"{path} must end in .nii.gz or .nii with --ml.")
                 yield "label map", path
-            elif kind == "dicom_seg" and path.is_dir():
+            elif kind == "dicom_seg" and _is_folder(path):
                 yield "DICOM SEG", path / "segmentation.dcm"  # named after its UID later
             else:
                 yield "DICOM file", path
         return
-    if output.exists() and not output.is_dir():
+    if os.path.lexists(output) and not _is_folder(output):
         raise OutputError(f"{output} is a file; without --ml the output must be a directory.")
     if output.name.endswith(KNOWN_ENDINGS):
         logger.warning(
@@ -272,6 +277,13 @@ def _results(output: Path, task: Task, options: Options) -> Iterator[tuple[str, 
     derived = DERIVED_MASKS if derives_body_and_skin(task, options) else ()
     for name in (*task.classes.values(), *derived):
         yield "mask", output / f"{name}.nii.gz"
+
+
+def _is_folder(path: Path) -> bool:
+    """Whether a path is a folder; False for names that the system refuses, such as long ones."""
+    with contextlib.suppress(OSError):
+        return path.is_dir()
+    return False
 
 
 def _is_same_file(path: Path, scan: Path) -> bool:

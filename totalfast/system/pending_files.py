@@ -320,7 +320,7 @@ def _existing_folder(place: Path) -> Path:
         if folder.is_dir():
             return folder
         if os.path.lexists(folder):
-            raise NotADirectoryError(errno.ENOTDIR, f"{folder} is a file")
+            raise NotADirectoryError(errno.ENOTDIR, f"{folder} is no folder")
     raise FileNotFoundError(errno.ENOENT, f"no folder above {place} exists")
 
 
