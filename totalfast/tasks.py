@@ -14,6 +14,7 @@ from totalfast.upstream import (
     PART_NAMES,
     TASK_CONFIGS,
     TASKS,
+    task_modality,
 )
 
 if TYPE_CHECKING:
@@ -100,6 +101,11 @@ class Task:
     """Spacing in upstream's message, if the resolution is coarser than the default."""
     tile_step: float
     """Largest distance between neighbouring tiles, as a share of the tile size."""
+
+    @property
+    def modality(self) -> str:
+        """The scans that the models were trained on: "CT" or "MR"."""
+        return str(task_modality(self.name))
 
 
 def resolve_task(

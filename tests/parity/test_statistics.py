@@ -40,7 +40,9 @@ def images():
         "int16": nib.Nifti1Image(int16, affine),
         "float": nib.Nifti1Image(random.normal(0, 400, SHAPE).astype(np.float32), affine),
         "slope": sloped,
-        "beyond int16": nib.Nifti1Image(random.normal(0, 40000, SHAPE).astype(np.int32), affine),
+        "all of int16": nib.Nifti1Image(
+            random.normal(0, 9000, SHAPE).clip(-16000, 16000).astype(np.int32), affine
+        ),
         "zero to one": nib.Nifti1Image(random.random(SHAPE), affine),
     }
 
@@ -49,7 +51,7 @@ def images():
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 @pytest.mark.parametrize("aggregation", ["mean", "median"])
 @pytest.mark.parametrize("normalized", [False, True])
-@pytest.mark.parametrize("kind", ["int16", "float", "slope", "beyond int16", "zero to one"])
+@pytest.mark.parametrize("kind", ["int16", "float", "slope", "all of int16", "zero to one"])
 def test_statistics_equal_upstreams_digit_for_digit(kind, aggregation, normalized, tmp_path):
     from totalsegmentator.statistics import get_basic_statistics
 
@@ -79,6 +81,25 @@ def test_statistics_equal_upstreams_digit_for_digit(kind, aggregation, normalize
         assert json.dumps(measured, indent=4) == json.dumps(expected, indent=4)
         counted += sum(row["volume"] > 0 for row in measured.values())
     assert counted > 100
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+@pytest.mark.parametrize("extra", [False, True])
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float64])
+def test_intensities_beyond_int16_are_the_scans_own(dtype, extra, normalized):
+    low = 0 if dtype == np.uint16 else -60000
+    values = np.random.default_rng(2).integers(low, 65536, SHAPE).astype(dtype)
+    labels, image = blobby_labels(0), read_image(nib.Nifti1Image(values, np.eye(4)))
+    wanted = Wanted(exclude_at_border=False, extra=extra, normalized=normalized)
+    measured = measure(labels, image, CLASS_MAPS["total"], voxel_mm3=np.float32(1), wanted=wanted)
+    if normalized:
+        values = (values - np.float64(values.min())) / np.ptp(values.astype(np.float64))
+    for label in np.unique(labels[labels > 0]):
+        row, inside = measured[CLASS_MAPS["total"][label]], values[labels == label]
+        assert row["intensity"] == pytest.approx(inside.astype(np.float64).mean(), abs=1e-5)
+        if extra:
+            assert row["intensity_std"] == pytest.approx(inside.astype(np.float64).std(), abs=2e-5)
+            assert (row["intensity_min"], row["intensity_max"]) == (inside.min(), inside.max())
 
 
 def test_statistics_of_a_tiny_image_with_only_border_and_empty_classes():

@@ -21,7 +21,8 @@ def test_the_limit_and_members():
     two = gzip.compress(DATA[:700]) + b"\0\0\0" + gzip.compress(DATA[700:])
     assert unpack(two, len(DATA)) == DATA
     assert unpack(two, 800) == DATA[:800]
-    assert unpack(packed + b"something else", len(DATA)) == DATA
+    for limit in (len(DATA), 2 * len(DATA)):
+        assert unpack(packed + b"something else", limit) == DATA
 
 
 def test_a_checksum_that_does_not_fit_is_an_error():

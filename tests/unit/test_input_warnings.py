@@ -10,8 +10,8 @@ from totalfast.run.input_warnings import warn_of_unusual
 ORDINARY = np.random.default_rng(0).normal(0, 300, (8, 9, 10))
 
 
-def warnings_of(image, caplog, *, spacing_mm=(1.5, 1.5, 1.5), crops=False):
-    warn_of_unusual(read_image(image), spacing_mm=spacing_mm, crops=crops)
+def warnings_of(image, caplog, *, spacing_mm=(1.5, 1.5, 1.5), crops=False, modality="MR"):
+    warn_of_unusual(read_image(image), spacing_mm=spacing_mm, crops=crops, modality=modality)
     return [record.getMessage() for record in caplog.records]
 
 
@@ -62,3 +62,77 @@ def test_thick_slices_missing_orientation_and_rotation_give_warnings(caplog):
     assert "left and right may be swapped" in warnings_of(unoriented, caplog)[0]
     caplog.clear()
     assert "rotated by 40 degrees" in warnings_of(rotated(40.0), caplog)[0]
+
+
+def ct(low=-1000, high=1500):
+    """A body of fat, soft tissue, lungs and bone in air, with noise; int16, HU."""
+    random = np.random.default_rng(1)
+    x, y, _ = np.meshgrid(*(np.linspace(-1, 1, 40),) * 3, indexing="ij")
+    values = np.full((40, 40, 40), -1000.0)
+    values[x**2 + y**2 < 0.8] = -100
+    values[x**2 + y**2 < 0.6] = 40
+    values[(x - 0.4) ** 2 + y**2 < 0.06] = -850
+    values[x**2 + (y - 0.5) ** 2 < 0.01] = 900
+    return (values + random.normal(0, 15, values.shape)).clip(low, high).astype(np.int16)
+
+
+def implants():
+    values = ct()
+    values[18:21, 18:21] = 30710
+    return values
+
+
+def padded(values, padding):
+    x, y, _ = np.meshgrid(*(np.linspace(-1, 1, 40),) * 3, indexing="ij")
+    return np.where(x**2 + y**2 > 1, padding, values).astype(values.dtype)
+
+
+HOUNSFIELD = {
+    "ordinary": ct(),
+    "float": ct().astype(np.float32) + 0.25,
+    "padding of GE": padded(ct(), -2000),
+    "padding of Siemens": padded(ct(-1024), -3024),
+    "lowest int16 as padding": padded(ct(), -32768),
+    "implants": implants(),
+    "crop without air": ct()[16:24, 16:24].clip(0),
+    "crop with contrast": ct()[16:24, 16:24].clip(0) + 250,
+    "bone": ct()[17:23, 26:34].clip(0),
+    "lungs": ct()[26:30, 18:22],
+    "mask": (ct() > 0).astype(np.uint8),
+    "nothing but air": np.full((9, 9, 9), -1000, np.int16),
+}
+
+OTHERS = {
+    "offset missing": (ct() + 1024).astype(np.int16),
+    "offset missing, float": (ct() + 1024.0),
+    "offset missing, unsigned": (ct(-1024) + 1024).astype(np.uint16),
+    "offset twice": (ct() - 1024).astype(np.int16),
+    "8 bits": ((ct().clip(-160, 240) + 160) / 400 * 255).astype(np.uint8),
+    "8 bits, stored as int16": ((ct().clip(-160, 240) + 160) / 400 * 255).astype(np.int16),
+    "padding without its sign": padded((ct(-1024) + 1024).astype(np.uint16), 63536),
+    "MR": np.abs(np.random.default_rng(3).normal(0, 9, (40, 40, 40)) + 3 * (ct() + 900).clip(0)),
+    "MR with an empty background": (ct() + 900).clip(0),
+}
+
+
+@pytest.mark.parametrize("name", HOUNSFIELD)
+def test_scans_in_hounsfield_units_give_no_warning(name, caplog):
+    image = nib.Nifti1Image(HOUNSFIELD[name], np.eye(4))
+    assert warnings_of(image, caplog, modality="CT") == []
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_intensities_give_one_warning_for_ct_and_none_for_mr(name, caplog):
+    image = nib.Nifti1Image(OTHERS[name], np.eye(4))
+    assert warnings_of(image, caplog, modality="MR") == []
+    (line,) = warnings_of(image, caplog, modality="CT")
+    assert "Hounsfield units" in line
+    low, high = OTHERS[name].min(), OTHERS[name].max()
+    assert f"between {low:.5g} and {high:.5g}" in line
+
+
+def test_the_demonstration_scan_is_in_hounsfield_units(caplog):
+    from totalfast.demo.phantom import make_phantom
+
+    phantom = make_phantom(0, shape_xyz=(80, 64, 80), spacing_mm=4.5)
+    assert warnings_of(nib.Nifti1Image(phantom.ct, phantom.affine), caplog, modality="CT") == []

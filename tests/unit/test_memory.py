@@ -21,7 +21,7 @@ from totalfast.run.memory_plan import (
     StoredScan,
     plan_memory,
 )
-from totalfast.system.memory import _cgroup_bytes, free_host_bytes
+from totalfast.system.memory import _cgroup_bytes, _cgroup_limits, free_host_bytes, total_host_bytes
 
 CPU = Budget(host=1e9, device=None, is_limit=False)
 
@@ -134,6 +134,16 @@ def test_a_limit_is_an_error_and_too_little_free_memory_a_warning(task, caplog):
     assert "0.5 GB are free" in caplog.messages[-1]
 
 
+def test_more_than_all_memory_is_an_error_unless_the_user_allows_it(task):
+    planned = plan(task, (400, 400, 400))
+    for total, is_limit in ((planned.host, False), (0.51 * planned.host, False), (1.0, True)):
+        budget = Budget(host=planned.host, device=None, is_limit=is_limit, total=total)
+        planned.check(budget)
+    machine = Budget(host=1e8, device=None, is_limit=False, total=0.4 * planned.host)
+    with pytest.raises(totalfast.MemoryLimitError, match="the machine or container has"):
+        planned.check(machine)
+
+
 def test_a_limit_stops_a_run_before_its_scan_is_read(task, tmp_path):
     import nibabel as nib
 
@@ -201,8 +211,10 @@ def test_free_memory_of_cgroups(tmp_path, line, files, left):
     (tmp_path / "cgroup").write_text(line + "\n")
     assert list(_cgroup_bytes(tmp_path / "cgroup", tmp_path / "sys")) == left
     assert list(_cgroup_bytes(tmp_path / "nothing", tmp_path / "sys")) == []
+    assert len(list(_cgroup_limits(tmp_path / "cgroup", tmp_path / "sys"))) == len(left)
 
 
 def test_free_memory_is_plausible():
     free = free_host_bytes()
     assert 0 < free < 1e15
+    assert free <= total_host_bytes() < 1e15

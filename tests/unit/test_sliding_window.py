@@ -93,16 +93,17 @@ def test_two_folds_are_averaged_in_half_precision_like_nnunet(folder, tmp_path):
     )
 
 
+@pytest.mark.parametrize("added", [1e6, float("nan"), float("-inf")])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_overflow_is_an_error_and_settings_are_restored(predictors, shape):
+def test_overflow_and_nan_are_errors_and_settings_are_restored(predictors, shape, added):
     threads = torch.get_num_threads()
-    with pytest.raises(PredictionError, match="overflowed float16"):
+    with pytest.raises(PredictionError, match="is infinite or NaN"):
         broken = predictors[1].model
         layer = broken.networks[0].decoder.seg_layers[-1]
         bias = layer.bias.detach().clone()
         try:
             with torch.no_grad():
-                layer.bias.add_(1e6)
+                layer.bias.add_(added)
             predict_labels(broken, torch.zeros((1, *shape)), Tiling(step=0.5))
         finally:
             with torch.no_grad():

@@ -97,7 +97,7 @@ class FoldNetworks:
         Raises
         ------
         PredictionError
-            If a logit is infinite.
+            If a logit is infinite or NaN.
         """
         import torch
 
@@ -106,11 +106,11 @@ class FoldNetworks:
             logits = torch.div(total, weight)
             # A finite sum means that all logits are finite, and takes a tenth of the time.
             finite = torch.isfinite(logits.sum(dtype=torch.float32))
-            if not finite and torch.any(torch.isinf(logits)):
+            if not finite and not torch.all(torch.isfinite(logits)):
                 raise PredictionError(
-                    f"a logit of {self.model.folder.parent.name} overflowed float16. "
-                    "The image's intensities may be far outside of the range that the model was "
-                    "trained on."
+                    f"a logit of {self.model.folder.parent.name} is infinite or NaN. The image's "
+                    "intensities may be NaN or far outside of the range that the model was trained "
+                    "on, or the model may be damaged."
                 )
             folds.append(logits)
         mean = folds[0]

@@ -65,7 +65,7 @@ def predict_labels(
     Raises
     ------
     PredictionError
-        If a logit overflows float16.
+        If a logit is NaN or overflows float16.
     """
     import torch
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import cast
 
+MAGIC = b"\x1f\x8b"
+"""First bytes of a gzip member."""
+
 
 def unpack(packed: bytes, limit: int) -> bytes:
     """Unpack at most ``limit`` bytes of a gzip stream of one or several members.
@@ -44,7 +47,10 @@ def unpack(packed: bytes, limit: int) -> bytes:
             left -= len(piece)
             if not member.eof:
                 break
-            rest = member.unused_data.lstrip(b"\0")  # gzip allows zeros behind a member
+            # As gzip does, leave out zeros and other bytes behind the last member.
+            rest = member.unused_data.lstrip(b"\0")
+            if not rest.startswith(MAGIC):
+                break
     except damaged as error:
         raise ValueError(f"the gzip data are damaged ({error})") from error
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FIRST_BYTES = 1 << 16
-"""Bytes of a file that are read to find its header."""
+HEADER_BYTES = 1024
+"""Bytes of a file that are read to find its header, and bytes that they are unpacked to."""
 
 LARGEST_EXTENSIONS = 1 << 24
 """Bytes of header extensions that are read at most."""
@@ -68,6 +69,7 @@ QUIET = logging.Logger("nibabel's reports", logging.CRITICAL + 1)
 """Receives nibabel's reports of what it repairs; totalfast's own name the file."""
 
 
+@np.errstate(all="ignore")  # damaged headers hold NaN and numbers beyond float32
 def open_nifti(content: Path | bytes, name: str, *, voxels: Path | None = None) -> Image:
     """Open a NIfTI-1 or NIfTI-2 file without reading its voxels.
 
@@ -101,11 +103,12 @@ def open_nifti(content: Path | bytes, name: str, *, voxels: Path | None = None) 
     offset = _find_voxels(
         data, data_layers, header, name, first=first, size=math.prod(shape) * dtype.itemsize
     )
-    header["vox_offset"] = offset
+    header["vox_offset"] = 0  # writers set it
     header.check_fix(logger=QUIET)
     repair_orientation(header, name)
     if voxels is None:
-        _add_extensions(header, content, layers, head, name)
+        block = _extension_bytes(header, content, layers, head, offset)
+        header.extensions.extend(read_extensions(block, header, name))
     slope, inter = header.get_slope_inter()
     proxy = StoredVoxels(
         content=data,
@@ -117,8 +120,8 @@ def open_nifti(content: Path | bytes, name: str, *, voxels: Path | None = None) 
         inter=0.0 if inter is None else float(inter),
     )
     check_axes(shape, name)
-    with np.errstate(over="ignore"):  # fields of NIfTI-2 that results do not need
-        header = nib.Nifti1Header.from_header(header)
+    header = nib.Nifti1Header.from_header(header, check=False)
+    header.check_fix(logger=QUIET)
     image = nib.Nifti1Image(proxy, header.get_best_affine(), header)
     image.file_map["image"].filename = str(data) if isinstance(data, Path) else None
     return image
@@ -136,7 +139,7 @@ def _peel(content: Path | bytes, name: str) -> tuple[int, bytes]:
     layers = 0
     while head.startswith(GZIP_MAGIC) and layers <= MOST_LAYERS:
         layers += 1
-        head = unpacked(head, 1, FIRST_BYTES)
+        head = unpacked(head, 1, HEADER_BYTES)
     if layers > MOST_LAYERS:
         raise InputError(f"{name} is compressed by gzip more than {MOST_LAYERS} times.")
     return layers, head
@@ -203,13 +206,13 @@ def _find_voxels(
     )
 
 
-def _add_extensions(
-    header: Header, content: Path | bytes, layers: int, head: bytes, name: str
-) -> None:
-    """Read the header's extensions, which lie before the voxels."""
-    start, stop = len(header.binaryblock) + FLAG_BYTES, int(header["vox_offset"])
+def _extension_bytes(
+    header: Header, content: Path | bytes, layers: int, head: bytes, stop: int
+) -> bytes:
+    """Return the bytes between the header's flags and the voxels; none if there is no extension."""
+    start = len(header.binaryblock) + FLAG_BYTES
     if stop <= start or head[start - FLAG_BYTES : start - FLAG_BYTES + 1] in (b"", b"\0"):
-        return
+        return b""
     stop = min(stop, start + LARGEST_EXTENSIONS)
     if stop > len(head):
         if layers == 0 and isinstance(content, Path):
@@ -217,7 +220,7 @@ def _add_extensions(
                 head = file.read(stop)
         else:
             head = unpacked(content, layers, stop)
-    header.extensions.extend(read_extensions(head[start:stop], header, name))
+    return head[start:stop]
 
 
 def partner_of(path: Path) -> Path | None:

@@ -1,7 +1,7 @@
 """Volume and intensity of each class, from one pass over a label map.
 
-The values equal those of TotalSegmentator 2.18.0, statistics.py, digit for digit. Its intensities
-are int16, so a histogram of each class is exact.
+The values equal those of TotalSegmentator 2.18.0, statistics.py, digit for digit, where intensities
+fit int16, to which upstream casts them. As there, they are truncated to whole numbers.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ BORDER = 3
 
 INTENSITIES = 1 << 16
 LOWEST = -(1 << 15)
-"""Number of int16 values, and the smallest."""
+"""Intensities that are counted in a histogram, and the lowest: those of int16. Others are rare."""
+
+LARGEST = (1 << 31) - 1
+"""Largest absolute intensity; larger ones are clipped."""
 
 SLAB_VOXELS = 1 << 22
 """Voxels that are counted at a time, so that temporary arrays stay below 150 MB."""
@@ -67,7 +70,7 @@ def measure(
     labels
         (x, y, z); Fortran order is fastest.
     image
-        The intensities, on the same grid; cast to int16 by the CPU's rule.
+        The intensities, on the same grid; truncated to whole numbers.
     classes
         Label to class name, in the order of the result.
     voxel_mm3
@@ -85,15 +88,14 @@ def measure(
     if wanted.exclude_at_border:
         boxes = {label: box for label, box in boxes.items() if not _is_cut(box, labels.shape)}
     measured = [label for label in classes if label in boxes]
-    histogram = _histogram(labels, image, measured)
-    rows = dict(zip(measured, histogram, strict=True))
+    rows = _counts(labels, image, measured)
     scale = _normalisation(image) if wanted.normalized else _as_float
     statistics: Statistics = {}
     for label, name in classes.items():
         if label not in rows:
             statistics[name] = _zeros(extra=wanted.extra)
             continue
-        values, counts = _ascending(rows[label], scale)
+        values, counts = _ascending(*rows[label], scale)
         number = np.sum(counts)
         average = _median if wanted.aggregation == "median" else _mean
         statistics[name] = {
@@ -134,18 +136,19 @@ def _slabs(shape: tuple[int, ...]) -> Iterator[slice]:
         yield slice(start, min(start + step, shape[2]))
 
 
-def _to_int16(image: ScannerImage, stored: NDArray[Any]) -> NDArray[np.int16]:
-    """Cast intensities to int16 as upstream does; overflow becomes the result of the CPU's cast."""
-    with np.errstate(invalid="ignore"):
-        return image.scale(stored).astype(np.int16)
+def _whole(image: ScannerImage, stored: NDArray[Any]) -> NDArray[np.int64]:
+    """Scale intensities and truncate them to whole numbers; NaN becomes 0, as in upstream."""
+    values = np.clip(image.scale(stored), -LARGEST, LARGEST)
+    return np.nan_to_num(values, copy=False, nan=0.0).astype(np.int64)
 
 
-def _histogram(
+def _counts(
     labels: NDArray[np.uint8], image: ScannerImage, measured: Sequence[int]
-) -> NDArray[np.int64]:
-    """Count each intensity in each label: (measured labels, ``INTENSITIES``)."""
+) -> dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """The intensities that occur in each label, and how often."""
     # Pages without a count take no memory.
-    total = np.zeros((len(measured), INTENSITIES), dtype=np.int64)
+    histogram = np.zeros((len(measured), INTENSITIES), dtype=np.int64)
+    far: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []
     row_of = np.full(256, -1, dtype=np.intp)
     row_of[list(measured)] = np.arange(len(measured))
     counted = row_of >= 0
@@ -155,44 +158,74 @@ def _histogram(
         if not inside.size:
             continue
         stored = image.stored[:, :, planes].ravel(order="F")
-        values = _to_int16(image, stored[inside]).astype(np.intp)
-        low = int(values.min())
-        width = int(values.max()) - low + 1
-        codes = row_of[part[inside]] * width + (values - low)
-        counts = np.bincount(codes, minlength=len(measured) * width)
-        start = low - LOWEST
-        total[:, start : start + width] += counts.reshape(len(measured), width)
-    return total
+        rows, values = row_of[part[inside]], _whole(image, stored[inside])
+        if int(values.min()) < LOWEST or int(values.max()) >= LOWEST + INTENSITIES:
+            beyond = (values < LOWEST) | (values >= LOWEST + INTENSITIES)
+            far.append(_count_pairs(rows[beyond], values[beyond]))
+            rows, values = rows[~beyond], values[~beyond]
+        _add_up(histogram, rows, values)
+    found = {}
+    for row, label in enumerate(measured):
+        used = np.flatnonzero(histogram[row])
+        parts, part_counts = [used + LOWEST], [histogram[row][used]]
+        for pairs, numbers in far:
+            own = pairs[:, 0] == row
+            parts.append(pairs[own, 1])
+            part_counts.append(numbers[own])
+        found[label] = (np.concatenate(parts), np.concatenate(part_counts))
+    return found
 
 
-def _as_float(values: NDArray[np.int16]) -> NDArray[np.float64]:
+def _count_pairs(
+    rows: NDArray[np.intp], values: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Different pairs of (row, value), and how often each occurs."""
+    codes, counts = np.unique((rows << 33) + values + LARGEST, return_counts=True)
+    return np.stack([codes >> 33, (codes & ((1 << 33) - 1)) - LARGEST], axis=1), counts
+
+
+def _add_up(
+    histogram: NDArray[np.int64], rows: NDArray[np.intp], values: NDArray[np.int64]
+) -> None:
+    """Count pairs of (row, value) in a histogram, in place."""
+    if not values.size:
+        return
+    low = int(values.min())
+    width = int(values.max()) - low + 1
+    counts = np.bincount(rows * width + (values - low), minlength=len(histogram) * width)
+    start = low - LOWEST
+    histogram[:, start : start + width] += counts.reshape(len(histogram), width)
+
+
+def _as_float(values: NDArray[np.int64]) -> NDArray[np.float64]:
     return values.astype(np.float64)
 
 
-def _normalisation(image: ScannerImage) -> Callable[[NDArray[np.int16]], NDArray[np.float64]]:
-    """Upstream's map to 0..1, in its int16 arithmetic, which wraps if the range is above 32767."""
+def _normalisation(image: ScannerImage) -> Callable[[NDArray[np.int64]], NDArray[np.float64]]:
+    """Map the image's intensities to 0..1, as upstream does."""
     extremes = [
-        extreme(_to_int16(image, image.stored[:, :, planes]))
+        extreme(_whole(image, image.stored[:, :, planes]))
         for planes in _slabs(image.stored.shape)
         for extreme in (np.min, np.max)
     ]
     low, high = min(extremes), max(extremes)
 
-    def normalise(values: NDArray[np.int16]) -> NDArray[np.float64]:
-        with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+    def normalise(values: NDArray[np.int64]) -> NDArray[np.float64]:
+        with np.errstate(divide="ignore", invalid="ignore"):
             return np.asarray((values - low) / (high - low), dtype=np.float64)
 
     return normalise
 
 
 def _ascending(
-    row: NDArray[np.int64], scale: Callable[[NDArray[np.int16]], NDArray[np.float64]]
+    values: NDArray[np.int64],
+    counts: NDArray[np.int64],
+    scale: Callable[[NDArray[np.int64]], NDArray[np.float64]],
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """The intensities that occur, scaled, in ascending order; and their counts."""
-    used = np.flatnonzero(row)
-    values = scale((used + LOWEST).astype(np.int16))
-    order = np.argsort(values, kind="stable")
-    return values[order], row[used][order]
+    """Intensities, scaled, in ascending order, and their counts."""
+    scaled = scale(values)
+    order = np.argsort(scaled, kind="stable")
+    return scaled[order], counts[order]
 
 
 def _mean(values: NDArray[np.float64], counts: NDArray[np.int64]) -> np.floating[Any]:

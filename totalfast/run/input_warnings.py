@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import nibabel as nib
 import numpy as np
 
+from totalfast.run.hounsfield import warn_of_other_units
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -29,7 +31,11 @@ flipped and permuted. The limit is ours: a gantry tilts by up to 30 degrees."""
 
 
 def warn_of_unusual(
-    image: ScannerImage, *, spacing_mm: Sequence[float] | None, crops: bool
+    image: ScannerImage,
+    *,
+    spacing_mm: Sequence[float] | None,
+    crops: bool,
+    modality: str,
 ) -> None:
     """Log one warning for each unusual property of a scan.
 
@@ -41,6 +47,8 @@ def warn_of_unusual(
         The spacing that it will be resampled to; None if it will not be resampled.
     crops
         Whether only a region of it will be segmented.
+    modality
+        Scans that the models were trained on, "CT" or "MR".
 
     Notes
     -----
@@ -48,8 +56,9 @@ def warn_of_unusual(
     resampled.
     """
     keeps_spacing = spacing_mm is None or image.grid.canonical().has_spacing(spacing_mm)
-    if crops or not keeps_spacing:
-        _warn_of_fractions(image)
+    told = (crops or not keeps_spacing) and _warn_of_fractions(image)
+    if modality == "CT" and not told:
+        warn_of_other_units(image)
     coarsest = float(image.grid.spacing_mm.max())
     if coarsest > COARSEST_MM:
         logger.warning(
@@ -72,16 +81,18 @@ def warn_of_unusual(
         )
 
 
-def _warn_of_fractions(image: ScannerImage) -> None:
+def _warn_of_fractions(image: ScannerImage) -> bool:
+    """Warn if truncation destroys the image; return whether it does."""
     if image.stored.dtype.kind != "f" and (image.slope, image.intercept) == (1.0, 0.0):
-        return
+        return False
     ends = np.asarray([image.stored.min(), image.stored.max()])
     low, high = sorted(image.scale(ends).tolist())
     # A comparison with NaN is false: no warning then.
     if not high - low < FEWEST_INTENSITIES:
-        return
+        return False
     planes = (image.scale(image.stored[:, :, plane]) for plane in range(image.grid.shape[2]))
-    if any(np.any(plane != np.trunc(plane)) for plane in planes):
+    destroyed = any(np.any(plane != np.trunc(plane)) for plane in planes)
+    if destroyed:
         logger.warning(
             "WARNING: the scan's intensities lie between %.3g and %.3g; TotalSegmentator truncates "
             "them to whole numbers, which destroys the image. Give the scan as it came from the "
@@ -89,6 +100,7 @@ def _warn_of_fractions(image: ScannerImage) -> None:
             low,
             high,
         )
+    return destroyed
 
 
 def _turn_degrees(image: ScannerImage) -> float:

@@ -16,12 +16,22 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+AIR_HU = -1024.0
+"""Intensity of voxels without a value in a CT: air, as scanners pad images."""
 
-def replace_non_finite(image: ScannerImage) -> ScannerImage:
-    """Replace NaN and -infinity by the lowest finite intensity, infinity by the highest one.
 
-    The lowest intensity of a CT or MR image is air. Logs a warning with the number of voxels; an
-    image without such voxels is returned unchanged.
+def replace_non_finite(image: ScannerImage, *, modality: str) -> ScannerImage:
+    """Replace NaN and -infinity by the intensity of air, infinity by the highest finite one.
+
+    Air is -1024 HU in CT. In MR it is 0, or the lowest finite intensity if that is negative. Logs a
+    warning with the number of voxels; an image without such voxels is returned unchanged.
+
+    Parameters
+    ----------
+    image
+        The scan.
+    modality
+        "CT" or "MR".
 
     Raises
     ------
@@ -43,19 +53,20 @@ def replace_non_finite(image: ScannerImage) -> ScannerImage:
     if not ends:
         raise InputError("all intensities of the scan are NaN or infinite.")
     low, high = min(pair[0] for pair in ends), max(pair[1] for pair in ends)
+    air = AIR_HU if modality == "CT" else min(0.0, *image.scale(np.asarray([low, high])))
+    stored_air = (air - image.intercept) / (image.slope or 1.0)
     replaced = np.array(stored, order="K")
     count = 0
     for index in planes:
         plane = replaced[:, :, index]
         count += int(np.count_nonzero(~np.isfinite(plane)))
-        replaced[:, :, index] = np.nan_to_num(plane, nan=low, neginf=low, posinf=high)
-    value = float(image.scale(np.asarray([low], dtype=stored.dtype))[0])
+        replaced[:, :, index] = np.nan_to_num(plane, nan=stored_air, neginf=stored_air, posinf=high)
     logger.warning(
-        "WARNING: %d voxels of the scan (%.3g %%) are NaN or infinite; they are replaced by its "
-        "lowest intensity, %g (infinity by the highest).",
+        "WARNING: %d voxels of the scan (%.3g %%) are NaN or infinite; they are replaced by the "
+        "intensity of air, %g (infinity by the scan's highest).",
         count,
         100 * count / stored.size,
-        value,
+        air,
     )
     return image.on_grid(replaced, image.grid)
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from totalfast.engine.model_summary import ModelSummary
 from totalfast.errors import MemoryLimitError
 from totalfast.system.cores import usable_cores
-from totalfast.system.memory import GB, free_device_bytes, free_host_bytes
+from totalfast.system.memory import GB, free_device_bytes, free_host_bytes, total_host_bytes
 
 if TYPE_CHECKING:
     from totalfast.geometry import Grid
@@ -43,6 +43,10 @@ SPLINE_SLICES = 160
 
 MARGIN = 1.05
 """Factor on the estimate, for memory that allocators keep."""
+
+LOWEST_SHARE = 0.5
+"""Share of the estimate that a run takes at least. Measured runs took 0.69 to 0.96 of it
+(scripts/results/scaling.json); the estimate is higher for OpenVINO, whose networks need less."""
 
 DEVICE_SHARE = 0.9
 """Share of a device's free memory that a plan may use; the allocator loses the rest."""
@@ -81,8 +85,9 @@ class MemoryPlan:
         Raises
         ------
         MemoryLimitError
-            If the user's limit is lower. Too little free memory is only a warning, because the plan
-            is an upper estimate and other programs start and end.
+            If the user's limit is lower, or without a limit all memory of the machine or of the
+            container is certainly too small. Too little free memory is only a warning, because the
+            plan is an upper estimate and other programs start and end.
         """
         text = f"about {self.host / GB:.1f} GB"
         if budget.device is not None:
@@ -103,6 +108,12 @@ class MemoryPlan:
             raise MemoryLimitError(
                 f"this run needs {text} of memory; max_memory allows {budget.host / GB:.1f} GB. "
                 f"{advice}, or allow more."
+            )
+        if budget.total is not None and LOWEST_SHARE * self.host > budget.total:
+            raise MemoryLimitError(
+                f"this run needs {text} of memory; the machine or container has "
+                f"{budget.total / GB:.1f} GB. {advice}, or run it where there is more memory. "
+                "--max-memory takes its place as the limit."
             )
         logger.warning(
             "WARNING: this run needs %s of memory, and %.1f GB are free. %s, if it fails.",
@@ -186,11 +197,14 @@ class Budget:
         Free bytes of the CUDA device that networks run on; None if they run on the CPU.
     is_limit
         Whether the user set ``host``; needing more is then an error.
+    total
+        All memory of the machine or of the container, with its swap; None if unknown.
     """
 
     host: float | None
     device: float | None
     is_limit: bool
+    total: float | None = None
 
     @classmethod
     def of(cls, options: Options) -> Budget:
@@ -200,4 +214,5 @@ class Budget:
             host=free_host_bytes() if limit is None else limit * GB,
             device=free_device_bytes(options.device),
             is_limit=limit is not None,
+            total=total_host_bytes(),
         )

@@ -109,8 +109,13 @@ def run(
         _prepare_models(context)
         progress.expect(context.work.total)
         progress.stage("Reading")
-        image = replace_non_finite(read_image(scan))
-        warn_of_unusual(image, spacing_mm=task.spacing_mm, crops=task.crop is not None)
+        image = replace_non_finite(read_image(scan), modality=task.modality)
+        warn_of_unusual(
+            image,
+            spacing_mm=task.spacing_mm,
+            crops=task.crop is not None,
+            modality=task.modality,
+        )
         progress.advance(context.work.read)
 
         label_map = label(context, image, task, plan)

@@ -31,6 +31,20 @@ def free_host_bytes() -> float:
     return float(min([psutil.virtual_memory().available, *limits]))
 
 
+def total_host_bytes() -> float:
+    """All memory of the machine in bytes, or less if a cgroup limits it; with the swap."""
+    limits = _cgroup_limits(MEMBERSHIP, MOUNTED)
+    return float(min([psutil.virtual_memory().total, *limits]) + psutil.swap_memory().total)
+
+
+def _cgroup_limits(membership: Path, mounted: Path) -> Iterator[float]:
+    """Limit in bytes of each cgroup that has one, from the process's own cgroup to the root."""
+    for folder, version in own_cgroups("memory", membership, mounted):
+        limit = _number(folder / FILES[version][0])
+        if limit is not None:
+            yield limit
+
+
 def _cgroup_bytes(membership: Path, mounted: Path) -> Iterator[float]:
     """Free bytes of each cgroup with a limit, from the process's own cgroup to the root."""
     for folder, version in own_cgroups("memory", membership, mounted):
