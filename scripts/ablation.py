@@ -58,7 +58,7 @@ import totalfast.run.context as context
 context.RunContext.start_loading = lambda self, number: used.append(1)
 """,
     "all models kept until the end": """
-import totalfast.engine.store as store
+import totalfast.models.store as store
 begin = store.ModelStore.__init__
 def keep(self, **keywords):
     used.append(1)
@@ -66,7 +66,7 @@ def keep(self, **keywords):
 store.ModelStore.__init__ = keep
 """,
     "checkpoints read instead of memory-mapped": """
-import totalfast.engine.checkpoints as weights
+import totalfast.models.checkpoints as weights
 mapped = weights.read_checkpoint
 def read(path):
     import torch
@@ -95,14 +95,14 @@ def whole(voxels, image, stored, threads):
 resample._FILLS[1] = whole
 """,
     "skip connections kept until the end": """
-import totalfast.engine.backends.forward as forward
+import totalfast.backends.forward as forward
 def keep(encoder):
     used.append(1)
     return encoder
 forward._with_skips_read_once = keep
 """,
     "last layer run on the whole tile": """
-import totalfast.engine.backends.forward as forward
+import totalfast.backends.forward as forward
 def whole(network):
     used.append(1)
     return network, None
@@ -127,7 +127,7 @@ def through_window(self, image, tiles):
 networks.FoldNetworks.logits_of_one_tile = through_window
 """,
     "normalisation into new memory": """
-import totalfast.engine.backends.norms as norms
+import totalfast.backends.norms as norms
 def keep(network):
     used.append(1)
     return network

@@ -116,7 +116,7 @@ def report():
 
 HOOKS = {
     "dynamic_network_architectures.architectures.unet": time_forward,
-    "totalfast.engine.backends.openvino": time_openvino,
+    "totalfast.backends.openvino": time_openvino,
 }
 
 class Finder:

@@ -24,13 +24,13 @@ import torch
 from benchmark_command import WEIGHTS, lowest_dice, machine, pairs_of_labels
 from readme import write_table
 
+from totalfast.backends import choose_backend
 from totalfast.demo.phantom import make_phantom
-from totalfast.engine.backends import choose_backend
-from totalfast.engine.loading import load_model
-from totalfast.engine.model import Model
 from totalfast.engine.normalise import to_network_image
 from totalfast.engine.sliding_window import inference_settings, predict_labels
 from totalfast.engine.tiles import Tiling
+from totalfast.models.loading import load_model
+from totalfast.models.model import Model
 
 CPU = torch.device("cpu")
 SEED = 3

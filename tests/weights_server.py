@@ -11,7 +11,7 @@ import threading
 import zipfile
 from collections.abc import Callable, Iterator
 
-from totalfast.engine.weights import official_model
+from totalfast.models.weights import official_model
 from totalfast.tasks import resolve_task
 
 _TASK = resolve_task("total", fast=True)

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
-from totalfast.engine.backends import resolve_backend
-from totalfast.engine.devices import validate_device
+from totalfast.backends import resolve_backend
+from totalfast.backends.devices import validate_device
 from totalfast.errors import OptionError, TotalfastError, UnsupportedError
 from totalfast.tasks import resolve_task
 
@@ -53,7 +53,7 @@ class Options:
     """Options of a run; names, meanings and defaults are those of ``totalsegmentator()``.
 
     Eight are not upstream's: ``export``, one of ``EXPORTS``; ``backend``, one of
-    ``totalfast.engine.backends.BACKENDS``; ``tile_step_size``, None for the task's own;
+    ``totalfast.backends.BACKENDS``; ``tile_step_size``, None for the task's own;
     ``max_memory_gb``, None for the free memory; ``completion_marker``, ``offline``,
     ``trust_model`` and ``series``, as in ``totalfast.segment``.
     """

@@ -7,10 +7,10 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from totalfast.engine.devices import validate_device
-from totalfast.engine.store import MAX_MODELS, ModelStore
+from totalfast.backends.devices import validate_device
 from totalfast.errors import OptionError
 from totalfast.files.targets import OutputPlan
+from totalfast.models.store import MAX_MODELS, ModelStore
 from totalfast.options import Options, check_radiomics
 from totalfast.system.forks import working
 from totalfast.system.pending_files import PendingFiles

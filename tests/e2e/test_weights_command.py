@@ -12,7 +12,7 @@ import pytest
 from tests.weights_server import MODEL, model_files, serve, whole, zipped
 from totalfast import upstream
 from totalfast.cli.main import main
-from totalfast.engine.catalogue import all_uses, models_by_id
+from totalfast.models.catalogue import all_uses, models_by_id
 
 ZIP = zipped(model_files())
 CHECKPOINT = "fold_0/checkpoint_final.pth"

@@ -19,13 +19,13 @@ from dynamic_network_architectures.architectures.unet import PlainConvUNet
 import totalfast
 from tests.mapped_files import resident_kb
 from totalfast import OptionError
+from totalfast.backends import choose_backend, compiled, resolve_backend
+from totalfast.backends.forward import run_by_torch
+from totalfast.backends.norms import normalised_in_place
 from totalfast.engine import backends
-from totalfast.engine.backends import choose_backend, compiled, resolve_backend
-from totalfast.engine.backends.forward import run_by_torch
-from totalfast.engine.backends.norms import normalised_in_place
-from totalfast.engine.loading import load_model
 from totalfast.engine.sliding_window import inference_settings, predict_labels
 from totalfast.engine.tiles import Tiling
+from totalfast.models.loading import load_model
 from totalfast.system.cache_folder import FOLDER_VARIABLE
 
 CPU = torch.device("cpu")
@@ -288,7 +288,7 @@ def test_openvinos_outputs_stay_valid_after_the_next_tile_and_a_release(dimensio
 
 @needs_openvino
 def test_labels_agree_with_torchs_and_a_second_load_converts_nothing(folder, cache, monkeypatch):
-    from totalfast.engine.backends import openvino
+    from totalfast.backends import openvino
 
     torchs = load_model(folder, folds=(0,), device=CPU)
     first = load_model(folder, folds=(0,), device=CPU, backend=choose_backend("openvino", CPU))
@@ -307,7 +307,7 @@ def test_labels_agree_with_torchs_and_a_second_load_converts_nothing(folder, cac
 
 @needs_openvino
 def test_an_entry_that_is_removed_before_it_is_read_is_converted_again(cache, monkeypatch, caplog):
-    from totalfast.engine.backends import openvino
+    from totalfast.backends import openvino
 
     found = openvino.cached_folder
 
@@ -326,7 +326,7 @@ def test_an_entry_that_is_removed_before_it_is_read_is_converted_again(cache, mo
 @needs_openvino
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
 def test_openvino_keeps_neither_the_trace_nor_the_weights_file_in_memory(cache):
-    from totalfast.engine.backends.openvino import run_by_openvino
+    from totalfast.backends.openvino import run_by_openvino
 
     gc.collect()
     gc.disable()  # it could free the weights by chance
@@ -370,7 +370,7 @@ def watch(event, arguments):
 
 sys.addaudithook(watch)
 import torch
-from totalfast.engine.backends.openvino import run_by_openvino
+from totalfast.backends.openvino import run_by_openvino
 
 network = torch.nn.Conv3d(1, 2, 3).eval()
 forward = run_by_openvino(network, (1, 1, 8, 8, 8))

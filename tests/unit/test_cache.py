@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from totalfast.engine.backends.cache import CHECKSUMS, cached_folder, content_key
+from totalfast.backends.cache import CHECKSUMS, cached_folder, content_key
 from totalfast.errors import OptionError
 from totalfast.system import cache_folder as places
 from totalfast.system.cache_entries import (

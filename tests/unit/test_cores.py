@@ -12,9 +12,9 @@ import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from totalfast.engine import torch_settings
-from totalfast.engine.loading import load_model
 from totalfast.engine.sliding_window import predict_logits
 from totalfast.engine.tiles import Tiling
+from totalfast.models.loading import load_model
 from totalfast.system import cores
 from totalfast.system.cores import NNUNET_THREADS, _cgroup_cores, network_threads, usable_cores
 

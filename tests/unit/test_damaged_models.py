@@ -17,11 +17,11 @@ import pytest
 import torch
 
 from totalfast import InputError, TotalfastError, WeightsError
-from totalfast.engine.loading import load_model
-from totalfast.engine.model_summary import ModelSummary
 from totalfast.engine.predict import predict_part
 from totalfast.engine.tiles import Tiling
 from totalfast.geometry import Grid
+from totalfast.models.loading import load_model
+from totalfast.models.model_summary import ModelSummary
 
 from .model_folders import architecture, checkpoint, dataset, plans, write
 
@@ -378,7 +378,7 @@ def write_damaged(folder: Path, undamaged: dict[str, Any], chance: random.Random
 def summarise(folder: Path) -> None:
     """Read what the memory plan needs."""
     task: Any = SimpleNamespace(folds=None, configuration="3d_fullres")
-    with mock.patch("totalfast.engine.model_summary.find_part", return_value=folder):
+    with mock.patch("totalfast.models.model_summary.find_part", return_value=folder):
         summary = ModelSummary.of(task, task)
     grid = Grid(shape=(9, 10, 8), affine=np.diag([3.0, 3.0, 2.0, 1.0]))
     assert summary.summing(grid) + summary.logits(grid) + summary.image(grid) + summary.answer > 0

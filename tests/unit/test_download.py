@@ -34,7 +34,7 @@ from tests.weights_server import (
     zipped,
 )
 from totalfast import LicenseError, WeightsError, upstream
-from totalfast.engine.weights import ensure_model, find_model
+from totalfast.models.weights import ensure_model, find_model
 from totalfast.weights import connection, install, manifest, transfer, unpack
 from totalfast.weights.condition import Condition, inspect
 from totalfast.weights.install import download, import_zip
@@ -608,7 +608,7 @@ SCRIPT = """
 import logging, sys
 logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
 from tests.weights_server import MODEL
-from totalfast.engine.weights import ensure_model
+from totalfast.models.weights import ensure_model
 ensure_model(MODEL, quiet=True)
 """
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import totalfast
-from totalfast.engine.model_summary import ModelSummary
 from totalfast.geometry import Grid
+from totalfast.models.model_summary import ModelSummary
 from totalfast.options import Options
 from totalfast.run.memory_plan import (
     LIBRARY_BYTES,
@@ -90,7 +90,7 @@ def test_plans_are_read_in_both_formats(task, tmp_path, monkeypatch):
     regions = {"labels": {"background": 0, "a": [1, 2], "b": 2}, "regions_class_order": [1, 2]}
     images = {"channel_names": {"0": "CT"}, "file_ending": ".nii.gz"}
     (tmp_path / "dataset.json").write_text(json.dumps(regions | images))
-    monkeypatch.setattr("totalfast.engine.model_summary.find_part", lambda *a, **k: tmp_path)
+    monkeypatch.setattr("totalfast.models.model_summary.find_part", lambda *a, **k: tmp_path)
     network = ModelSummary.of(task, part)
     assert (network.patch, network.features, network.heads) == ((32, 32), 24, 2)
     assert network.image(grid_of((50, 40, 30), 1.0)) == 4 * 50 * 40 * 32

@@ -17,9 +17,9 @@ import torch
 
 import totalfast
 from totalfast.engine import store, torch_settings
-from totalfast.engine.store import ModelStore
 from totalfast.engine.torch_settings import inference_settings
 from totalfast.errors import SessionError
+from totalfast.models.store import ModelStore
 from totalfast.options import Options
 
 CPU = torch.device("cpu")

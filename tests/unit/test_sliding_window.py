@@ -5,13 +5,13 @@ import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from totalfast import ArgmaxPredictor, PredictionError
-from totalfast.engine.backends.forward import split_head
+from totalfast.backends.forward import split_head
 from totalfast.engine.fold_networks import logits_by_slices
-from totalfast.engine.loading import load_model
 from totalfast.engine.rolling_window import WindowMemory
 from totalfast.engine.sliding_window import predict_labels, predict_logits
 from totalfast.engine.tiles import Tiling, plan_tiles
 from totalfast.export.nearest import first_maximum
+from totalfast.models.loading import load_model
 
 SHAPES = [(32, 24, 40), (21, 33, 80), (100, 30, 70)]
 """Images of one tile, of two tiles, and of several tiles along z, where the window moves."""
@@ -70,7 +70,7 @@ def test_window_memory_is_reused_and_grows():
 def test_two_folds_are_averaged_in_half_precision_like_nnunet(folder, tmp_path):
     import shutil
 
-    from totalfast.engine.checkpoints import read_checkpoint
+    from totalfast.models.checkpoints import read_checkpoint
 
     copy = tmp_path / folder.name
     shutil.copytree(folder, copy)

@@ -15,9 +15,9 @@ import torch
 
 from totalfast import ArgmaxPredictor, WeightsError
 from totalfast.cli.main import main
-from totalfast.engine.known_parts import BLOCKS, LAYERS, layer_paths, resampling_functions
-from totalfast.engine.loading import load_model
-from totalfast.engine.model_files import Entry
+from totalfast.models.known_parts import BLOCKS, LAYERS, layer_paths, resampling_functions
+from totalfast.models.loading import load_model
+from totalfast.models.model_files import Entry
 
 from .model_folders import checkpoint, dataset, plans, write
 
@@ -214,7 +214,7 @@ def test_known_parts_are_those_that_nnunet_finds():
     from nnunetv2.imageio.reader_writer_registry import LIST_OF_IO_CLASSES
     from nnunetv2.preprocessing.resampling.utils import recursive_find_resampling_fn_by_name
 
-    from totalfast.engine.known_parts import _classes
+    from totalfast.models.known_parts import _classes
 
     readers = _classes("nnunetv2", "imageio")
     assert {reader.__name__ for reader in LIST_OF_IO_CLASSES} <= readers
@@ -362,7 +362,7 @@ def lines():
         number += 1
         time.sleep(0.005)
 
-from totalfast.engine.loading import load_model
+from totalfast.models.loading import load_model
 thread = threading.Thread(target=lines)
 thread.start()
 try:

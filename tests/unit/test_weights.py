@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from totalfast import WeightsError
-from totalfast.engine.checkpoints import read_checkpoint
-from totalfast.engine.loading import load_model
-from totalfast.engine.trainers import builds_from_plans
-from totalfast.engine.weights import find_model
+from totalfast.models.checkpoints import read_checkpoint
+from totalfast.models.loading import load_model
+from totalfast.models.trainers import builds_from_plans
+from totalfast.models.weights import find_model
 from totalfast.weights.official_model import OfficialModel
 
 

@@ -9,8 +9,8 @@ import argparse
 from pathlib import Path
 
 from totalfast import upstream
-from totalfast.engine.backends import BACKENDS
-from totalfast.engine.devices import validate_device
+from totalfast.backends import BACKENDS
+from totalfast.backends.devices import validate_device
 from totalfast.errors import OptionError
 from totalfast.options import AGGREGATIONS, EXPORTS, MODEL_SIZES, SMALL_BLOB_MM3
 

@@ -12,9 +12,9 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from totalfast.backends import BACKENDS
 from totalfast.cli.advice import advice_for
 from totalfast.cli.console import configure_output
-from totalfast.engine.backends import BACKENDS
 from totalfast.errors import InputError, OptionError, TotalfastError
 from totalfast.nnunet.complete_files import is_utf8
 

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 
 from totalfast import upstream
 from totalfast.cli.console import configure_output
-from totalfast.engine.catalogue import all_uses, models_by_id, select
-from totalfast.engine.weights import is_offline
 from totalfast.errors import OptionError, WeightsError
+from totalfast.models.catalogue import all_uses, models_by_id, select
+from totalfast.models.weights import is_offline
 from totalfast.weights.condition import Condition, inspect
 
 if TYPE_CHECKING:
-    from totalfast.engine.catalogue import Use
+    from totalfast.models.catalogue import Use
     from totalfast.weights.condition import Finding
     from totalfast.weights.official_model import OfficialModel
 

@@ -1,1 +1,1 @@
-"""Models and networks: load, normalise, run tile by tile."""
+"""From a model image to labels: normalise, place tiles, run networks, sum up."""

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from totalfast.engine.model import Model
+    from totalfast.models.model import Model
 
 ONEDNN_SIZE = 20480
 """Torch convolves a batch of one without oneDNN, and with other last bits, if the product of its

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from totalfast.engine.model import Model
+    from totalfast.models.model import Model
 
     Untyped: TypeAlias = Any
     """nnU-Net's classes, which have no types."""

@@ -33,10 +33,10 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from totalfast.engine.model import Model
     from totalfast.engine.normalise import NetworkImage
     from totalfast.engine.sliding_window import WindowMemory
     from totalfast.geometry import LinearWeights
+    from totalfast.models.model import Model
 
 logger = logging.getLogger(__name__)
 

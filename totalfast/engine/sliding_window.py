@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from totalfast.engine.model import Model
+    from totalfast.models.model import Model
 
 __all__ = [
     "WindowMemory",

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from totalfast.engine.nnunet_calls import with_print
 from totalfast.engine.normalise import NetworkImage, to_network_image
 from totalfast.errors import InputError
+from totalfast.models.nnunet_calls import with_print
 from totalfast.nnunet.complete_files import check_complete, is_utf8
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from totalfast.engine.model import Model
+    from totalfast.models.model import Model
 
     Untyped: TypeAlias = Any
     """What nnU-Net's readers return."""

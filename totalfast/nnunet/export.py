@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from totalfast.engine.nnunet_calls import call_quietly
 from totalfast.export import export_labels
+from totalfast.models.nnunet_calls import call_quietly
 from totalfast.nnunet.complete_files import check_complete
 from totalfast.system.pending_files import PendingFiles
 

@@ -19,15 +19,15 @@ import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from tqdm import tqdm
 
-from totalfast.engine.backends import choose_backend
-from totalfast.engine.loading import load_model, tile_shape
-from totalfast.engine.model import Model
-from totalfast.engine.nnunet_calls import call_quietly
+from totalfast.backends import choose_backend
 from totalfast.engine.predict import predict_network_image
 from totalfast.engine.sliding_window import inference_settings, predict_labels, predict_logits
 from totalfast.engine.tiles import Tiling, plan_tiles
-from totalfast.engine.weights import CHECKPOINT_NAME
 from totalfast.errors import OutputError
+from totalfast.models.loading import load_model, tile_shape
+from totalfast.models.model import Model
+from totalfast.models.nnunet_calls import call_quietly
+from totalfast.models.weights import CHECKPOINT_NAME
 from totalfast.nnunet.cases import (
     ahead,
     case_from_array,
@@ -67,11 +67,11 @@ class ArgmaxPredictor(nnUNetPredictor):  # type: ignore[misc] # nnU-Net is untyp
         How labels are resampled to the image: "auto" gives nnU-Net's labels for all plans;
         "nearest" and "linear" work as in ``totalfast.export.export_labels``.
     backend
-        The backend that runs the networks, one of ``totalfast.engine.backends.BACKENDS``; "torch"
+        The backend that runs the networks, one of ``totalfast.backends.BACKENDS``; "torch"
         gives nnU-Net's labels.
     trust_model
         Whether plans.json may name any class and function; see
-        ``totalfast.engine.loading.load_model``.
+        ``totalfast.models.loading.load_model``.
     on_failure
         Called with a case's name and the error if the case can't be read or predicted; the other
         cases follow, and the results are without this one. After an ``OutputError``, which would

@@ -9,9 +9,9 @@ from totalfast.run.empty_classes import EmptyClasses
 from totalfast.run.memory_plan import plan_memory
 
 if TYPE_CHECKING:
-    from totalfast.engine.model import Model
-    from totalfast.engine.store import ModelStore
     from totalfast.geometry import Grid
+    from totalfast.models.model import Model
+    from totalfast.models.store import ModelStore
     from totalfast.options import Options
     from totalfast.run.memory_plan import Budget, MemoryPlan, StoredScan
     from totalfast.run.work import Work

@@ -11,8 +11,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from totalfast.engine.model_summary import ModelSummary
 from totalfast.errors import MemoryLimitError
+from totalfast.models.model_summary import ModelSummary
 from totalfast.system.cores import usable_cores
 from totalfast.system.memory import GB, free_device_bytes, free_host_bytes, total_host_bytes
 

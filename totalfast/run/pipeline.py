@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from totalfast.engine.weights import ensure_part, parts_of
 from totalfast.export.cell_export import prepare as prepare_linear
 from totalfast.files.read import open_scan, read_image
 from totalfast.files.targets import derives_body_and_skin
 from totalfast.geometry import Grid, to_canonical
+from totalfast.models.weights import ensure_part, parts_of
 from totalfast.resampling.model_grid import to_model_grid
 from totalfast.run.cleanup import clean, refine
 from totalfast.run.context import RunContext
@@ -49,9 +49,9 @@ if TYPE_CHECKING:
     import nibabel as nib
     from numpy.typing import NDArray
 
-    from totalfast.engine.store import ModelStore
     from totalfast.files.dicom.read import Series
     from totalfast.files.targets import OutputPlan
+    from totalfast.models.store import ModelStore
     from totalfast.options import Options
     from totalfast.run.memory_plan import MemoryPlan
     from totalfast.run.results import Segmentation

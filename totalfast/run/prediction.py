@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from totalfast.engine.model_summary import ModelSummary
 from totalfast.engine.predict import predict_part, predict_probabilities
 from totalfast.engine.sliding_window import WindowMemory, prepare_tiles
 from totalfast.engine.tiles import Tiling, plan_tiles
 from totalfast.files.write import write_probabilities
 from totalfast.labels.merge import merge_part, thirds, wants_split, whole
+from totalfast.models.model_summary import ModelSummary
 from totalfast.system.progress import timed
 
 if TYPE_CHECKING:
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from totalfast.engine.model import Model
     from totalfast.geometry import Grid
     from totalfast.labels.merge import Piece
+    from totalfast.models.model import Model
     from totalfast.options import Options
     from totalfast.run.context import RunContext
     from totalfast.scan import ModelImage

@@ -10,7 +10,7 @@ import math
 import re
 from typing import TYPE_CHECKING, Any
 
-from totalfast.engine.model_files import Entry, damaged, shortened
+from totalfast.models.model_files import Entry, damaged, shortened
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -41,8 +41,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from totalfast.engine.model_files import Entry, damaged, shortened
 from totalfast.errors import WeightsError
+from totalfast.models.model_files import Entry, damaged, shortened
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection

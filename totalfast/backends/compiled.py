@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from typing import TYPE_CHECKING
 
-from totalfast.engine.backends.forward import Forward, split_head
+from totalfast.backends.forward import Forward, split_head
 from totalfast.system.cache_folder import subfolder
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from totalfast.engine.backends.forward import Forward
+    from totalfast.backends.forward import Forward
 
     Backend: TypeAlias = Callable[[nn.Module, tuple[int, ...]], Forward]
     """A function of a network, in eval mode and on its device, and of the shape of its tiles:
@@ -90,15 +90,15 @@ def choose_backend(name: str, device: torch.device) -> Backend:
                 "differ from TotalSegmentator's. --backend torch gives identical voxels.",
                 importlib.metadata.version("openvino"),
             )
-        from totalfast.engine.backends.openvino import run_by_openvino
+        from totalfast.backends.openvino import run_by_openvino
 
         return run_by_openvino
     if name == "compile":
         if device.type == "mps":
             raise OptionError("backend 'compile' runs on devices 'cpu' and 'gpu' only, not mps.")
-        from totalfast.engine.backends.compiled import run_compiled
+        from totalfast.backends.compiled import run_compiled
 
         return run_compiled
-    from totalfast.engine.backends.forward import run_by_torch
+    from totalfast.backends.forward import run_by_torch
 
     return run_by_torch

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from totalfast.engine.backends.cache import PREFIX, cached_folder, content_key
-from totalfast.engine.backends.conversion import CONVERTER, convert_network, import_openvino
-from totalfast.engine.backends.forward import Forward, run_by_torch, split_head
+from totalfast.backends.cache import PREFIX, cached_folder, content_key
+from totalfast.backends.conversion import CONVERTER, convert_network, import_openvino
+from totalfast.backends.forward import Forward, run_by_torch, split_head
 from totalfast.system.cache_folder import cache_folder
 from totalfast.system.cores import network_threads
 from totalfast.system.forks import threads_started

@@ -6,19 +6,19 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from totalfast.engine.model_files import read_json
-from totalfast.engine.plans import (
+from totalfast.models.model_files import read_json
+from totalfast.models.plans import (
     MAX_FEATURES,
     MAX_STAGES,
     check_dataset,
     check_grid,
     resolve_configuration,
 )
-from totalfast.engine.weights import CHECKPOINT_NAME, find_part
+from totalfast.models.weights import CHECKPOINT_NAME, find_part
 
 if TYPE_CHECKING:
-    from totalfast.engine.model_files import Entry
     from totalfast.geometry import Grid
+    from totalfast.models.model_files import Entry
     from totalfast.tasks import Part, Task
 
 

@@ -50,7 +50,7 @@ class Forward:
 
 def run_by_torch(network: nn.Module, shape: tuple[int, ...]) -> Forward:
     """Run a network with nnU-Net's operations, which gives identical bits."""
-    from totalfast.engine.backends.norms import normalised_in_place
+    from totalfast.backends.norms import normalised_in_place
 
     body, head = split_head(network)
     if is_nnunets(body):

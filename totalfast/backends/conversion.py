@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from totalfast.engine.backends.forward import is_nnunets
+from totalfast.backends.forward import is_nnunets
 from totalfast.system.process_memory import release_free_memory
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def convert_network(network: nn.Module, shape: tuple[int, ...], *, channels_last
     """
     import torch
 
-    from totalfast.engine.backends.norms import summed_by_axis
+    from totalfast.backends.norms import summed_by_axis
 
     openvino = import_openvino()
     with _CONVERTING, warnings.catch_warnings(), _root_logger_kept(), torch.no_grad():

@@ -11,14 +11,15 @@ import gc
 import threading
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from totalfast.engine import known_parts
-from totalfast.engine.backends import keeps_weights
-from totalfast.engine.backends.forward import run_by_torch
-from totalfast.engine.checkpoints import checkpoint_paths, fit_weights, load_checkpoint
-from totalfast.engine.model import Model
-from totalfast.engine.model_files import Entry, damaged, read_json
-from totalfast.engine.nnunet_calls import call_quietly
-from totalfast.engine.plans import (
+from totalfast.backends import keeps_weights
+from totalfast.backends.forward import run_by_torch
+from totalfast.errors import TotalfastError
+from totalfast.models import known_parts
+from totalfast.models.checkpoints import checkpoint_paths, fit_weights, load_checkpoint
+from totalfast.models.model import Model
+from totalfast.models.model_files import Entry, damaged, read_json
+from totalfast.models.nnunet_calls import call_quietly
+from totalfast.models.plans import (
     channel_names,
     check_dataset,
     check_grid,
@@ -27,9 +28,8 @@ from totalfast.engine.plans import (
     check_old_network,
     resolve_configuration,
 )
-from totalfast.engine.trainers import builds_from_plans, find_trainer
-from totalfast.engine.weights import CHECKPOINT_NAME
-from totalfast.errors import TotalfastError
+from totalfast.models.trainers import builds_from_plans, find_trainer
+from totalfast.models.weights import CHECKPOINT_NAME
 from totalfast.system.forks import working
 
 if TYPE_CHECKING:
@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from totalfast.engine.backends import Backend
-    from totalfast.engine.checkpoints import Checkpoint
+    from totalfast.backends import Backend
+    from totalfast.models.checkpoints import Checkpoint
 
     Untyped: TypeAlias = Any
     """nnU-Net's classes and objects, which have no types."""

@@ -11,8 +11,8 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from totalfast.engine.model_files import advice, damaged, shortened
 from totalfast.errors import WeightsError
+from totalfast.models.model_files import advice, damaged, shortened
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -10,11 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from totalfast.engine.backends import choose_backend, resolve_backend
-from totalfast.engine.devices import select_device
-from totalfast.engine.loading import load_model
-from totalfast.engine.weights import find_part
+from totalfast.backends import choose_backend, resolve_backend
+from totalfast.backends.devices import select_device
 from totalfast.errors import OptionError, SessionError
+from totalfast.models.loading import load_model
+from totalfast.models.weights import find_part
 from totalfast.system.forks import check_process, threads_started, working
 from totalfast.system.process_memory import release_free_memory
 
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
     import torch
 
-    from totalfast.engine.backends import Backend
-    from totalfast.engine.model import Model
+    from totalfast.backends import Backend
+    from totalfast.models.model import Model
     from totalfast.tasks import Part, Task
 
 MAX_MODELS = 10

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from totalfast.engine.backends.forward import Forward
+    from totalfast.backends.forward import Forward
 
     Untyped: TypeAlias = Any
     """nnU-Net's objects, which have no types."""

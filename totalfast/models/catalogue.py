@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from totalfast import upstream
-from totalfast.engine.weights import official_model, parts_of
 from totalfast.errors import OptionError
+from totalfast.models.weights import official_model, parts_of
 from totalfast.tasks import BROKEN_TASKS, resolve_task
 
 if TYPE_CHECKING:

@@ -1,0 +1,1 @@
+"""Trained models: checked, loaded and kept; see the README of this folder."""
