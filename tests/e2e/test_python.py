@@ -16,7 +16,7 @@ from PIL import Image
 
 import totalfast
 from tests.dicom_series import write_series
-from totalfast.engine import store
+from totalfast.models import store
 from totalfast.options import Options
 from totalfast.run import prediction
 

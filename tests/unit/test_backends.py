@@ -18,11 +18,10 @@ from dynamic_network_architectures.architectures.unet import PlainConvUNet
 
 import totalfast
 from tests.mapped_files import resident_kb
-from totalfast import OptionError
+from totalfast import OptionError, backends
 from totalfast.backends import choose_backend, compiled, resolve_backend
 from totalfast.backends.forward import run_by_torch
 from totalfast.backends.norms import normalised_in_place
-from totalfast.engine import backends
 from totalfast.engine.sliding_window import inference_settings, predict_labels
 from totalfast.engine.tiles import Tiling
 from totalfast.models.loading import load_model

@@ -16,9 +16,10 @@ import pytest
 import torch
 
 import totalfast
-from totalfast.engine import store, torch_settings
+from totalfast.engine import torch_settings
 from totalfast.engine.torch_settings import inference_settings
 from totalfast.errors import SessionError
+from totalfast.models import store
 from totalfast.models.store import ModelStore
 from totalfast.options import Options
 
@@ -162,7 +163,7 @@ def test_a_process_forked_before_the_first_network_works():
 @needs_fork
 def test_a_process_forked_while_a_thread_loads_a_model_is_told_to_spawn():
     script = """
-from totalfast.engine import store
+from totalfast.models import store
 from totalfast.options import Options
 task = Options(fastest=True).resolved_task()
 loading, go = threading.Event(), threading.Event()
