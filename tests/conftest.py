@@ -41,6 +41,13 @@ def standin_home(tmp_path_factory) -> Path:
     return home
 
 
+@pytest.fixture
+def standins_are_used(standin_home, monkeypatch):
+    """Let this process find the stand-in weights as a user's models."""
+    monkeypatch.delenv("TOTALSEG_WEIGHTS_PATH", raising=False)
+    monkeypatch.setenv("TOTALSEG_HOME_DIR", str(standin_home))
+
+
 @pytest.fixture(autouse=True)
 def _nothing_left_behind(tmp_path_factory, monkeypatch):
     """Fail on leaked temporary files, child processes and changed torch settings.

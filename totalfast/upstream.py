@@ -67,7 +67,6 @@ __all__ = [
     "check_license",
     "custom_trainer",
     "dataset_folder",
-    "dicom_to_nifti",
     "format_classes_table",
     "format_tasks_table",
     "is_licensed_model",
@@ -348,13 +347,6 @@ def label_names(header: Any) -> dict[int, str]:  # noqa: ANN401 - nibabel is unt
     return names
 
 
-def dicom_to_nifti(folder: Path, path: Path) -> None:
-    """Convert a folder of DICOM files of one series to a NIfTI file; errors are dicom2nifti's."""
-    from totalsegmentator.dicom_io import dcm_to_nifti
-
-    dcm_to_nifti(folder, path)
-
-
 def write_rtstruct(
     labels: NDArray[np.uint8], names: Mapping[int, str], series: Path, path: Path
 ) -> None:
@@ -363,7 +355,7 @@ def write_rtstruct(
     Parameters
     ----------
     labels
-        (x, y, z), as ``dicom_to_nifti`` orients the series.
+        (x, y, z), as upstream's ``dcm_to_nifti`` orients the series.
     names
         Label to name; absent ones are left out.
     series

@@ -20,11 +20,7 @@ from totalfast.models import store
 from totalfast.options import Options
 from totalfast.run import prediction
 
-
-@pytest.fixture(autouse=True)
-def _standins(standin_home, monkeypatch):
-    monkeypatch.delenv("TOTALSEG_WEIGHTS_PATH", raising=False)
-    monkeypatch.setenv("TOTALSEG_HOME_DIR", str(standin_home))
+pytestmark = pytest.mark.usefixtures("standins_are_used")
 
 
 @pytest.fixture

@@ -21,10 +21,7 @@ from totalfast.upstream import CLASS_MAPS
 QUICK = {"fastest": True, "device": "cpu", "quiet": True}
 
 
-@pytest.fixture(autouse=True)
-def _standins(standin_home, monkeypatch):
-    monkeypatch.delenv("TOTALSEG_WEIGHTS_PATH", raising=False)
-    monkeypatch.setenv("TOTALSEG_HOME_DIR", str(standin_home))
+pytestmark = pytest.mark.usefixtures("standins_are_used")
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,8 @@ from totalfast.models.loading import load_model
 from totalfast.system import cores
 from totalfast.system.cores import NNUNET_THREADS, _cgroup_cores, network_threads, usable_cores
 
+from .cgroup_files import write_cgroups
+
 
 @pytest.fixture
 def allow(monkeypatch):
@@ -83,11 +85,7 @@ def test_the_smallest_limit_counts(allow, affinity, quotas, variable, usable):
     ],
 )
 def test_quotas_of_cgroups(tmp_path, line, files, quotas):
-    for name, content in files.items():
-        path = tmp_path / "sys" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content + "\n")
-    (tmp_path / "cgroup").write_text(line + "\n")
+    write_cgroups(tmp_path, line, files)
     assert list(_cgroup_cores(tmp_path / "cgroup", tmp_path / "sys")) == quotas
     assert list(_cgroup_cores(tmp_path / "nothing", tmp_path / "sys")) == []
 

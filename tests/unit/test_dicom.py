@@ -16,6 +16,7 @@ from pydicom.uid import (
     RLELossless,
     generate_uid,
 )
+from totalsegmentator.dicom_io import dcm_to_nifti
 
 from tests.dicom_series import AXIAL, new_file, write_series
 from totalfast import InputError, OptionError, TotalfastError
@@ -23,7 +24,6 @@ from totalfast.cli.segment import task_of_modality
 from totalfast.files.dicom import find as dicom_files
 from totalfast.files.dicom.read import open_series
 from totalfast.files.read import read_image
-from totalfast.upstream import dicom_to_nifti
 
 VOXELS = np.random.default_rng(0).integers(-1000, 1000, (6, 8, 7))
 """(slice, row, column)."""
@@ -38,7 +38,7 @@ def opened(source):
 
 
 def upstreams(folder, tmp_path):
-    dicom_to_nifti(folder, tmp_path / "upstream.nii.gz")
+    dcm_to_nifti(folder, tmp_path / "upstream.nii.gz")
     image = nib.load(tmp_path / "upstream.nii.gz")
     return image.get_fdata(), image.affine
 

@@ -23,6 +23,8 @@ from totalfast.run.memory_plan import (
 )
 from totalfast.system.memory import _cgroup_bytes, _cgroup_limits, free_host_bytes, total_host_bytes
 
+from .cgroup_files import write_cgroups
+
 CPU = Budget(host=1e9, device=None, is_limit=False)
 
 
@@ -204,11 +206,7 @@ def test_a_run_takes_no_more_than_planned(task):
     ],
 )
 def test_free_memory_of_cgroups(tmp_path, line, files, left):
-    for name, content in files.items():
-        path = tmp_path / "sys" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content + "\n")
-    (tmp_path / "cgroup").write_text(line + "\n")
+    write_cgroups(tmp_path, line, files)
     assert list(_cgroup_bytes(tmp_path / "cgroup", tmp_path / "sys")) == left
     assert list(_cgroup_bytes(tmp_path / "nothing", tmp_path / "sys")) == []
     assert len(list(_cgroup_limits(tmp_path / "cgroup", tmp_path / "sys"))) == len(left)

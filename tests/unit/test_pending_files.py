@@ -11,6 +11,7 @@ import sys
 import threading
 from pathlib import Path
 
+import filelock
 import pytest
 
 from totalfast.errors import InterruptedAfterSaving, OutputError
@@ -274,7 +275,7 @@ def test_after_a_kill_at_any_rename_nothing_is_mixed_and_the_next_run_restores(o
 def test_a_folder_that_another_process_removes_before_it_is_locked_is_made_anew(
     tmp_path, monkeypatch
 ):
-    removed, acquire = [], staging.filelock.FileLock.acquire
+    removed, acquire = [], filelock.FileLock.acquire
 
     def acquire_late(self, **keywords):
         if not removed:
@@ -282,7 +283,7 @@ def test_a_folder_that_another_process_removes_before_it_is_locked_is_made_anew(
             removed.append(1)
         return acquire(self, **keywords)
 
-    monkeypatch.setattr(staging.filelock.FileLock, "acquire", acquire_late)
+    monkeypatch.setattr(filelock.FileLock, "acquire", acquire_late)
     save(tmp_path, "new")
     assert removed
     assert contents(tmp_path) == dict.fromkeys(NAMES, "new")

@@ -27,10 +27,7 @@ CPU = torch.device("cpu")
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 
-@pytest.fixture(autouse=True)
-def _standins(standin_home, monkeypatch):
-    monkeypatch.delenv("TOTALSEG_WEIGHTS_PATH", raising=False)
-    monkeypatch.setenv("TOTALSEG_HOME_DIR", str(standin_home))
+pytestmark = pytest.mark.usefixtures("standins_are_used")
 
 
 @pytest.fixture

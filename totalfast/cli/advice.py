@@ -88,6 +88,16 @@ _CASES = (
 """The first case that fits is used."""
 
 
+def explain(error: Exception) -> str | None:
+    """Return an error's type, the first line of its message and what to do; None if unknown."""
+    advice = advice_for(error)
+    if advice is None:
+        return None
+    first = str(error).strip().partition("\n")[0].rstrip(".")[:300]
+    name = type(error).__name__
+    return f"{name}: {first}. {advice}" if first else f"{name}. {advice}"
+
+
 def advice_for(error: Exception) -> str | None:
     """Return a sentence about what to do; None if the error is not a known kind."""
     kinds = [kind.__name__ for kind in type(error).__mro__]

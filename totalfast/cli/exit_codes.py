@@ -10,7 +10,7 @@ import threading
 import traceback
 from typing import TYPE_CHECKING
 
-from totalfast.cli.advice import advice_for, report_of
+from totalfast.cli.advice import explain, report_of
 from totalfast.errors import InterruptedAfterSaving, OptionError, TotalfastError
 from totalfast.system.signals import ENDING_SIGNALS
 
@@ -62,9 +62,9 @@ def _report(error: Exception, args: argparse.Namespace) -> int:
     if isinstance(error, TotalfastError):
         _print_error(str(error))
         return WRONG_OPTION if isinstance(error, OptionError) else 1
-    advice = advice_for(error)
-    if advice is not None:
-        _print_error(f"{_one_line(error)}. {advice}")
+    explanation = explain(error)
+    if explanation is not None:
+        _print_error(explanation)
         return 1
     print(report_of(error, args), file=sys.stderr)
     # Without the error's message, which may quote a scan's header.
@@ -77,12 +77,6 @@ def _report(error: Exception, args: argparse.Namespace) -> int:
 
 def _print_error(message: str) -> None:
     print(f"ERROR: {message}", file=sys.stderr)
-
-
-def _one_line(error: Exception) -> str:
-    """The error's type and the first line of its message."""
-    first = str(error).strip().partition("\n")[0].rstrip(".")
-    return f"{type(error).__name__}: {first[:300]}" if first else type(error).__name__
 
 
 class _Interruption:

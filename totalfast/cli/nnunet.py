@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from totalfast.backends import BACKENDS
-from totalfast.cli.advice import advice_for
+from totalfast.cli.advice import explain
 from totalfast.cli.console import configure_output
 from totalfast.errors import InputError, OptionError, TotalfastError
 from totalfast.nnunet.complete_files import is_utf8
@@ -244,10 +244,9 @@ def one_line(error: Exception) -> str:
     """
     if isinstance(error, TotalfastError):
         return " ".join(str(error).split())
-    advice = advice_for(error)
-    if advice is not None:
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:300].rstrip('.')}. {advice}"
-    return f"unexpected {type(error).__name__}; --debug shows its message and a traceback."
+    return explain(error) or (
+        f"unexpected {type(error).__name__}; --debug shows its message and a traceback."
+    )
 
 
 def model_folder(args: argparse.Namespace) -> str:

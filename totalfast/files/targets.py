@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import sys
 from dataclasses import dataclass
@@ -238,9 +239,7 @@ class OutputPlan:
 
     def sizes(self, shape: tuple[int, ...]) -> dict[Path, int]:
         """Estimate the size of each large file in bytes, from the scan's shape."""
-        voxels = 1
-        for size in shape:
-            voxels *= size
+        voxels = math.prod(shape)
         sizes = {}
         for what, path in self.files:
             if what == "mask":

@@ -176,7 +176,7 @@ def check_architecture(architecture: Entry) -> None:
 
 
 def check_dimensions(architecture: Entry, dimensions: int) -> None:
-    """Check that the layers are those for images of so many dimensions, such as ``Conv3d``.
+    """Check that the layers are for images with this number of dimensions, such as ``Conv3d``.
 
     Raises
     ------

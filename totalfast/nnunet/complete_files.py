@@ -6,8 +6,7 @@ import math
 from pathlib import Path
 
 from totalfast.files.gunzip import unpack
-
-GZIP_MAGIC = b"\x1f\x8b"
+from totalfast.files.stored_voxels import GZIP_MAGIC
 
 
 def check_complete(path: Path) -> bool:

@@ -12,13 +12,11 @@ import os
 import secrets
 import shutil
 import tempfile
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-import filelock
-
 from totalfast.errors import OptionError
+from totalfast.system.disk import abandoned, lock_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,8 +27,8 @@ LIMIT_VARIABLE = "TOTALFAST_CACHE_MAX_GB"
 LIMIT_GB = 10.0
 """Default of that size. All of TotalSegmentator's models fit: a converted network takes 0.12 GB."""
 
-NEW, OLD, LOCK = ".new-", ".old-", "lock"
-"""Start of the names of unfinished and of removed entries; an unfinished one's lock."""
+NEW, OLD = ".new-", ".old-"
+"""Start of the names of unfinished and of removed entries."""
 
 ABANDONED_AFTER_S = 3600
 """Age from which an unfinished entry without a lock counts as abandoned. Its process was killed
@@ -105,7 +103,7 @@ def prune(cache: Path, prefix: str, *, keep: Path) -> None:
 
 
 def remove(entry: Path) -> bool:
-    """Remove an entry, or a link in its place; return whether its name is free.
+    """Remove an entry, or a link with its name; return whether the name is free.
 
     Windows does not remove files that a process has mapped: such an entry stays.
     """
@@ -128,10 +126,7 @@ def unfinished_entry(cache: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(
         dir=cache, prefix=NEW, ignore_cleanup_errors=True
     ) as temporary:
-        lock = filelock.FileLock(Path(temporary) / LOCK, thread_local=False)
-        # Without locks on this disk, other processes go by the folder's age.
-        with contextlib.suppress(OSError, NotImplementedError):
-            lock.acquire(timeout=0)
+        lock = lock_folder(Path(temporary))
         try:
             entry = Path(temporary) / "entry"
             entry.mkdir(mode=0o700)
@@ -146,21 +141,10 @@ def remove_leftovers(cache: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
     for folder in _children(cache, NEW):
         with contextlib.suppress(OSError):
-            _remove_abandoned(folder)
-
-
-def _remove_abandoned(folder: Path) -> None:
-    lock = folder / LOCK
-    if not lock.exists():
-        if time.time() - folder.lstat().st_mtime > ABANDONED_AFTER_S:
-            shutil.rmtree(folder, ignore_errors=True)
-        return
-    try:
-        with filelock.FileLock(lock, timeout=0, thread_local=False):
-            pass  # its process has ended: the system gave the lock up
-    except (filelock.Timeout, NotImplementedError):
-        return
-    shutil.rmtree(folder, ignore_errors=True)
+            with abandoned(folder, after_s=ABANDONED_AFTER_S) as is_abandoned:
+                pass
+            if is_abandoned:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _children(cache: Path, prefix: str) -> list[Path]:

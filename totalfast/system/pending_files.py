@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from totalfast.errors import InterruptedAfterSaving, OutputError
+from totalfast.system.disk import sync_folder
 from totalfast.system.rescue import new_rescue_folder
 from totalfast.system.signals import signals_held
 from totalfast.system.staging import Move, Staging, recover
@@ -198,22 +199,23 @@ class PendingFiles:
 
     def _rename_all(self) -> None:
         """Move old files away, then new files into place; undo everything after an error."""
-        moves = [(staging, move) for staging in self._stagings.values() for move in staging.moves()]
+        plans = {staging: staging.moves() for staging in self._stagings.values()}
+        moves = [(staging, move) for staging, plan in plans.items() for move in plan]
         moves.sort(key=lambda item: self._comes_last(*item))
         try:
-            for staging in self._stagings.values():
-                staging.write_journal([move for owner, move in moves if owner is staging])
+            for staging, plan in plans.items():
+                staging.write_journal(plan)
             for staging, move in reversed(moves):
                 staging.set_aside(move)
             for staging, move in moves:
                 staging.place(move)
-            for staging in self._stagings.values():
-                staging.sync()
-            for staging in self._stagings.values():
+            for staging in plans:
+                sync_folder(staging.parent)
+            for staging in plans:
                 staging.remove_journal()
         except BaseException:
-            for staging in tuple(self._stagings.values()):
-                self._undo(staging, [move for owner, move in moves if owner is staging])
+            for staging, plan in plans.items():
+                self._undo(staging, plan)
             raise
 
     def _undo(self, staging: Staging, moves: list[Move]) -> None:
@@ -277,8 +279,10 @@ class PendingFiles:
         with self._lock:
             if self._rescue is None:
                 self._rescue = new_rescue_folder()
-        inside = self._base is not None and place.is_relative_to(self._base)
-        path = self._rescue / (place.relative_to(self._base or place) if inside else place.name)
+        name = Path(place.name)
+        if self._base is not None and place.is_relative_to(self._base):
+            name = place.relative_to(self._base)
+        path = self._rescue / name
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 

@@ -14,21 +14,22 @@ import os
 import secrets
 import shutil
 import stat
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import filelock
+from totalfast.system.disk import LOCK, abandoned, lock_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    import filelock
+
 PREFIX = ".totalfast-"
 """Start of the folder's name; programs that list results skip hidden files."""
 
-NEW, OLD, JOURNAL, LOCK = "new", "old", "journal.json", "lock"
-"""Names in a staging folder."""
+NEW, OLD, JOURNAL = "new", "old", "journal.json"
+"""Names in a staging folder, beside its lock."""
 
 ABANDONED_AFTER_S = 24 * 3600
 """Age from which a staging folder with files but without a lock counts as abandoned: on a disk
@@ -72,9 +73,7 @@ class Staging:
         """
         for _ in range(ATTEMPTS):
             self.folder.mkdir(mode=0o700)  # fails if the name exists, also as a symbolic link
-            self._lock = filelock.FileLock(self.folder / LOCK, thread_local=False)
-            with contextlib.suppress(OSError, NotImplementedError):  # a disk without locks
-                self._lock.acquire(timeout=0)
+            self._lock = lock_folder(self.folder)
             if self.folder.exists():
                 self.folder.chmod(0o700)  # filelock creates a missing folder with another mode
                 break
@@ -144,15 +143,6 @@ class Staging:
             if move.replaces and os.path.lexists(old):
                 old.rename(self.parent / move.name)
 
-    def sync(self) -> None:
-        """Write the parent's list of files to the disk; does nothing on Windows."""
-        if os.name == "posix":
-            descriptor = os.open(self.parent, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-
     def remove_journal(self) -> None:
         """Make the renames final."""
         (self.folder / JOURNAL).unlink()
@@ -212,20 +202,13 @@ def _is_ours(status: os.stat_result) -> bool:
 
 
 def _recover(parent: Path, folder: Path) -> None:
-    lock = folder / LOCK
-    if not lock.exists():
-        if time.time() - folder.stat().st_mtime > ABANDONED_AFTER_S:
+    with abandoned(folder, after_s=ABANDONED_AFTER_S) as is_abandoned:
+        if is_abandoned:
             _undo(parent, folder)
-            _delete_folder(folder)
-        else:
-            folder.rmdir()  # only if it is empty: its process was killed before it had a lock
-        return
-    try:
-        with filelock.FileLock(lock, timeout=0, thread_local=False):
-            _undo(parent, folder)
-    except (filelock.Timeout, NotImplementedError):
-        return  # another process is at work
-    _delete_folder(folder)  # only now, because Windows does not delete open files
+    if is_abandoned:
+        _delete_folder(folder)  # only now, because Windows does not delete open files
+    else:
+        folder.rmdir()  # only if it is empty: its process was killed before it had a lock
 
 
 def _undo(parent: Path, folder: Path) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from totalfast import upstream
 from totalfast.errors import WeightsError
+from totalfast.system.disk import sync_folder
 from totalfast.weights.condition import Condition, inspect
 from totalfast.weights.connection import shown
 from totalfast.weights.manifest import (
@@ -197,9 +198,9 @@ def _put(model: OfficialModel, archive: Path, *, label: str, source: str) -> Non
         write_manifest(new, _manifest(source, folds, records))
         for folder in (new, *new.rglob("*")):
             if folder.is_dir():
-                _sync(folder)
+                sync_folder(folder)
         _exchange(new, place, workshop)
-        _sync(place.parent)
+        sync_folder(place.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -290,13 +291,3 @@ def _begins_with(whole: Path, part: Path) -> bool:
             if of_whole.read(len(chunk)) != chunk:
                 return False
     return True
-
-
-def _sync(folder: Path) -> None:
-    """Write a folder's list of files to the disk; does nothing on Windows."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

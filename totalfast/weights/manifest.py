@@ -129,12 +129,10 @@ def find_change(dataset: Path, manifest: Manifest, names: Iterable[str]) -> str 
     newer = {}
     for name in names:
         record, path = manifest.files[name], dataset / name
-        try:
-            status = path.stat()
-        except FileNotFoundError:
-            return f"{name} is missing"
-        if status.st_size != record.size:
-            return f"{name} has {status.st_size} bytes instead of {record.size}"
+        fault = _size_fault(name, path, record)
+        if fault is not None:
+            return fault
+        status = path.stat()
         if abs(status.st_mtime_ns - record.modified_ns) < TIME_TOLERANCE_NS:
             continue
         key = (path, status.st_size, status.st_mtime_ns)
@@ -154,10 +152,17 @@ def find_damage(dataset: Path, manifest: Manifest) -> list[str]:
     faults = []
     for name, record in manifest.files.items():
         path = dataset / name
-        if not path.is_file():
-            faults.append(f"{name} is missing")
-        elif path.stat().st_size != record.size:
-            faults.append(f"{name} has {path.stat().st_size} bytes instead of {record.size}")
-        elif sha256_of(path) != record.sha256:
-            faults.append(f"{name} has other bytes")
+        fault = _size_fault(name, path, record)
+        if fault is None and sha256_of(path) != record.sha256:
+            fault = f"{name} has other bytes"
+        if fault is not None:
+            faults.append(fault)
     return faults
+
+
+def _size_fault(name: str, path: Path, record: FileRecord) -> str | None:
+    """Compare a file's size with the manifest's, without reading it."""
+    if not path.is_file():
+        return f"{name} is missing"
+    size = path.stat().st_size
+    return None if size == record.size else f"{name} has {size} bytes instead of {record.size}"
