@@ -112,9 +112,19 @@ def without_number(path):
     path.rename(path.with_name("case0.nii.gz"))
 
 
+def nan(path, *, where=...):
+    """Make voxels NaN, all of them by default, and one infinite."""
+    image = nib.load(path)
+    voxels = image.get_fdata(dtype=np.float32)
+    voxels[where] = np.nan
+    voxels[3, 3, 3] = np.inf
+    nib.save(nib.Nifti1Image(voxels, image.affine), path)
+
+
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
+        (nan, "all its voxels are NaN or infinite"),
         (sheared, "can't be read: ITK only supports orthonormal direction cosines"),
         (cut, r"can't be read: it ends after \d+ of \d+ bytes"),
         (damaged, "can't be read: the gzip data are damaged"),
@@ -141,6 +151,27 @@ def test_a_bad_case_is_named_and_the_others_are_predicted(single, predict, tmp_p
     assert (code, names) == (1, ["case1.nii.gz"])
     assert "0 cases" in out
     assert (tmp_path / "out/case1.nii.gz").stat().st_mtime_ns == modified_ns
+
+
+@pytest.mark.parametrize("ending", [".nii.gz", ".nii"])
+def test_voxels_that_are_nan_are_counted(predict, tmp_path, ending):
+    """SimpleITK reads them as 0."""
+    model = SyntheticModel(ending=ending)
+    folder, images = model.write(tmp_path), model.write_images(tmp_path / "images")
+    nan(images / f"case0_0000{ending}", where=(slice(2), 0, 0))
+    code, out, *_ = predict(folder, images)
+    assert code == 0
+    assert f"case0_0000{ending}: 3 of " in out
+
+
+def test_input_of_the_network_that_is_nan_is_refused(predict, tmp_path):
+    """nibabel, unlike SimpleITK, reads NaN as NaN."""
+    model = SyntheticModel(reader="NibabelIO")
+    folder, images = model.write(tmp_path), model.write_images(tmp_path / "images")
+    nan(images / "case0_0000.nii.gz", where=(0, 0, 0))
+    code, _, err, names = predict(folder, images)
+    assert (code, names) == (1, ["case1.nii.gz"])
+    assert "ERROR: case0 failed: the image that the network would get has NaN" in err
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")

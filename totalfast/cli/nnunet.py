@@ -16,7 +16,7 @@ from totalfast.backends import BACKENDS
 from totalfast.cli.advice import explain
 from totalfast.cli.console import configure_output
 from totalfast.errors import InputError, OptionError, TotalfastError
-from totalfast.nnunet.complete_files import is_utf8
+from totalfast.nnunet.file_checks import is_utf8
 
 if TYPE_CHECKING:
     import torch

@@ -16,7 +16,7 @@ import numpy as np
 from totalfast.engine.normalise import NetworkImage, to_network_image
 from totalfast.errors import InputError
 from totalfast.models.nnunet_calls import with_print
-from totalfast.nnunet.complete_files import check_complete, is_utf8
+from totalfast.nnunet.file_checks import check_voxels, is_utf8
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -152,7 +152,18 @@ def _read(read: Callable[..., Any], files: str | tuple[str, ...], what: str) -> 
         for file in [files] if isinstance(files, str) else files:
             if not is_utf8(file):
                 raise ValueError("its name is not UTF-8; rename it")  # noqa: TRY301
-            check_complete(Path(file))  # if it knows nothing, the reader may know more
+            # If it knows nothing about the file, the reader may know more.
+            no_number, voxels = check_voxels(Path(file)) or (0, 0)
+            if no_number:
+                if no_number == voxels:
+                    raise ValueError("all its voxels are NaN or infinite")  # noqa: TRY301
+                logger.warning(
+                    "WARNING: %s: %d of %d voxels are NaN or infinite; nnU-Net's readers based on "
+                    "SimpleITK take 0 for them.",
+                    Path(file).name,
+                    no_number,
+                    voxels,
+                )
         contents = with_print(read, lambda *values: printed.extend(map(str, values)))(files)
     except MemoryError:
         raise
@@ -203,6 +214,12 @@ def case_from_array(
 
     ``previous_stage`` is the segmentation of a cascade's first stage, and ``properties`` must hold
     the spacing. See ``case_from_files`` for the other parameters and the returned dict.
+
+    Raises
+    ------
+    InputError
+        If the prepared image has values that are NaN or infinite: the network would return NaN for
+        each tile that contains one.
     """
     import torch
 
@@ -216,6 +233,12 @@ def case_from_array(
     else:
         data = _by_nnunet(image, previous_stage, properties, model)
     tensor = torch.from_numpy(data).to(torch.float32, memory_format=torch.contiguous_format)
+    # A finite sum means that all values are finite, and takes a fraction of the time.
+    if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
+        raise InputError(
+            "the image that the network would get has NaN or infinite values. Replace such voxels "
+            "of the image first, for example by the intensity of air."
+        )
     return {"data": tensor, "data_properties": properties, "ofile": output}
 
 

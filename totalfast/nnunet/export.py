@@ -11,7 +11,7 @@ import numpy as np
 
 from totalfast.export import export_labels
 from totalfast.models.nnunet_calls import call_quietly
-from totalfast.nnunet.complete_files import check_complete
+from totalfast.nnunet.file_checks import check_voxels
 from totalfast.system.pending_files import PendingFiles
 
 if TYPE_CHECKING:
@@ -183,8 +183,8 @@ def _write_checked(
     except RuntimeError as error:
         raise OSError(errno.EIO, INCOMPLETE) from error
     try:
-        is_complete = check_complete(path)
+        found = check_voxels(path)
     except (EOFError, OSError, ValueError) as error:
         raise OSError(errno.EIO, INCOMPLETE) from error
-    if not is_complete:
+    if found is None:
         raise OSError(errno.EIO, INCOMPLETE)
