@@ -1,7 +1,8 @@
-"""Synthetic DICOM series."""
+"""Synthetic DICOM series: a file per slice, or one file of many frames."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,8 @@ from pydicom.dataset import FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
 CT_IMAGE = "1.2.840.10008.5.1.4.1.1.2"
+ENHANCED_CT = "1.2.840.10008.5.1.4.1.1.2.1"
+ENHANCED_MR = "1.2.840.10008.5.1.4.1.1.4.1"
 AXIAL = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 
 
@@ -77,3 +80,79 @@ def write_series(
         header.PixelData = (plane + 1024).astype("<i2").tobytes()
         header.save_as(folder / f"{name}{number:03d}.dcm", enforce_file_format=True)
     return folder
+
+
+def write_multi_frame(
+    path: Path,
+    voxels: np.ndarray,
+    *,
+    spacing_mm: tuple[float, float, float] = (3.0, 2.0, 2.0),
+    orientation: tuple[float, ...] = AXIAL,
+    origin_mm: tuple[float, float, float] = (-30.0, -40.0, 50.0),
+    order: Sequence[int] | None = None,
+    stack_numbers: Sequence[int] | None = None,
+    per_frame: tuple[float, float] | Sequence[tuple[float, float]] | None = (1, -1024),
+    shared: tuple[float, float] | None = None,
+    **attributes,
+) -> Path:
+    """Write one enhanced CT or MR file; the parameters are those of ``write_series``, and these.
+
+    Parameters
+    ----------
+    order
+        Slices in the order of the frames; default: by position.
+    stack_numbers
+        InStackPositionNumber of each frame; default: 1 for the first slice, 2 for the second.
+    per_frame, shared
+        (slope, intercept): for each frame, for all, or None for no such attribute.
+    """
+    header = new_file(**{"SOPClassUID": ENHANCED_CT, "InstanceNumber": 1, **attributes})
+    del header.RescaleSlope, header.RescaleIntercept
+    header.NumberOfFrames, header.Rows, header.Columns = voxels.shape
+    order = range(len(voxels)) if order is None else order
+    step = np.cross(orientation[:3], orientation[3:]) * spacing_mm[0]
+    measures = {"PixelSpacing": list(spacing_mm[1:]), "SliceThickness": spacing_mm[0]}
+    header.SharedFunctionalGroupsSequence = [
+        _group(
+            PlaneOrientationSequence={"ImageOrientationPatient": list(orientation)},
+            PixelMeasuresSequence=measures,
+            **_rescaling(shared),
+        )
+    ]
+    each = isinstance(per_frame, list)
+    header.PerFrameFunctionalGroupsSequence = [
+        _group(
+            PlanePositionSequence={
+                "ImagePositionPatient": [float(mm) for mm in np.add(origin_mm, number * step)]
+            },
+            FrameContentSequence={
+                "StackID": "1",
+                "InStackPositionNumber": stack_numbers[frame] if stack_numbers else number + 1,
+                "DimensionIndexValues": [1, number + 1],
+            },
+            **_rescaling(per_frame[frame] if each else per_frame),
+        )
+        for frame, number in enumerate(order)
+    ]
+    header.PixelData = (voxels[list(order)] + 1024).astype("<i2").tobytes()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    header.save_as(path, enforce_file_format=True)
+    return path
+
+
+def _group(**sequences) -> pydicom.Dataset:
+    item = pydicom.Dataset()
+    for keyword, values in sequences.items():
+        part = pydicom.Dataset()
+        for attribute, value in values.items():
+            setattr(part, attribute, value)
+        setattr(item, keyword, [part])
+    return item
+
+
+def _rescaling(values) -> dict[str, dict[str, object]]:
+    if values is None:
+        return {}
+    slope, intercept = values
+    part = {"RescaleSlope": slope, "RescaleIntercept": intercept, "RescaleType": "HU"}
+    return {"PixelValueTransformationSequence": part}

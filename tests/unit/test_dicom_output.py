@@ -10,7 +10,7 @@ import pydicom
 import pytest
 
 import totalfast
-from tests.dicom_series import write_series
+from tests.dicom_series import write_multi_frame, write_series
 from totalfast import OptionError, OutputError
 from totalfast.files.dicom.read import open_series
 from totalfast.files.dicom.write import check_packages, check_series, write_dicom
@@ -18,7 +18,7 @@ from totalfast.files.targets import OutputPlan, nifti_instead, output_files
 from totalfast.options import Options
 from totalfast.system.pending_files import PendingFiles
 
-from .test_dicom import ORIENTATIONS, VOXELS, multi_frame
+from .test_dicom import ORIENTATIONS, VOXELS
 
 TYPES = ("dicom_rtstruct", "dicom_seg")
 NAMES = {1: "liver", 2: "spleen", 3: "stomach"}
@@ -251,7 +251,7 @@ def test_names_of_all_character_sets_are_in_both_results(tmp_path, characters, n
 
 def test_multi_frame_files_are_refused_and_duplicates_are_left_out(tmp_path):
     needs_writers()
-    with open_series(multi_frame(tmp_path / "ct.dcm")) as series:
+    with open_series(write_multi_frame(tmp_path / "ct.dcm", VOXELS)) as series:
         check_series(series, ())
         with pytest.raises(OptionError, match="can't be written for multi-frame files"):
             check_series(series, TYPES)

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 BOMB_BYTES = 1 << 30
 BOMB_RATIO = 200
-"""A zip file is refused if its unpacked size and its compression ratio are both above these limits.
-DICOM slices have a much lower ratio; deflate can reach 1032."""
+"""A zip file or the pixels of a DICOM file are refused if their unpacked size and their compression
+ratio are both above these limits. Slices have a much lower ratio; deflate can reach 1032."""
 
 LARGEST_MEMBER = 1 << 32
 """Bytes of the largest file in a zip file that is read: the largest that DICOM's lengths allow."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from totalfast.files.dicom.find import values_unchecked
+from totalfast.files.dicom.find import BOMB_BYTES, BOMB_RATIO, values_unchecked
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -291,7 +291,7 @@ def _slices(file: DicomFile, header: Dataset, pixel_bytes: int | None) -> Iterat
     if rows <= 0 or columns <= 0:
         raise NotASlice("image of 0 pixels")
     dtype = _dtype(header)
-    _check_pixels(header, pixel_bytes, rows * columns * frames, dtype)
+    _check_pixels(file, header, pixel_bytes, rows * columns * frames, dtype)
     groups = list(header.get("PerFrameFunctionalGroupsSequence") or ())
     if frames > 1 and len(groups) != frames:
         raise NotASlice("many frames without a position per frame")
@@ -351,15 +351,19 @@ def _dtype(header: Dataset) -> np.dtype[Any]:
     return np.dtype(f"{'i' if signed else 'u'}{bits // 8}")
 
 
-def _check_pixels(header: Dataset, size: int | None, voxels: int, dtype: np.dtype[Any]) -> None:
+def _check_pixels(
+    file: DicomFile, header: Dataset, size: int | None, voxels: int, dtype: np.dtype[Any]
+) -> None:
     """Compare the bytes that follow the header with what the header promises."""
+    promised = voxels * dtype.itemsize
+    if promised > BOMB_BYTES and promised > BOMB_RATIO * file.size:
+        raise NotASlice("pixels that would unpack to an unusual size")
     if size is None:
         return
     if size <= 8:
         raise NotASlice("no pixels, or cut off before them")
-    if header.file_meta.get("TransferSyntaxUID", "1.2.840.10008.1.2").is_compressed:
-        return
-    if size < voxels * dtype.itemsize:
+    syntax = header.file_meta.get("TransferSyntaxUID")
+    if size < promised and not (syntax is not None and syntax.is_compressed):
         raise NotASlice("cut off within the pixels")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import nibabel as nib
@@ -16,6 +17,7 @@ from nibabel.orientations import (
 from nibabel.volumeutils import apply_read_scaling
 
 from totalfast.errors import InputError
+from totalfast.files.dicom.codestream import compressed_sizes, rle_is_too_long
 from totalfast.files.dicom.find import damage_refused, errors_of_damage, values_unchecked
 from totalfast.files.dicom.header import LONGEST_HEADER, inflate
 
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import DTypeLike, NDArray
     from pydicom import Dataset
+    from pydicom.pixels.decoders.base import Decoder
 
     from totalfast.files.dicom.header import Slice
 
@@ -42,6 +45,8 @@ PIXELS = (
     "HighBit",
     "PixelRepresentation",
     "PixelData",
+    "ExtendedOffsetTable",
+    "ExtendedOffsetTableLengths",
 )
 """Attributes that are read for the pixels."""
 
@@ -182,23 +187,68 @@ def _decode(source: Path, opened: Dataset, each: Slice) -> NDArray[Any]:
             f"({syntax.name}); convert the series, for example with gdcmconv --raw."
         ) from error
     if not decoder.is_available:
-        needs = " or ".join(decoder.missing_dependencies)
         raise InputError(
             f"{source}: {each.file.name} is compressed ({syntax.name}); to read it, install "
-            f"{needs}."
+            f"{_packages(decoder)}."
         )
     try:
+        if syntax.is_encapsulated:
+            _check_compressed(source, opened, each)
         plane = decoder.as_array(opened, index=each.frame, raw=True)[0]
+    except InputError:
+        raise
     except errors_of_damage() as error:
+        others = _packages(decoder)
         raise InputError(
-            f"{source}: the pixels of {each.file.name} are damaged ({type(error).__name__})."
+            f"{source}: the pixels of {each.file.name} ({syntax.name}) are damaged, or of a kind "
+            f"that the installed decoders can't read ({type(error).__name__})."
+            + (f" Other decoders: {others}." if others else "")
         ) from error
-    if plane.shape != each.shape:
+    if plane.shape != each.shape or not np.can_cast(plane.dtype, each.dtype):
         raise InputError(
-            f"{source}: {each.file.name} has {' x '.join(map(str, plane.shape))} pixels instead of "
-            f"{' x '.join(map(str, each.shape))}."
+            f"{source}: {each.file.name} has {' x '.join(map(str, plane.shape))} pixels of type "
+            f"{plane.dtype} instead of {' x '.join(map(str, each.shape))} of type {each.dtype}."
         )
     return _sign_extended(plane, opened)
+
+
+def _packages(decoder: Decoder) -> str:
+    """The packages with which pydicom could use further decoders."""
+    needs = [text.partition(" - requires ")[2] or text for text in decoder.missing_dependencies]
+    return " or ".join(needs).replace("gdcm>", "python-gdcm>")
+
+
+def _check_compressed(source: Path, opened: Dataset, each: Slice) -> None:
+    """Refuse a plane that would unpack to another size than the header's."""
+    from pydicom.encaps import get_frame
+    from pydicom.uid import RLELossless
+
+    table, lengths = opened.get("ExtendedOffsetTable"), opened.get("ExtendedOffsetTableLengths")
+    plane = get_frame(
+        opened.PixelData,
+        each.frame,
+        number_of_frames=each.frames,
+        extended_offsets=(table, lengths) if table and lengths else None,
+    )
+    if opened.file_meta.TransferSyntaxUID == RLELossless:
+        if rle_is_too_long(plane, math.prod(each.shape) * each.dtype.itemsize):
+            raise InputError(
+                f"{source}: {each.file.name} has {len(plane)} bytes of compressed pixels for "
+                f"{' x '.join(map(str, each.shape))} pixels; it was not read."
+            )
+        return
+    sizes = compressed_sizes(plane)
+    if not sizes:
+        raise InputError(
+            f"{source}: the compressed pixels of {each.file.name} have no size; they are damaged."
+        )
+    for rows, columns, samples in sizes:
+        if (rows, columns, samples) != (*each.shape, 1):
+            raise InputError(
+                f"{source}: {each.file.name} has compressed pixels for {rows} x {columns} x "
+                f"{samples}, but its header promises {' x '.join(map(str, each.shape))} x 1; it "
+                "was not read."
+            )
 
 
 def _sign_extended(plane: NDArray[Any], header: Dataset) -> NDArray[Any]:

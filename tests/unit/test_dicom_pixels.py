@@ -1,0 +1,450 @@
+"""Pixels of DICOM files: transfer syntaxes, kinds of values, and files that unpack to more."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zlib
+
+import imagecodecs
+import numpy as np
+import pytest
+from pydicom import Dataset, dcmread
+from pydicom.encaps import encapsulate
+from pydicom.pixels.decoders.base import get_decoder
+from pydicom.uid import (
+    HTJ2K,
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGExtended12Bit,
+    JPEGLossless,
+    JPEGLosslessSV1,
+    JPEGLSLossless,
+    RLELossless,
+)
+
+from tests.dicom_series import write_multi_frame, write_series
+from totalfast import InputError
+from totalfast.files.dicom.codestream import compressed_sizes
+from totalfast.files.dicom.read import open_series
+from totalfast.files.read import read_image
+
+HU = np.random.default_rng(5).integers(-1000, 3000, (5, 8, 7))
+"""(slice, row, column)."""
+
+IMAGE = HU.transpose(2, 1, 0)[:, ::-1]
+"""The same voxels with totalfast's axes, LAS."""
+
+
+def jpeg(process, predictor=None):
+    """Encoder of JPEG; ``process`` is lossless, or the 12 bits of JPEG Extended."""
+    if process == "extended":
+        return lambda plane: imagecodecs.jpeg8_encode(plane, level=95, bitspersample=12)
+    return lambda plane: imagecodecs.jpeg8_encode(
+        plane, lossless=True, predictor=predictor, bitspersample=16
+    )
+
+
+def jpeg_2000(**options):
+    return lambda plane: imagecodecs.jpeg2k_encode(plane, level=0, reversible=True, **options)
+
+
+ENCODERS = {
+    "JPEG lossless, predictor 1": (JPEGLosslessSV1, jpeg("lossless", 1)),
+    "JPEG lossless, predictor 6": (JPEGLossless, imagecodecs.ljpeg_encode),
+    "JPEG-LS": (JPEGLSLossless, imagecodecs.jpegls_encode),
+    "JPEG 2000": (JPEG2000Lossless, jpeg_2000(codecformat="j2k")),
+    "JPEG 2000 in JP2 boxes": (JPEG2000Lossless, jpeg_2000(codecformat="jp2")),
+}
+
+
+def opened(source):
+    with open_series(source) as series:
+        image = read_image(series.image)
+    return image.scale(image.stored), image.grid.affine
+
+
+def rewritten(folder, change):
+    """Read each file, change it, and write it again."""
+    for path in sorted(folder.iterdir()):
+        header = dcmread(path)
+        header = change(header) or header
+        header.save_as(path, enforce_file_format=True)
+    return folder
+
+
+def compressed(syntax, encode, *, dtype="<u2"):
+    """Change of a file of 16 bits; ``encode`` turns a plane into bytes."""
+
+    def change(header):
+        plane = np.frombuffer(header.PixelData, dtype).reshape(header.Rows, header.Columns)
+        header.PixelData = encapsulate([bytes(encode(plane))])
+        header["PixelData"].VR = "OB"
+        header.file_meta.TransferSyntaxUID = syntax
+
+    return change
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize("signed", [0, 1])
+def test_planes_of_other_encoders_are_decoded_without_loss(tmp_path, name, signed):
+    folder = write_series(tmp_path / "ct", HU, PixelRepresentation=signed)
+    rewritten(folder, compressed(*ENCODERS[name]))
+    np.testing.assert_array_equal(opened(folder)[0], IMAGE)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_signed_values_survive_an_encoder_that_knows_no_sign(tmp_path, name):
+    folder = write_series(tmp_path / "ct", HU - 1024, RescaleIntercept=0)
+    rewritten(folder, compressed(*ENCODERS[name]))
+    np.testing.assert_array_equal(opened(folder)[0], IMAGE)
+
+
+def test_run_length_encoded_planes(tmp_path):
+    folder = write_series(tmp_path / "ct", HU)
+    rewritten(folder, lambda header: header.compress(RLELossless, generate_instance_uid=False))
+    assert dcmread(folder / "slice000.dcm").file_meta.TransferSyntaxUID == RLELossless
+    np.testing.assert_array_equal(opened(folder)[0], IMAGE)
+
+
+def in_syntax(syntax):
+    """Change of an uncompressed file."""
+
+    def change(header):
+        # A new data set, because pydicom keeps the encoding of one that was read.
+        new = Dataset()
+        new.update({element.tag: element for element in header})
+        new.file_meta = header.file_meta
+        new.file_meta.TransferSyntaxUID = syntax
+        if syntax == ExplicitVRBigEndian:
+            new.PixelData = np.frombuffer(header.PixelData, "<i2").astype(">i2").tobytes()
+        return new
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "syntax",
+    [
+        DeflatedExplicitVRLittleEndian,
+        ExplicitVRBigEndian,
+        ExplicitVRLittleEndian,
+        ImplicitVRLittleEndian,
+    ],
+)
+@pytest.mark.parametrize("start", ["whole", "no preamble", "no meta information"])
+def test_byte_orders_deflation_and_files_without_their_start(tmp_path, syntax, start):
+    folder = rewritten(write_series(tmp_path / "ct", HU), in_syntax(syntax))
+    for path in folder.iterdir():
+        content = path.read_bytes()
+        length = int.from_bytes(content[140:144], "little")
+        begin = {"whole": 0, "no preamble": 132, "no meta information": 144 + length}[start]
+        path.write_bytes(content[begin:])
+    if start == "no meta information" and syntax == DeflatedExplicitVRLittleEndian:
+        with pytest.raises(InputError, match="5 x not DICOM"):
+            opened(folder)
+        return
+    np.testing.assert_array_equal(opened(folder)[0], IMAGE)
+
+
+def test_monochrome1_changes_the_display_only(tmp_path):
+    folder = write_series(tmp_path / "ct", HU, PhotometricInterpretation="MONOCHROME1")
+    np.testing.assert_array_equal(opened(folder)[0], IMAGE)
+
+
+def test_without_rescale_tags_stored_values_are_taken_and_ct_is_told(tmp_path, caplog):
+    for modality in ("CT", "MR"):
+        folder = write_series(tmp_path / modality, HU - 1024, Modality=modality)
+
+        def change(header):
+            del header.RescaleSlope, header.RescaleIntercept
+
+        caplog.clear()
+        np.testing.assert_array_equal(opened(rewritten(folder, change))[0], IMAGE)
+        assert ("no RescaleSlope and RescaleIntercept" in caplog.text) == (modality == "CT")
+
+
+def test_each_slice_has_its_own_rescaling(tmp_path):
+    folder = write_series(tmp_path / "pt", HU - 1024, Modality="PT")
+
+    def change(header):
+        header.RescaleSlope, header.RescaleIntercept = header.InstanceNumber / 4, 0.5
+
+    factors = np.arange(1, 6) / 4
+    np.testing.assert_array_equal(opened(rewritten(folder, change))[0], IMAGE * factors + 0.5)
+
+
+@pytest.mark.parametrize("dtype", ["u1", "i1", "<u2", "<i2", "<u4", "<i4"])
+def test_integers_of_all_sizes(tmp_path, dtype):
+    limits = np.iinfo(dtype)
+    stored = np.linspace(limits.min, limits.max, HU.size).astype(dtype).reshape(HU.shape)
+    folder = write_series(tmp_path / "ct", HU)
+
+    def change(header):
+        bits = limits.bits
+        header.BitsAllocated, header.BitsStored, header.HighBit = bits, bits, bits - 1
+        header.PixelRepresentation = int(limits.min < 0)
+        header.RescaleIntercept = 0
+        header.PixelData = stored[header.InstanceNumber - 1].tobytes()
+
+    actual = opened(rewritten(folder, change))[0]
+    np.testing.assert_array_equal(actual, stored.transpose(2, 1, 0)[:, ::-1])
+
+
+def test_unused_high_bits_are_ignored(tmp_path):
+    hu = HU.clip(-1000, 2000)
+    folder = write_series(tmp_path / "ct", hu, BitsStored=12, HighBit=11, PixelRepresentation=0)
+
+    def overlay(header):  # until 2004, overlays were stored in these bits
+        stored = np.frombuffer(header.PixelData, "<u2") | 0x3000
+        header.PixelData = stored.tobytes()
+
+    expected = hu.transpose(2, 1, 0)[:, ::-1]
+    np.testing.assert_array_equal(opened(rewritten(folder, overlay))[0], expected)
+
+
+def test_frames_in_several_fragments_are_found_by_the_extended_offset_table(tmp_path):
+    path = write_multi_frame(tmp_path / "ct.dcm", HU)
+    header = dcmread(path)
+    planes = [imagecodecs.jpegls_encode((plane + 1024).astype("u2")) for plane in HU]
+    content, offsets, lengths = b"", [], []
+    for plane in planes:
+        offsets.append(len(content))
+        begin = len(content)
+        for half in (plane[:40], plane[40:]):
+            half += b"\0" * (len(half) % 2)
+            content += b"\xfe\xff\x00\xe0" + len(half).to_bytes(4, "little") + half
+        lengths.append(len(content) - begin - 8)
+    header.PixelData = b"\xfe\xff\x00\xe0" + bytes(4) + content + b"\xfe\xff\xdd\xe0" + bytes(4)
+    header["PixelData"].VR = "OB"
+    header.file_meta.TransferSyntaxUID = JPEGLSLossless
+    header.save_as(path, enforce_file_format=True)
+    np.testing.assert_array_equal(opened(path)[0], IMAGE)
+
+
+def test_folder_links_nested_folders_and_zip_give_the_same_answer(tmp_path):
+    plain = write_series(tmp_path / "plain", HU)
+    nested = tmp_path / "nested"
+    for number, path in enumerate(sorted(plain.iterdir())):
+        target = nested / "study" / f"part {number % 2}" / "deep"
+        target.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target / "slice")  # the names are equal, the folders differ
+        target.joinpath("slice").rename(target / f"{number // 2}")
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    try:
+        (linked / "series").symlink_to(plain, target_is_directory=True)
+        (linked / "again").symlink_to(linked, target_is_directory=True)
+    except OSError:
+        pytest.skip("links can't be made here")
+    files = tmp_path / "files"
+    files.mkdir()
+    for path in plain.iterdir():
+        (files / path.name).symlink_to(path)
+    archives = [
+        shutil.make_archive(str(tmp_path / path.name), "zip", path) for path in (plain, nested)
+    ]
+    expected, affine = opened(plain)
+    np.testing.assert_array_equal(expected, IMAGE)
+    for source in (nested, linked, files, *map(type(plain), archives)):
+        actual, actual_affine = opened(source)
+        np.testing.assert_array_equal(actual, expected)
+        np.testing.assert_array_equal(actual_affine, affine)
+
+
+def test_slices_that_the_header_counts_but_nobody_has(tmp_path):
+    folder = write_series(tmp_path / "pt", HU, Modality="PT", NumberOfSlices=5)
+    np.testing.assert_array_equal(opened(folder)[0], IMAGE)
+    (folder / "slice004.dcm").unlink()  # at an end, so that the spacing stays even
+    with pytest.raises(InputError, match=r"it has 4, and its header promises 5 \(NumberOfSlices\)"):
+        opened(folder)
+
+
+@pytest.mark.parametrize(
+    ("syntax", "encode", "package"),
+    [
+        (HTJ2K, imagecodecs.htj2k_encode, "pylibjpeg-openjpeg"),
+        (JPEGExtended12Bit, jpeg("extended"), "pylibjpeg-libjpeg"),
+    ],
+)
+def test_error_names_the_package_that_decodes(tmp_path, syntax, encode, package):
+    if "pylibjpeg" in get_decoder(syntax).available_plugins:
+        pytest.skip("the decoder is installed")
+    folder = write_series(tmp_path / "ct", HU, BitsStored=12, HighBit=11, PixelRepresentation=0)
+    rewritten(folder, compressed(syntax, encode))
+    with pytest.raises(InputError, match=f"pylibjpeg>=2.0 and {package}>="):
+        opened(folder)
+
+
+def test_a_transfer_syntax_without_any_decoder_is_named(tmp_path):
+    def change(header):
+        header.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2.4.102"
+        header.PixelData = encapsulate([b"\0" * 200])
+        header["PixelData"].VR = "OB"
+
+    folder = rewritten(write_series(tmp_path / "ct", HU), change)
+    with pytest.raises(InputError, match="MPEG-4 AVC/H.264 High Profile"):
+        opened(folder)
+
+
+GROWTH = """
+import resource, sys, time
+from pathlib import Path
+from totalfast.errors import InputError
+from totalfast.files.dicom.read import open_series
+from totalfast.files.read import read_image
+import pydicom.pixels, gdcm, PIL.Image, numpy
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    with open_series(Path(sys.argv[1])) as series:
+        read_image(series.image)
+    print("read")
+except InputError as error:
+    print(error)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+def refusal_in_bounded_memory(folder):
+    """Message of a child process that reads a series; its memory must not grow by 200 MB."""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("peak memory is in kB on Linux only")
+    child = subprocess.run(
+        [sys.executable, "-c", GROWTH, folder],
+        capture_output=True,
+        check=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    *message, grown_mb = child.stdout.strip().split("\n")
+    assert int(grown_mb) < 200
+    return " ".join(message)
+
+
+HUGE = 60_000
+
+
+def with_size(plane, rows, columns):
+    """Change the size in the header of a JPEG, JPEG-LS or JPEG 2000 plane."""
+    content = bytearray(plane)
+    if content[:2] == b"\xff\xd8":
+        marker = next(
+            content.index(bytes([0xFF, code]))
+            for code in (0xC3, 0xC1, 0xF7)
+            if bytes([0xFF, code]) in content
+        )
+        content[marker + 5 : marker + 9] = rows.to_bytes(2, "big") + columns.to_bytes(2, "big")
+        return bytes(content)
+    size = content.index(b"\xff\x51")
+    for place, value in ((6, columns), (10, rows), (22, columns), (26, rows)):
+        content[size + place : size + place + 4] = value.to_bytes(4, "big")
+    return bytes(content)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_a_plane_that_is_larger_inside_than_its_header_is_refused(tmp_path, name):
+    syntax, encode = ENCODERS[name]
+
+    def bomb(plane):
+        return with_size(encode(plane), HUGE, HUGE)
+
+    folder = write_series(tmp_path / "ct", HU)
+    rewritten(folder, compressed(syntax, bomb))
+    message = refusal_in_bounded_memory(folder)
+    assert (
+        f"compressed pixels for {HUGE} x {HUGE} x 1, but its header promises 8 x 7 x 1" in message
+    )
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_a_small_file_that_promises_huge_planes_is_left_out(tmp_path, name):
+    syntax, encode = ENCODERS[name]
+    folder = write_series(tmp_path / "ct", HU)
+
+    def bomb(header):
+        compressed(syntax, lambda plane: with_size(encode(plane), HUGE, HUGE))(header)
+        header.Rows = header.Columns = HUGE
+
+    message = refusal_in_bounded_memory(rewritten(folder, bomb))
+    assert "5 x pixels that would unpack to an unusual size" in message
+
+
+def test_a_plane_that_repeats_one_byte_for_ever_is_refused(tmp_path):
+    run = bytes([0x81, 0]) * (1 << 23)  # 128 zeros each: 1 GB
+
+    def bomb(header):
+        start = np.zeros(16, "<u4")
+        start[:3] = 2, 64, 64 + len(run) // 2
+        header.PixelData = encapsulate([start.tobytes() + run])
+        header["PixelData"].VR = "OB"
+        header.file_meta.TransferSyntaxUID = RLELossless
+
+    folder = rewritten(write_series(tmp_path / "ct", HU[:4]), bomb)
+    assert "16777280 bytes of compressed pixels for 8 x 7 pixels" in refusal_in_bounded_memory(
+        folder
+    )
+
+
+@pytest.mark.parametrize("place", ["header", "pixels", "end"])
+def test_a_deflated_file_that_grows_to_gigabytes_is_refused(tmp_path, place):
+    folder = write_series(tmp_path / "ct", HU)
+    tag = {"header": b"\x09\0\x10\x10", "end": b"\xfc\xff\xfc\xff", "pixels": b""}[place]
+    zeros = 1 << 31
+    for path in folder.iterdir():
+        header = dcmread(path)
+        header.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+        header.save_as(path, enforce_file_format=True)
+        content = path.read_bytes()
+        begin = 144 + int.from_bytes(content[140:144], "little")
+        plain = zlib.decompress(content[begin:], -15)
+        split = plain.index(b"\x10\0\x10\0") if place == "header" else len(plain)
+        if place == "pixels":
+            split = plain.index(b"\xe0\x7f\x10\0") + 8
+        packer = zlib.compressobj(9, zlib.DEFLATED, -15)
+        packed = packer.compress(plain[:split])
+        packed += packer.compress((tag and tag + b"OB\0\0") + zeros.to_bytes(4, "little"))
+        if path.name == "slice000.dcm":  # compressing 2 GB takes seconds; one file is enough
+            for _ in range(zeros >> 24):
+                packed += packer.compress(bytes(1 << 24))
+        packed += packer.compress(plain[split:]) + packer.flush()
+        path.write_bytes(content[:begin] + packed)
+        assert path.stat().st_size < 3_000_000
+    refusal_in_bounded_memory(folder)
+    with pytest.raises(InputError):
+        opened(folder)
+
+
+def test_sizes_are_found_behind_other_segments_and_boxes():
+    plane = np.zeros((8, 7), np.uint16)
+    comment = b"\xff\xfe\x00\x06\xff\xc3\x00\x0b"  # its content looks like a frame header
+    for _, encode in ENCODERS.values():
+        content = bytes(encode(plane))
+        assert set(compressed_sizes(content)) == {(8, 7, 1)}
+        if content[:2] == b"\xff\xd8":
+            longer = content[:2] + comment + b"\xff" + content[2:]
+            assert compressed_sizes(longer) == [(8, 7, 1)]
+        for length in range(0, len(content), 3):
+            assert set(compressed_sizes(content[:length])) <= {(8, 7, 1)}
+    assert compressed_sizes(b"") == compressed_sizes(b"\xff" * 50) == []
+
+
+def test_the_python_call_warns_that_the_task_is_for_the_other_modality(caplog):
+    from totalfast.session import _warn_of_modality
+
+    for task, modality, warned in (
+        ("total", "MR", "task total was trained on CT. Use task total_mr."),
+        ("total_mr", "CT", "task total_mr was trained on MR. Use task total."),
+        ("total", "CT", ""),
+        ("total_mr", "MR", ""),
+        ("lung_vessels", "MR", ""),
+    ):
+        caplog.clear()
+        _warn_of_modality(task, modality)
+        assert warned in caplog.text
+        assert bool(warned) == bool(caplog.text)
