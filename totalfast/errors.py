@@ -9,6 +9,7 @@ The tree::
     ├── OutputError           the result can't be written to the given path
     ├── LicenseError          the task needs a TotalSegmentator licence number
     ├── WeightsError          a model is missing or damaged, or holds what could run code
+    │   └── MissingModelError a file of it is missing (a FileNotFoundError)
     ├── MemoryLimitError      the run needs more memory than the user allows
     ├── PredictionError       the network's output can't be used
     ├── SessionError          the session is closed
@@ -47,6 +48,10 @@ class LicenseError(TotalfastError):
 
 class WeightsError(TotalfastError):
     """A model is missing or damaged, or its files name or hold parts that could run code."""
+
+
+class MissingModelError(WeightsError, FileNotFoundError):
+    """A file of a model is missing."""
 
 
 class MemoryLimitError(TotalfastError):

@@ -19,7 +19,7 @@ import torch
 
 from totalfast import ArgmaxPredictor, InputError
 from totalfast.cli.main import main
-from totalfast.nnunet import predictor as predictor_module
+from totalfast.nnunet import prediction as prediction_module
 from totalfast.nnunet.export import INCOMPLETE
 
 from ..parity.nnunet_models import SyntheticModel
@@ -291,7 +291,7 @@ def test_an_output_that_cant_be_written_is_refused_before_any_prediction(
 ):
     model, images = single
     monkeypatch.setattr(
-        predictor_module, "predict_network_image", lambda *_, **__: pytest.fail("predicted")
+        prediction_module, "predict_network_image", lambda *_, **__: pytest.fail("predicted")
     )
     (tmp_path / "out/case1.nii.gz").mkdir(parents=True)
     code, _, err, _ = predict(model, images)
@@ -328,8 +328,8 @@ def test_memory_that_runs_out_on_the_device_moves_the_sums_to_the_cpu(single, mo
     (case,) = predictor._internal_get_data_iterator_from_lists_of_filenames(
         [[str(images / "case0_0000.nii.gz")]], None, None, 1
     )
-    expected = predictor._predict_case(case, save_probabilities=False)
-    predict, calls = predictor_module.predict_network_image, []
+    expected = prediction_module.predict_case(predictor, case, False)
+    predict, calls = prediction_module.predict_network_image, []
 
     def short_of_memory(image, own_model, tiling, **keywords):
         calls.append(tiling.on_device)
@@ -337,13 +337,15 @@ def test_memory_that_runs_out_on_the_device_moves_the_sums_to_the_cpu(single, mo
             raise torch.OutOfMemoryError
         return predict(image, own_model, tiling, **keywords)
 
-    monkeypatch.setattr(predictor_module, "predict_network_image", short_of_memory)
+    monkeypatch.setattr(prediction_module, "predict_network_image", short_of_memory)
     predictor.perform_everything_on_device = True
     with pytest.raises(torch.OutOfMemoryError):  # nothing else to try on a CPU
-        predictor._predict_case(case, save_probabilities=False)
+        prediction_module.predict_case(predictor, case, False)
     assert calls == [True]
+    own_model = predictor.model
+    monkeypatch.setattr(prediction_module, "_own_loop", lambda *_: own_model)
     predictor.device = torch.device("meta")  # any device that is no CPU
-    labels = predictor._predict_case(case, save_probabilities=False)
+    labels = prediction_module.predict_case(predictor, case, False)
     np.testing.assert_array_equal(labels, expected)
     assert calls[1:] == [True, False]
 

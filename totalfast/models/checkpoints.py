@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from totalfast.errors import WeightsError
+from totalfast.errors import MissingModelError, WeightsError
 from totalfast.models.model_files import advice, damaged, shortened
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def checkpoint_paths(
 
     Raises
     ------
-    WeightsError
+    MissingModelError
         If one is missing.
     """
     try:
@@ -69,7 +69,7 @@ def checkpoint_paths(
     except OSError as error:
         raise damaged(folder, f"it can't be read: {error}") from error
     if missing or not paths:
-        raise WeightsError(
+        raise MissingModelError(
             f"{folder} has no {', '.join(missing) or checkpoint_name}; "
             f"folds with this file: {', '.join(present) or 'none'}. {advice(folder)}"
         )

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os.path
 import reprlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from totalfast import upstream
-from totalfast.errors import WeightsError
+from totalfast.errors import MissingModelError, WeightsError
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -146,12 +147,14 @@ def read_json(path: Path) -> Entry:
 
     Raises
     ------
+    MissingModelError
+        If there is no such file.
     WeightsError
-        If it is missing, unreadable, no JSON, too large, or nested too deeply.
+        If it is unreadable, no JSON, too large, or nested too deeply.
     """
+    if not os.path.isfile(path):  # noqa: PTH113 - False also for names that the system refuses
+        raise MissingModelError(f"{path}: there is no such file. {advice(path)}")
     try:
-        if not path.is_file():
-            raise damaged(path, "there is no such file")
         if path.stat().st_size > MAX_BYTES:
             raise damaged(path, f"it has more than {MAX_BYTES // 1_000_000} MB")
         content = json.loads(path.read_bytes())

@@ -223,6 +223,7 @@ def case_from_array(
     """
     import torch
 
+    properties = dict(properties)  # programs may give the same one with several images
     if _is_default(model) and previous_stage is None:
         spacing = [float(mm) for mm in properties["spacing"]]
         prepared = to_network_image(image, spacing_mm=spacing, model=model)

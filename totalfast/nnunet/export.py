@@ -11,7 +11,9 @@ import numpy as np
 
 from totalfast.export import export_labels
 from totalfast.models.nnunet_calls import call_quietly
+from totalfast.nnunet.client_changes import has_ordinary_labels
 from totalfast.nnunet.file_checks import check_voxels
+from totalfast.nnunet.originals import convert_logits
 from totalfast.system.pending_files import PendingFiles
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ def export_prediction_from_logits(
     output_file_truncated: str,
     save_probabilities: bool = False,  # noqa: FBT001, FBT002 - nnU-Net's signature
     num_threads_torch: int = 8,
+    use_cropped_logits_resampling: bool = False,  # noqa: FBT001, FBT002 - TotalSegmentator's
     *,
     method: str = "auto",
 ) -> None:
@@ -56,6 +59,8 @@ def export_prediction_from_logits(
         Also write ``.npz`` and ``.pkl``. This uses nnU-Net's own function and needs its memory.
     num_threads_torch
         Number of threads for ``save_probabilities``.
+    use_cropped_logits_resampling
+        TotalSegmentator's parameter: its own function exports, which approximates the labels.
     method
         How labels are resampled, as in ``totalfast.export.export_labels``; "auto" gives nnU-Net's
         labels.
@@ -64,30 +69,18 @@ def export_prediction_from_logits(
     if isinstance(dataset, str):
         dataset = json.loads(Path(dataset).read_text())
     label_manager = plans_manager.get_label_manager(dataset)
-    if save_probabilities:
-        from nnunetv2.inference.export_prediction import (
-            convert_predicted_logits_to_segmentation_with_correct_shape,
-        )
-
-        segmentation, probabilities = convert_predicted_logits_to_segmentation_with_correct_shape(
-            predicted_array_or_file,
-            plans_manager,
-            configuration_manager,
-            label_manager,
-            properties_dict,
-            return_probabilities=True,
-            num_threads_torch=num_threads_torch,
-        )
-    else:
-        probabilities = None
-        segmentation = segmentation_from_logits(
-            predicted_array_or_file,
-            properties_dict,
-            configuration_manager,
-            plans_manager,
-            label_manager,
-            method=method,
-        )
+    ret = convert_predicted_logits_to_segmentation_with_correct_shape(
+        predicted_array_or_file,
+        plans_manager,
+        configuration_manager,
+        label_manager,
+        properties_dict,
+        save_probabilities,
+        num_threads_torch,
+        use_cropped_logits_resampling,
+        method=method,
+    )
+    segmentation, probabilities = ret if isinstance(ret, tuple) else (ret, None)
     write_segmentation(
         segmentation,
         Path(output_file_truncated),
@@ -95,6 +88,63 @@ def export_prediction_from_logits(
         plans_manager,
         dataset,
         probabilities=probabilities,
+    )
+
+
+def convert_predicted_logits_to_segmentation_with_correct_shape(
+    predicted_logits: torch.Tensor | NDArray[np.floating],
+    plans_manager: Untyped,
+    configuration_manager: Untyped,
+    label_manager: Untyped,
+    properties_dict: dict[str, Any],
+    return_probabilities: bool = False,  # noqa: FBT001, FBT002 - nnU-Net's signature
+    num_threads_torch: int = 8,
+    use_cropped_logits_resampling: bool = False,  # noqa: FBT001, FBT002 - TotalSegmentator's
+    *,
+    method: str = "auto",
+) -> NDArray[np.unsignedinteger] | tuple[NDArray[np.unsignedinteger], NDArray[np.floating]]:
+    """Turn logits into a segmentation of the image's size.
+
+    Replaces nnU-Net's function. Probabilities, and labels by another rule than argmax or sigmoid
+    above 0.5, are computed by nnU-Net's own function and need its memory.
+
+    Parameters
+    ----------
+    predicted_logits
+        Logits (classes, z, y, x) at the network's resolution.
+    plans_manager, configuration_manager, label_manager
+        nnU-Net's objects of the model.
+    properties_dict
+        The image's properties from nnU-Net's preprocessor.
+    return_probabilities
+        Also return the probabilities.
+    num_threads_torch, use_cropped_logits_resampling, method
+        As for ``export_prediction_from_logits``.
+
+    Returns
+    -------
+        Labels (z, y, x), or labels and probabilities (classes, z, y, x).
+    """
+    by_rule = has_ordinary_labels(label_manager) and not return_probabilities
+    if by_rule and not use_cropped_logits_resampling:
+        return segmentation_from_logits(
+            predicted_logits,
+            properties_dict,
+            configuration_manager,
+            plans_manager,
+            label_manager,
+            method=method,
+        )
+    more = (True,) if use_cropped_logits_resampling else ()
+    return convert_logits(  # type: ignore[no-any-return]
+        predicted_logits,
+        plans_manager,
+        configuration_manager,
+        label_manager,
+        properties_dict,
+        return_probabilities,
+        num_threads_torch,
+        *more,
     )
 
 

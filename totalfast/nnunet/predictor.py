@@ -2,6 +2,9 @@
 
 Importing this module imports nnU-Net's inference package, which takes seconds. totalfast's own
 pipeline does not import it.
+
+The methods in ``METHODS`` also work as methods of nnU-Net's own class: they call no ``super()`` and
+use only nnU-Net's attributes and the predictor's ``companion``.
 """
 
 from __future__ import annotations
@@ -9,57 +12,69 @@ from __future__ import annotations
 import copy
 import logging
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import replace
 from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
-from tqdm import tqdm
 
-from totalfast.backends import choose_backend
-from totalfast.engine.predict import predict_network_image
-from totalfast.engine.sliding_window import inference_settings, predict_labels, predict_logits
-from totalfast.engine.tiles import Tiling, plan_tiles
-from totalfast.errors import OutputError
-from totalfast.models.loading import load_model, tile_shape
-from totalfast.models.model import Model
+from totalfast.backends import choose_backend, keeps_weights
+from totalfast.engine.sliding_window import predict_labels
+from totalfast.errors import MissingModelError, WeightsError
+from totalfast.models.loading import load_model
 from totalfast.models.nnunet_calls import call_quietly
 from totalfast.models.weights import CHECKPOINT_NAME
-from totalfast.nnunet.cases import (
-    ahead,
-    case_from_array,
-    case_from_files,
-    check_channel_numbers,
-    list_cases,
-    network_image,
+from totalfast.nnunet.cases import ahead, case_from_array, check_channel_numbers, list_cases
+from totalfast.nnunet.client_changes import PREPARING_FUNCTIONS, changed_functions
+from totalfast.nnunet.client_model import Companion, companion, description
+from totalfast.nnunet.originals import original
+from totalfast.nnunet.prediction import (
+    attempt,
+    case_logits,
+    name_of,
+    predict_case,
+    prepared,
+    tiling,
+    write_case,
 )
-from totalfast.nnunet.export import write_segmentation
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
     from typing import TypeAlias
 
-    import numpy as np
+    import torch
     from numpy.typing import NDArray
 
-    Untyped: TypeAlias = Any
-    """nnU-Net's arguments and tqdm's bars, which have no types."""
+    from totalfast.backends import Backend
+    from totalfast.engine.tiles import Tiling
+    from totalfast.models.model import Model
+    from totalfast.nnunet.prediction import Result
 
-    Labels: TypeAlias = NDArray[np.unsignedinteger]
-    Result: TypeAlias = Labels | tuple[Labels, NDArray[np.floating]]
-    """A segmentation (z, y, x), or a segmentation and its probabilities (classes, z, y, x)."""
+    Untyped: TypeAlias = Any
+    """nnU-Net's arguments, which have no types."""
 
 logger = logging.getLogger(__name__)
+
+METHODS = (
+    "initialize_from_trained_model_folder",
+    "predict_logits_from_preprocessed_data",
+    "get_data_iterator_from_raw_npy_data",
+    "predict_from_data_iterator",
+    "predict_single_npy_array",
+    "predict_from_files_sequential",
+    "_manage_input_and_output_lists",
+    "_internal_get_data_iterator_from_lists_of_filenames",
+)
+"""Methods of nnU-Net's predictor that ``ArgmaxPredictor`` replaces."""
 
 
 class ArgmaxPredictor(nnUNetPredictor):  # type: ignore[misc] # nnU-Net is untyped
     """nnU-Net's predictor with safe loading, in one process, without all logits in memory.
 
-    Has nnU-Net's constructor, methods and results. Threads prepare and write the cases; numbers of
-    processes are accepted and ignored.
+    Has nnU-Net's constructor, attributes, methods and results. Threads prepare and write the cases;
+    numbers of processes are accepted and ignored. What a program changes on the predictor or in a
+    subclass changes the results as it changes nnU-Net's; where totalfast can't follow, nnU-Net's
+    own code runs and a warning says so once.
 
     Parameters
     ----------
@@ -71,7 +86,8 @@ class ArgmaxPredictor(nnUNetPredictor):  # type: ignore[misc] # nnU-Net is untyp
         gives nnU-Net's labels.
     trust_model
         Whether plans.json may name any class and function; see
-        ``totalfast.models.loading.load_model``.
+        ``totalfast.models.loading.load_model``. A model that totalfast can't load is then loaded
+        by nnU-Net, which runs code that its files may contain.
     on_failure
         Called with a case's name and the error if the case can't be read or predicted; the other
         cases follow, and the results are without this one. After an ``OutputError``, which would
@@ -89,11 +105,27 @@ class ArgmaxPredictor(nnUNetPredictor):  # type: ignore[misc] # nnU-Net is untyp
         **keywords: Untyped,
     ) -> None:
         call_quietly(super().__init__, *arguments, **keywords)
-        self.export = export
-        self.trust_model = trust_model
-        self.on_failure = on_failure
-        self.backend = choose_backend(backend, self.device)
-        self._model: Model | None = None
+        self._totalfast = Companion(
+            backend=choose_backend(backend, self.device),
+            export=export,
+            trust_model=trust_model,
+            on_failure=on_failure,
+        )
+
+    @property
+    def model(self) -> Model:
+        """The model that nnU-Net's attributes describe, with one network per fold."""
+        return self._totalfast.model(self)
+
+    @property
+    def backend(self) -> Backend:
+        """The backend that runs the networks."""
+        return self._totalfast.backend
+
+    @property
+    def tiling(self) -> Tiling:
+        """How tiles are placed, mirrored and weighted, from nnU-Net's attributes."""
+        return tiling(self)
 
     def initialize_from_trained_model_folder(
         self,
@@ -114,68 +146,52 @@ class ArgmaxPredictor(nnUNetPredictor):  # type: ignore[misc] # nnU-Net is untyp
 
         Raises
         ------
+        MissingModelError
+            If a file is missing; this is a FileNotFoundError too.
         WeightsError
-            If a file is missing or damaged, a checkpoint holds objects other than weights, or the
-            plans name unknown parts and are not trusted.
+            If a file is damaged, a checkpoint holds objects other than weights, or the plans name
+            unknown parts, and the model is not trusted.
         """
-        folds = [use_folds] if isinstance(use_folds, str) else use_folds
-        model = load_model(
-            Path(model_training_output_dir),
-            folds=folds,
-            device=self.device,
-            checkpoint_name=checkpoint_name,
-            backend=self.backend,
-            trust_model=self.trust_model,
-        )
-        self._model = model
+        own = companion(self)
+        folder = Path(model_training_output_dir)
+        try:
+            model = load_model(
+                folder,
+                folds=[use_folds] if isinstance(use_folds, str) else use_folds,
+                device=self.device,
+                checkpoint_name=checkpoint_name,
+                backend=own.backend,
+                trust_model=own.trust_model,
+            )
+        except MissingModelError:
+            raise
+        except WeightsError as error:
+            if not own.trust_model:
+                raise
+            if own.is_new(str(folder)):
+                logger.warning(
+                    "WARNING: nnU-Net loads %s, because totalfast can't: %s", folder, error
+                )
+            load = original(self, "initialize_from_trained_model_folder")
+            load(model_training_output_dir, use_folds, checkpoint_name)
+            return
         self.plans_manager = model.plans
         self.configuration_manager = model.configuration
         self.dataset_json = model.dataset
         self.label_manager = model.labels
         self.trainer_name = model.trainer_name
         self.allowed_mirroring_axes = model.mirroring_axes
-        self.network = model.networks[0]
-        self.list_of_parameters = [network.state_dict() for network in model.networks]
-
-    def manual_initialization(self, *arguments: Untyped, **keywords: Untyped) -> None:
-        """Use an existing network, like nnU-Net's trainer; see nnU-Net for the parameters."""
-        call_quietly(super().manual_initialization, *arguments, **keywords)
-        self._model = None
-
-    @property
-    def model(self) -> Model:
-        """The model that nnU-Net's attributes describe, with one network per fold."""
-        if self._model is None:
-            networks = []
-            for parameters in self.list_of_parameters or [self.network.state_dict()]:
-                network = copy.deepcopy(self.network)
-                network.load_state_dict(parameters)
-                networks.append(network.to(self.device).eval())
-            shape = tile_shape(self.plans_manager, self.configuration_manager, self.dataset_json)
-            self._model = Model(
-                folder=Path(self.plans_manager.dataset_name),
-                plans=self.plans_manager,
-                configuration=self.configuration_manager,
-                labels=self.label_manager,
-                dataset=self.dataset_json,
-                networks=tuple(networks),
-                forwards=tuple(self.backend(network, shape) for network in networks),
-                trainer_name=self.trainer_name,
-                mirroring_axes=self.allowed_mirroring_axes,
-                device=self.device,
-            )
-        return self._model
-
-    @property
-    def tiling(self) -> Tiling:
-        """How tiles are placed, mirrored and weighted, from nnU-Net's attributes."""
-        axes = self.allowed_mirroring_axes if self.use_mirroring else None
-        return Tiling(
-            step=self.tile_step_size,
-            gaussian=self.use_gaussian,
-            mirror_axes=tuple(axes or ()),
-            on_device=self.perform_everything_on_device,
-        )
+        # As in nnU-Net, the network and each fold's parameters have memory of their own: programs
+        # load the parameters into the network, one after another.
+        self.network = copy.deepcopy(model.networks[0])
+        self.list_of_parameters = [
+            {
+                name: tensor if keeps_weights(own.backend) else tensor.clone()
+                for name, tensor in network.state_dict().items()
+            }
+            for network in model.networks
+        ]
+        own.keep(model, self)
 
     def predict_labels_from_preprocessed_data(self, data: torch.Tensor) -> torch.Tensor:
         """Predict labels at network resolution, without all logits in memory.
@@ -194,6 +210,10 @@ class ArgmaxPredictor(nnUNetPredictor):  # type: ignore[misc] # nnU-Net is untyp
         """
         return predict_labels(self.model, data, self.tiling)
 
+    def predict_logits_from_preprocessed_data(self, data: torch.Tensor) -> torch.Tensor:
+        """Predict logits, float16, (classes, z, y, x), from an image (channels, z, y, x)."""
+        return case_logits(self, data)
+
     def get_data_iterator_from_raw_npy_data(
         self,
         image_or_list_of_images: NDArray[Any] | list[NDArray[Any]],
@@ -202,15 +222,23 @@ class ArgmaxPredictor(nnUNetPredictor):  # type: ignore[misc] # nnU-Net is untyp
         | None,
         properties_or_list_of_properties: dict[str, Any] | list[dict[str, Any]],
         truncated_ofname: str | list[str] | None,
-        num_processes: int = 0,
-    ) -> Iterator[dict[str, Any]]:
+        num_processes: int = 3,
+    ) -> Iterable[dict[str, Any]]:
         """Yield cases for ``predict_from_data_iterator``; a thread prepares the next case."""
+        if changed_functions(PREPARING_FUNCTIONS):
+            return original(self, "get_data_iterator_from_raw_npy_data")(  # type: ignore[no-any-return]
+                image_or_list_of_images,
+                segs_from_prev_stage_or_list_of_segs_from_prev_stage,
+                properties_or_list_of_properties,
+                truncated_ofname,
+                num_processes,
+            )
         images = _as_list(image_or_list_of_images)
         previous = _as_list(segs_from_prev_stage_or_list_of_segs_from_prev_stage, len(images))
         properties = _as_list(properties_or_list_of_properties)
         outputs = _as_list(truncated_ofname, len(images))
         cases = zip(images, previous, properties, outputs, strict=True)
-        return ahead(case_from_array(*case, self.model) for case in cases)
+        return ahead(case_from_array(*case, description(self)) for case in cases)
 
     def _manage_input_and_output_lists(
         self,
@@ -221,12 +249,12 @@ class ArgmaxPredictor(nnUNetPredictor):  # type: ignore[misc] # nnU-Net is untyp
         """nnU-Net's method, but it checks names, and forks no processes to list a folder."""
         source, ending = list_of_lists_or_source_folder, self.dataset_json["file_ending"]
         cases = list_cases(source, ending) if isinstance(source, str) else source
-        manage = super()._manage_input_and_output_lists
+        manage = original(self, "_manage_input_and_output_lists")
         lists = call_quietly(manage, cases, *arguments, **keywords)
         numbered = [True] * len(lists[0])
         for place, files in enumerate(lists[0] if isinstance(source, str) else []):
             numbered[place] = False
-            with self._attempt(Path(files[0]).name):
+            with attempt(self, Path(files[0]).name):
                 check_channel_numbers(files, ending)
                 numbered[place] = True
         return tuple(values and list(compress(values, numbered)) for values in lists)
@@ -238,6 +266,14 @@ class ArgmaxPredictor(nnUNetPredictor):  # type: ignore[misc] # nnU-Net is untyp
         output_filenames_truncated: list[str] | None,
         num_processes: int,
     ) -> Iterator[dict[str, Any]]:
+        if changed_functions(PREPARING_FUNCTIONS):
+            name = "_internal_get_data_iterator_from_lists_of_filenames"
+            return original(self, name)(  # type: ignore[no-any-return]
+                input_list_of_lists,
+                seg_from_prev_stage_files,
+                output_filenames_truncated,
+                num_processes,
+            )
         count = len(input_list_of_lists)
         cases = zip(
             input_list_of_lists,
@@ -245,35 +281,14 @@ class ArgmaxPredictor(nnUNetPredictor):  # type: ignore[misc] # nnU-Net is untyp
             _as_list(output_filenames_truncated, count),
             strict=True,
         )
-        return ahead(self._prepared(cases))
-
-    def _prepared(
-        self, cases: Iterable[tuple[list[str], str | None, str | None]]
-    ) -> Iterator[dict[str, Any]]:
-        for files, previous, output in cases:
-            case = None
-            with self._attempt(_name(output) or _name(files[0])):
-                case = case_from_files(files, previous, output, self.model)
-            if case is not None:
-                yield case
-
-    @contextmanager
-    def _attempt(self, case: str) -> Iterator[None]:
-        """Hand an error of one case to ``on_failure``, if there is such a function."""
-        try:
-            yield
-        except OutputError:
-            raise
-        except Exception as error:
-            if self.on_failure is None:
-                raise
-            self.on_failure(case, error)
+        return ahead(prepared(self, cases))
 
     def predict_from_data_iterator(
         self,
         data_iterator: Iterable[dict[str, Any]],
         save_probabilities: bool = False,  # noqa: FBT001, FBT002 - nnU-Net's signature
         num_processes_segmentation_export: int = 0,
+        use_cropped_logits_resampling: bool = False,  # noqa: FBT001, FBT002 - TotalSegmentator's
     ) -> list[Result | None]:
         """Predict prepared cases; a thread writes each case while the next one is predicted.
 
@@ -285,26 +300,36 @@ class ArgmaxPredictor(nnUNetPredictor):  # type: ignore[misc] # nnU-Net is untyp
             Also compute probabilities, with nnU-Net's own export.
         num_processes_segmentation_export
             Ignored.
+        use_cropped_logits_resampling
+            TotalSegmentator's parameter: run its own method, which approximates the labels.
 
         Returns
         -------
             Per case: None if it was written, else its segmentation (z, y, x), or with
             ``save_probabilities`` the pair of segmentation and probabilities.
         """
+        if use_cropped_logits_resampling:
+            return original(self, "predict_from_data_iterator")(  # type: ignore[no-any-return]
+                data_iterator,
+                save_probabilities,
+                num_processes_segmentation_export or 1,
+                True,  # noqa: FBT003
+            )
         results: list[Result | None] = []
         with ThreadPoolExecutor(1, thread_name_prefix="totalfast-write") as writer:
             writing = []
             for case in data_iterator:
-                result = None
-                with self._attempt(_name(case["ofile"])):
-                    result = self._predict_case(case, save_probabilities=save_probabilities)
-                if result is None:
+                predicted: list[Result | None] = []  # stays empty if the case fails
+                with attempt(self, name_of(case["ofile"])):
+                    predicted.append(predict_case(self, case, save_probabilities))
+                if not predicted:
                     continue
-                if case["ofile"] is None:
+                (result,) = predicted
+                if result is None or case["ofile"] is None:
                     results.append(result)
                     continue
                 results.append(None)
-                writing.append(writer.submit(self._write, result, case))
+                writing.append(writer.submit(write_case, self, result, case))
                 for earlier in writing[:-1]:  # at most one waits; errors are raised early
                     earlier.result()
             for last in writing:
@@ -318,98 +343,68 @@ class ArgmaxPredictor(nnUNetPredictor):  # type: ignore[misc] # nnU-Net is untyp
         segmentation_previous_stage: NDArray[Any] | None = None,
         output_file_truncated: str | None = None,
         save_or_return_probabilities: bool = False,  # noqa: FBT001, FBT002 - nnU-Net's signature
+        use_cropped_logits_resampling: bool = False,  # noqa: FBT001, FBT002 - TotalSegmentator's
     ) -> Result | None:
         """Predict one image, (channels, z, y, x); see nnU-Net for the parameters.
+
+        ``image_properties`` also gets nnU-Net's properties of the crop.
 
         Returns
         -------
             The result of ``predict_from_data_iterator`` for this case.
         """
+        image = (
+            input_image,
+            image_properties,
+            segmentation_previous_stage,
+            output_file_truncated,
+            save_or_return_probabilities,
+        )
+        if use_cropped_logits_resampling:
+            return original(self, "predict_single_npy_array")(*image, True)  # type: ignore[no-any-return] # noqa: FBT003
+        if changed_functions(PREPARING_FUNCTIONS):
+            return original(self, "predict_single_npy_array")(*image)  # type: ignore[no-any-return]
         case = case_from_array(
             input_image,
             segmentation_previous_stage,
             image_properties,
             output_file_truncated,
-            self.model,
+            description(self),
         )
-        (result,) = self.predict_from_data_iterator([case], save_or_return_probabilities)
-        return result
+        image_properties.update(case["data_properties"])
+        result = predict_case(self, case, save_or_return_probabilities)
+        if result is None or output_file_truncated is None:
+            return result
+        write_case(self, result, case)
+        return None
 
     def predict_from_files_sequential(
-        self, *arguments: Untyped, **keywords: Untyped
+        self,
+        list_of_lists_or_source_folder: str | list[list[str]],
+        output_folder_or_list_of_truncated_output_files: str | list[str] | None,
+        save_probabilities: bool = False,  # noqa: FBT001, FBT002 - nnU-Net's signature
+        overwrite: bool = True,  # noqa: FBT001, FBT002 - nnU-Net's signature
+        folder_with_segs_from_prev_stage: str | None = None,
+        use_cropped_logits_resampling: bool = False,  # noqa: FBT001, FBT002 - TotalSegmentator's
     ) -> list[Result] | None:
         """Like ``predict_from_files``, but return only results that were not written."""
-        results = self.predict_from_files(*arguments, **keywords)
+        if use_cropped_logits_resampling:
+            return original(self, "predict_from_files_sequential")(  # type: ignore[no-any-return]
+                list_of_lists_or_source_folder,
+                output_folder_or_list_of_truncated_output_files,
+                save_probabilities,
+                overwrite,
+                folder_with_segs_from_prev_stage,
+                True,  # noqa: FBT003
+            )
+        results = self.predict_from_files(
+            list_of_lists_or_source_folder,
+            output_folder_or_list_of_truncated_output_files,
+            save_probabilities,
+            overwrite,
+            folder_with_segs_from_prev_stage=folder_with_segs_from_prev_stage,
+        )
         return None if results is None else [result for result in results if result is not None]
-
-    def _predict_case(self, case: dict[str, Any], *, save_probabilities: bool) -> Result:
-        predict = self._with_probabilities if save_probabilities else self._labels
-        try:
-            with self._bar(case) as bar:
-                return predict(case, self.tiling, bar.update)
-        except torch.OutOfMemoryError:
-            if self.device.type == "cpu" or not self.tiling.on_device:
-                raise
-        # Outside of the except clause, which keeps the failed call's tensors alive.
-        logger.warning("WARNING: the GPU's memory is too small; the logits are summed on the CPU.")
-        with self._bar(case) as bar:
-            return predict(case, replace(self.tiling, on_device=False), bar.update)
-
-    def _labels(self, case: dict[str, Any], tiling: Tiling, on_tile: Callable[[], Any]) -> Labels:
-        return predict_network_image(
-            network_image(case, self.model),
-            self.model,
-            tiling,
-            on_tile=on_tile,
-            method=self.export,
-        )
-
-    def _with_probabilities(
-        self, case: dict[str, Any], tiling: Tiling, on_tile: Callable[[], Any]
-    ) -> tuple[NDArray[np.unsignedinteger], NDArray[np.floating]]:
-        from nnunetv2.inference.export_prediction import (
-            convert_predicted_logits_to_segmentation_with_correct_shape,
-        )
-
-        logits = predict_logits(self.model, case["data"], tiling, on_tile=on_tile)
-        with inference_settings(self.device):
-            segmentation, probabilities = (
-                convert_predicted_logits_to_segmentation_with_correct_shape(
-                    logits.numpy(),
-                    self.plans_manager,
-                    self.configuration_manager,
-                    self.label_manager,
-                    case["data_properties"],
-                    return_probabilities=True,
-                )
-            )
-        return segmentation, probabilities
-
-    def _bar(self, case: dict[str, Any]) -> Untyped:
-        shape = tuple(case["data"].shape[1:])
-        tiles = plan_tiles(shape, self.model.patch_size, self.tile_step_size)
-        name = _name(case["ofile"]) or "image"
-        return tqdm(total=tiles.count, desc=name, leave=False, disable=not self.allow_tqdm)
-
-    def _write(self, result: Result, case: dict[str, Any]) -> None:
-        segmentation, probabilities = result if isinstance(result, tuple) else (result, None)
-        try:
-            write_segmentation(
-                segmentation,
-                Path(case["ofile"]),
-                case["data_properties"],
-                self.plans_manager,
-                self.dataset_json,
-                probabilities=probabilities,
-            )
-        except OutputError as error:
-            if self.on_failure is not None:
-                self.on_failure(_name(case["ofile"]), error)
-            raise
-
-
-def _name(path: str | None) -> str:
-    return "" if path is None else Path(path).name
 
 
 def _as_list(one_or_more: Untyped, count: int = 1) -> list[Any]:
