@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import Any
 
 import benchmark_table
+import compare_dicom_readers
 import differences_table
 from readme import RESULTS, write_table
 
@@ -37,6 +38,7 @@ def main() -> None:
     """Write the tables."""
     benchmark_table.main()
     differences_table.main()
+    compare_dicom_readers.write_tables(stored("dicom_readers"))
     contents = {script: stored(name) for script, name in RESULTS_OF.items()}
     contents["benchmark_steps"] = stored("steps")["steps"]
     contents["ablation"] = [stored(name) for name in ABLATIONS]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pydicom
+from pydicom.datadict import tag_for_keyword
 from pydicom.dataset import FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
@@ -108,10 +109,20 @@ def write_multi_frame(
     """
     header = new_file(**{"SOPClassUID": ENHANCED_CT, "InstanceNumber": 1, **attributes})
     del header.RescaleSlope, header.RescaleIntercept
-    header.NumberOfFrames, header.Rows, header.Columns = voxels.shape
     order = range(len(voxels)) if order is None else order
+    header.NumberOfFrames, (header.Rows, header.Columns) = len(order), voxels.shape[1:]
     step = np.cross(orientation[:3], orientation[3:]) * spacing_mm[0]
     measures = {"PixelSpacing": list(spacing_mm[1:]), "SliceThickness": spacing_mm[0]}
+    organization = generate_uid()
+    header.DimensionOrganizationSequence = [_attributes(DimensionOrganizationUID=organization)]
+    header.DimensionIndexSequence = [
+        _attributes(
+            DimensionOrganizationUID=organization,
+            DimensionIndexPointer=tag_for_keyword(keyword),
+            FunctionalGroupPointer=tag_for_keyword("FrameContentSequence"),
+        )
+        for keyword in ("StackID", "InStackPositionNumber")
+    ]
     header.SharedFunctionalGroupsSequence = [
         _group(
             PlaneOrientationSequence={"ImageOrientationPatient": list(orientation)},
@@ -140,14 +151,15 @@ def write_multi_frame(
     return path
 
 
-def _group(**sequences) -> pydicom.Dataset:
+def _attributes(**values) -> pydicom.Dataset:
     item = pydicom.Dataset()
-    for keyword, values in sequences.items():
-        part = pydicom.Dataset()
-        for attribute, value in values.items():
-            setattr(part, attribute, value)
-        setattr(item, keyword, [part])
+    for keyword, value in values.items():
+        setattr(item, keyword, value)
     return item
+
+
+def _group(**sequences) -> pydicom.Dataset:
+    return _attributes(**{name: [_attributes(**values)] for name, values in sequences.items()})
 
 
 def _rescaling(values) -> dict[str, dict[str, object]]:

@@ -263,6 +263,27 @@ def test_one_of_several_series_is_chosen_by_number_or_uid(tmp_path):
         pass
 
 
+def test_slices_with_a_series_uid_each_are_one_series_if_they_form_a_volume(tmp_path, caplog):
+    folder = write_series(tmp_path / "ct", VOXELS)
+    expected, affine, _ = opened(folder)
+    for number, path in enumerate(sorted(folder.iterdir())):
+        header = dcmread(path)
+        header.SeriesInstanceUID = f"1.2.4.{number // 2}"
+        header.save_as(path)
+    actual, actual_affine, _ = opened(folder)
+    np.testing.assert_array_equal(actual, expected)
+    np.testing.assert_array_equal(actual_affine, affine)
+    assert "have 3 different values of SeriesInstanceUID" in caplog.text
+    (folder / "slice003.dcm").unlink()
+    assert "not evenly spaced" in refusal(folder)
+
+
+def test_reconstructions_of_one_series_are_named(tmp_path):
+    folder = write_series(tmp_path / "ct", VOXELS, ConvolutionKernel="B30f")
+    write_series(folder, VOXELS + 1, name="sharp", ConvolutionKernel="B70f")
+    assert "several reconstructions (ConvolutionKernel differs)" in refusal(folder)
+
+
 def test_files_that_are_no_slices_are_left_out_and_told(tmp_path, caplog):
     folder = write_series(tmp_path / "ct", VOXELS)
     expected, _, _ = opened(folder)

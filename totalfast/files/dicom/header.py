@@ -79,6 +79,7 @@ VALUES = (
     "DiffusionBValue",
     "AcquisitionNumber",
     "KVP",
+    "ConvolutionKernel",
 )
 SEQUENCES = (
     "SharedFunctionalGroupsSequence",
@@ -99,6 +100,7 @@ PHASES = (
     "FlipAngle",
     "DiffusionBValue",
     "KVP",
+    "ConvolutionKernel",
     "AcquisitionNumber",
     "ImageType",
     "FrameType",
@@ -120,6 +122,10 @@ class Slice:
         LPS, mm: the centre of the first voxel; direction cosines of a row and of a column.
     spacing_mm
         Distance between rows, and between columns.
+    dtype
+        Of the values before slope and intercept.
+    in_table
+        Whether the stored pixels are numbers of values in a table (ModalityLUTSequence).
     slope, intercept
         value = stored * slope + intercept.
     rescaled
@@ -141,6 +147,7 @@ class Slice:
     derived: bool
     shape: tuple[int, int]
     dtype: np.dtype[Any]
+    in_table: bool
     position: tuple[float, ...]
     orientation: tuple[float, ...]
     spacing_mm: tuple[float, ...]
@@ -290,18 +297,17 @@ def _slices(file: DicomFile, header: Dataset, pixel_bytes: int | None) -> Iterat
     rows, columns, frames = int(header.Rows), int(header.Columns), _frames(header)
     if rows <= 0 or columns <= 0:
         raise NotASlice("image of 0 pixels")
-    dtype = _dtype(header)
+    dtype = pixel_dtype(header)
     _check_pixels(file, header, pixel_bytes, rows * columns * frames, dtype)
     groups = list(header.get("PerFrameFunctionalGroupsSequence") or ())
     if frames > 1 and len(groups) != frames:
         raise NotASlice("many frames without a position per frame")
-    if "ModalityLUTSequence" in header and header.ModalityLUTSequence:
-        raise NotASlice("intensities in a table (ModalityLUTSequence)")
+    in_table = bool(header.get("ModalityLUTSequence"))
     shared = next(iter(header.get("SharedFunctionalGroupsSequence") or ()), None)
     for frame in range(frames):
         own = groups[frame] if frame < len(groups) else None
         places = [place for place in (own, shared) if place is not None]
-        slope, intercept, rescaled = _rescale(header, places)
+        slope, intercept, rescaled = (1.0, 0.0, True) if in_table else _rescale(header, places)
         yield Slice(
             file=file,
             frame=frame,
@@ -313,7 +319,8 @@ def _slices(file: DicomFile, header: Dataset, pixel_bytes: int | None) -> Iterat
             kind=str(header.get("SOPClassUID") or ""),
             derived="DERIVED" in kinds[:1],
             shape=(rows, columns),
-            dtype=dtype,
+            dtype=np.dtype(np.uint16) if in_table else dtype,
+            in_table=in_table,
             position=_geometry(header, places, "PlanePositionSequence", "ImagePositionPatient", 3),
             orientation=_cosines(header, places),
             spacing_mm=_spacing(header, places),
@@ -343,7 +350,8 @@ def _number(value: object) -> int | None:
     return int(items[0]) if len(items) == 1 else None
 
 
-def _dtype(header: Dataset) -> np.dtype[Any]:
+def pixel_dtype(header: Dataset) -> np.dtype[Any]:
+    """The kind of the stored pixels."""
     bits = int(header.get("BitsAllocated") or 0)
     if bits not in (8, 16, 32):
         raise NotASlice("pixels that do not have 8, 16 or 32 bits")

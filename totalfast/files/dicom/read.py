@@ -12,8 +12,9 @@ import numpy as np
 from totalfast.errors import OutputError, TotalfastError
 from totalfast.files.dicom.find import DicomFile, damage_refused, errors_of_damage, open_source
 from totalfast.files.dicom.header import NotASlice, read_slices
+from totalfast.files.dicom.pixels import read_planes
 from totalfast.files.dicom.series import choose_series, choose_volume, find_slices
-from totalfast.files.dicom.voxels import image_of, read_planes
+from totalfast.files.dicom.voxels import image_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

@@ -97,6 +97,9 @@ def choose_series(
 ) -> list[Slice]:
     """Take the slices of one series, which must be the only one, or is the wanted one.
 
+    Anonymisers give each file its own UID. If no series has enough slices, all are taken; whether
+    they form a volume is decided by their positions.
+
     Parameters
     ----------
     source
@@ -126,6 +129,14 @@ def choose_series(
             "series."
         )
     volumes = [part for part in by_uid.values() if len(part) >= FEWEST_SLICES]
+    if wanted is None and not volumes and len(slices) >= FEWEST_SLICES:
+        logger.warning(
+            "WARNING: The slices of %s have %d different values of SeriesInstanceUID, none of them "
+            "enough for a volume; they are read as one series.",
+            source,
+            len(by_uid),
+        )
+        return list(slices)
     if wanted is not None:
         chosen = [
             part for uid, part in by_uid.items() if wanted in (uid, part[0].number) and wanted
@@ -296,6 +307,7 @@ def _phases(places: Sequence[Sequence[Slice]]) -> str:
         "DiffusionBValue": "several b-values",
         "InversionTime": "several inversion times",
         "KVP": "several energies",
+        "ConvolutionKernel": "several reconstructions",
         "AcquisitionNumber": "several acquisitions or time points",
         "ImageType": "several kinds of images, such as phase and magnitude",
         "FrameType": "several kinds of images, such as phase and magnitude",

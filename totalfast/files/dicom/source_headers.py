@@ -40,8 +40,8 @@ MAY_BE_EMPTY = (
 )
 """Attributes of type 2: they must be present, and an empty value means unknown."""
 
-ONE_PER_SERIES = ("StudyInstanceUID", "PatientID", "FrameOfReferenceUID")
-"""Attributes that all slices share; a result would belong to one of several studies or patients."""
+ONE_PER_SERIES = ("SeriesInstanceUID", "StudyInstanceUID", "PatientID", "FrameOfReferenceUID")
+"""Attributes that all slices share; a result belongs to one series, study and patient."""
 
 CHECKED = frozenset({"AS", "CS", "DA", "DT", "TM", "UI"})
 """Kinds of values whose form is checked, because the writers refuse invalid ones."""

@@ -1,0 +1,171 @@
+"""Read the stored pixels of slices, decoded, with memory that is bounded by their headers."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from totalfast.errors import InputError
+from totalfast.files.dicom.codestream import compressed_sizes, rle_is_too_long
+from totalfast.files.dicom.find import errors_of_damage, values_unchecked
+from totalfast.files.dicom.header import LONGEST_HEADER, inflate, pixel_dtype
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+    from pydicom import Dataset
+    from pydicom.pixels.decoders.base import Decoder
+
+    from totalfast.files.dicom.header import Slice
+
+PIXELS = (
+    "SamplesPerPixel",
+    "PhotometricInterpretation",
+    "NumberOfFrames",
+    "Rows",
+    "Columns",
+    "BitsAllocated",
+    "BitsStored",
+    "HighBit",
+    "PixelRepresentation",
+    "ModalityLUTSequence",
+    "PixelData",
+    "ExtendedOffsetTable",
+    "ExtendedOffsetTableLengths",
+)
+"""Attributes that are read for the pixels."""
+
+
+def read_planes(source: Path, slices: Sequence[Slice]) -> Iterator[tuple[Slice, NDArray[Any]]]:
+    """Read the stored pixels (row, column) of slices; a file of many frames is read once."""
+    opened: tuple[object, Dataset | None] = (None, None)
+    for each in slices:
+        if opened[0] is not each.file or opened[1] is None:
+            opened = (each.file, _open_pixels(source, each))
+        yield each, _decode(source, opened[1], each)  # type: ignore[arg-type]
+
+
+def _open_pixels(source: Path, each: Slice) -> Dataset:
+    from pydicom import dcmread
+
+    voxels = each.shape[0] * each.shape[1] * each.frames
+    with each.file.open() as stream:
+        inflated, all_of_it = inflate(stream, LONGEST_HEADER + voxels * each.dtype.itemsize)
+        if not all_of_it:
+            raise InputError(
+                f"{source}: {each.file.name} unpacks to more data than its "
+                f"{each.frames} x {each.shape[1]} x {each.shape[0]} pixels need; it was not read."
+            )
+        with values_unchecked():
+            return dcmread(inflated, force=True, specific_tags=list(PIXELS))
+
+
+def _decode(source: Path, opened: Dataset, each: Slice) -> NDArray[Any]:
+    """Decode one plane; its values are those that BitsStored and HighBit promise."""
+    from pydicom.pixels.processing import apply_modality_lut
+
+    decoder = _decoder(source, opened, each)
+    syntax = opened.file_meta.TransferSyntaxUID
+    try:
+        if syntax.is_encapsulated:
+            _check_compressed(source, opened, each)
+        plane = decoder.as_array(opened, index=each.frame, raw=True)[0]
+    except InputError:
+        raise
+    except errors_of_damage() as error:
+        others = _packages(decoder)
+        raise InputError(
+            f"{source}: the pixels of {each.file.name} ({syntax.name}) are damaged, or of a kind "
+            f"that the installed decoders can't read ({type(error).__name__})."
+            + (f" Other decoders: {others}." if others else "")
+        ) from error
+    expected = pixel_dtype(opened)
+    if plane.shape != each.shape or not np.can_cast(plane.dtype, expected):
+        raise InputError(
+            f"{source}: {each.file.name} has {' x '.join(map(str, plane.shape))} pixels of type "
+            f"{plane.dtype} instead of {' x '.join(map(str, each.shape))} of type {expected}."
+        )
+    plane = _sign_extended(plane, opened)
+    return apply_modality_lut(plane, opened) if each.in_table else plane
+
+
+def _decoder(source: Path, opened: Dataset, each: Slice) -> Decoder:
+    """Return pydicom's decoder for a file; the file gets a transfer syntax if it has none."""
+    from pydicom.pixels.decoders.base import get_decoder
+    from pydicom.uid import ExplicitVRBigEndian, ImplicitVRLittleEndian
+
+    if "TransferSyntaxUID" not in opened.file_meta:
+        little = opened.original_encoding[1] is not False
+        opened.file_meta.TransferSyntaxUID = (
+            ImplicitVRLittleEndian if little else ExplicitVRBigEndian
+        )
+    syntax = opened.file_meta.TransferSyntaxUID
+    try:
+        decoder = get_decoder(syntax)
+    except NotImplementedError as error:
+        raise InputError(
+            f"{source}: pydicom has no decoder for the transfer syntax of {each.file.name} "
+            f"({syntax.name}); convert the series, for example with gdcmconv --raw."
+        ) from error
+    if not decoder.is_available:
+        raise InputError(
+            f"{source}: {each.file.name} is compressed ({syntax.name}); to read it, install "
+            f"{_packages(decoder)}."
+        )
+    return decoder
+
+
+def _packages(decoder: Decoder) -> str:
+    """The packages with which pydicom could use further decoders."""
+    needs = [text.partition(" - requires ")[2] or text for text in decoder.missing_dependencies]
+    return " or ".join(needs).replace("gdcm>", "python-gdcm>")
+
+
+def _check_compressed(source: Path, opened: Dataset, each: Slice) -> None:
+    """Refuse a plane that would unpack to another size than the header's."""
+    from pydicom.encaps import get_frame
+    from pydicom.uid import RLELossless
+
+    table, lengths = opened.get("ExtendedOffsetTable"), opened.get("ExtendedOffsetTableLengths")
+    plane = get_frame(
+        opened.PixelData,
+        each.frame,
+        number_of_frames=each.frames,
+        extended_offsets=(table, lengths) if table and lengths else None,
+    )
+    if opened.file_meta.TransferSyntaxUID == RLELossless:
+        if rle_is_too_long(plane, math.prod(each.shape) * each.dtype.itemsize):
+            raise InputError(
+                f"{source}: {each.file.name} has {len(plane)} bytes of compressed pixels for "
+                f"{' x '.join(map(str, each.shape))} pixels; it was not read."
+            )
+        return
+    sizes = compressed_sizes(plane)
+    if not sizes:
+        raise InputError(
+            f"{source}: the compressed pixels of {each.file.name} have no size; they are damaged."
+        )
+    for rows, columns, samples in sizes:
+        if (rows, columns, samples) != (*each.shape, 1):
+            raise InputError(
+                f"{source}: {each.file.name} has compressed pixels for {rows} x {columns} x "
+                f"{samples}, but its header promises {' x '.join(map(str, each.shape))} x 1; it "
+                "was not read."
+            )
+
+
+def _sign_extended(plane: NDArray[Any], header: Dataset) -> NDArray[Any]:
+    """Repeat the sign bit in the unused high bits, where a scanner left them 0.
+
+    dicom2nifti does the same; pydicom does not.
+    """
+    stored, high = int(header.BitsStored), int(header.HighBit)
+    if plane.dtype.kind != "i" or stored >= plane.dtype.itemsize * 8 or high != stored - 1:
+        return plane
+    if plane.max(initial=0) < 1 << high:
+        return plane
+    return np.where(plane < 1 << high, plane, plane | np.array(-1 << high, plane.dtype))
