@@ -1,0 +1,317 @@
+"""What programs do with nnU-Net's predictor has the same effect on ``ArgmaxPredictor``."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from nnunetv2.inference import predict_from_raw_data
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
+
+from totalfast import ArgmaxPredictor, WeightsError
+from totalfast.nnunet import prediction as prediction_module
+
+from .nnunet_models import SyntheticModel
+
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """The folder of a model with two folds and mirroring, an image, its properties, a folder."""
+    synthetic, folder = SyntheticModel(folds=2, mirroring=(2,)), tmp_path_factory.mktemp("model")
+    images = synthetic.write_images(folder / "images")
+    path = synthetic.write(folder)
+    reader = loaded(nnUNetPredictor, path).plans_manager.image_reader_writer_class()
+    image, properties = reader.read_images((str(images / "case0_0000.nii.gz"),))
+    return path, image[:, :18, :28, :24], properties, images
+
+
+def loaded(kind, folder, folds=(0, 1), **settings):
+    predictor = kind(device=CPU, allow_tqdm=False, **settings)
+    predictor.initialize_from_trained_model_folder(str(folder), folds)
+    return predictor
+
+
+def labels(predictor, model):
+    _, image, properties, _ = model
+    return predictor.predict_single_npy_array(image, dict(properties), None, None, False)  # noqa: FBT003
+
+
+def network_input(model):
+    _, image, *_ = model
+    return torch.from_numpy(image[:, :24, :30, :20].astype(np.float32) / 100)
+
+
+def equal_for_both(change, model, *, folds=(0, 1)):
+    """Apply a change to a predictor of each kind; both must give the same labels."""
+    results = []
+    for kind in (nnUNetPredictor, ArgmaxPredictor):
+        predictor = loaded(kind, model[0], folds)
+        unchanged = labels(predictor, model)
+        changed = change(predictor)
+        results.append((unchanged, labels(changed or predictor, model)))
+    (theirs, theirs_changed), (ours, ours_changed) = results
+    np.testing.assert_array_equal(ours, theirs)
+    np.testing.assert_array_equal(ours_changed, theirs_changed)
+    assert (theirs != theirs_changed).any(), "the change has no effect, so nothing was tested"
+
+
+def test_logits_of_folds_do_not_change_later_labels(model):
+    theirs, ours = (loaded(kind, model[0]) for kind in (nnUNetPredictor, ArgmaxPredictor))
+    data = network_input(model)
+    for _ in range(2):
+        logits = [p.predict_logits_from_preprocessed_data(data) for p in (theirs, ours)]
+        torch.testing.assert_close(logits[1], logits[0], rtol=0, atol=0)
+        np.testing.assert_array_equal(labels(ours, model), labels(theirs, model))
+
+
+def test_parameters_can_be_loaded_into_the_network_one_after_another(model):
+    theirs, ours = (loaded(kind, model[0]) for kind in (nnUNetPredictor, ArgmaxPredictor))
+    expected, data = labels(ours, model), network_input(model)
+    for index in (1, 0):
+        logits = []
+        for predictor in (theirs, ours):
+            predictor.network.load_state_dict(predictor.list_of_parameters[index])
+            logits.append(predictor.predict_sliding_window_return_logits(data))
+        torch.testing.assert_close(logits[1], logits[0], rtol=0, atol=0)
+    np.testing.assert_array_equal(labels(ours, model), expected)
+
+
+def fewer_folds(predictor):
+    predictor.list_of_parameters = predictor.list_of_parameters[1:2]
+
+
+def other_weights(predictor):
+    with torch.no_grad():
+        for tensor in predictor.list_of_parameters[0].values():
+            tensor.mul_(-1)
+
+
+def other_network(predictor):
+    other = copy.deepcopy(predictor.network)
+    for part in other.modules():
+        if isinstance(part, torch.nn.LeakyReLU):
+            part.negative_slope = 0.9
+    predictor.network = other
+
+
+def other_layers(predictor):
+    for part in predictor.network.modules():
+        if isinstance(part, torch.nn.LeakyReLU):
+            part.negative_slope = 0.9
+
+
+def hooks(predictor):
+    predictor.network.register_forward_hook(lambda module, inputs, output: output.flip(1))
+
+
+def own_forward(predictor):
+    forward = predictor.network.forward
+    predictor.network.forward = lambda tile: forward(tile).flip(1)
+
+
+def no_mirroring(predictor):
+    predictor.use_mirroring = False
+
+
+def other_mirroring(predictor):
+    predictor.allowed_mirroring_axes = (1,)
+
+
+def other_steps(predictor):
+    predictor.tile_step_size = 0.25
+
+
+def no_gaussian(predictor):
+    predictor.use_gaussian = False
+
+
+class Reversed(LabelManager):
+    """Labels by the lowest logit."""
+
+    def convert_logits_to_segmentation(self, predicted_logits):
+        return super().convert_logits_to_segmentation(-predicted_logits)
+
+
+def other_label_manager(predictor):
+    own = predictor.label_manager
+    predictor.label_manager = Reversed(own.label_dict, own.regions_class_order)
+
+
+def other_patch_size(predictor):
+    predictor.configuration_manager.configuration["patch_size"] = [16, 16, 16]
+
+
+CHANGES = (
+    fewer_folds,
+    other_weights,
+    other_network,
+    other_layers,
+    hooks,
+    own_forward,
+    no_mirroring,
+    other_mirroring,
+    other_steps,
+    no_gaussian,
+    other_label_manager,
+    other_patch_size,
+)
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_changed_attributes(change, model):
+    equal_for_both(change, model)
+
+
+OVERRIDES = {
+    "_internal_maybe_mirror_and_predict": lambda result: result.flip(1),
+    "predict_logits_from_preprocessed_data": lambda result: result.flip(0),
+    "predict_sliding_window_return_logits": lambda result: result.flip(0),
+    "_internal_predict_sliding_window_return_logits": lambda result: result.flip(0),
+    "_internal_get_sliding_window_slicers": lambda result: result + result[:1],
+}
+"""Name of a method, and what a program makes of its result."""
+
+
+@pytest.mark.parametrize("name", OVERRIDES)
+@pytest.mark.parametrize("by", ["subclass", "instance"])
+def test_overridden_methods(model, name, by, caplog):
+    def change(predictor):
+        method = getattr(type(predictor), name)
+
+        def changed(self, *arguments):
+            return OVERRIDES[name](method(self, *arguments))
+
+        if by == "subclass":
+            return loaded(type("Own", (type(predictor),), {name: changed}), model[0])
+        setattr(predictor, name, changed.__get__(predictor))
+        return None
+
+    equal_for_both(change, model)
+    assert caplog.text.count("nnU-Net's own code runs") == 1
+
+
+def test_methods_replaced_in_nnunets_class(model, monkeypatch):
+    name = "_internal_maybe_mirror_and_predict"
+    before, method = (
+        labels(loaded(ArgmaxPredictor, model[0]), model),
+        getattr(nnUNetPredictor, name),
+    )
+    monkeypatch.setattr(nnUNetPredictor, name, lambda *arguments: method(*arguments).flip(1))
+    theirs, ours = (
+        labels(loaded(kind, model[0]), model) for kind in (nnUNetPredictor, ArgmaxPredictor)
+    )
+    assert (before != theirs).any()
+    np.testing.assert_array_equal(ours, theirs)
+
+
+def test_replaced_functions(model, monkeypatch):
+    def gaussian(tile_size, *_, device, **__):
+        weights = torch.rand(tile_size, generator=torch.Generator().manual_seed(1)) + 0.1
+        return weights.half().to(device)
+
+    gaussian.cache_clear = lambda: None
+    before = labels(loaded(ArgmaxPredictor, model[0]), model)
+    monkeypatch.setattr(predict_from_raw_data, "compute_gaussian", gaussian)
+    theirs, ours = (
+        labels(loaded(kind, model[0]), model) for kind in (nnUNetPredictor, ArgmaxPredictor)
+    )
+    assert (before != theirs).any()
+    np.testing.assert_array_equal(ours, theirs)
+
+
+def test_replaced_export(model, monkeypatch, tmp_path):
+    written = []
+    monkeypatch.setattr(
+        predict_from_raw_data,
+        "export_prediction_from_logits",
+        lambda *arguments: written.append(arguments[5]),
+    )
+    predictor = loaded(ArgmaxPredictor, model[0])
+    assert predictor.predict_from_files(str(model[3]), str(tmp_path)) == [None, None]
+    assert written == [str(tmp_path / "case0"), str(tmp_path / "case1")]
+
+
+def test_one_dict_of_properties_for_several_images(model, tmp_path):
+    _, image, properties, _ = model
+    images = [image, image[:, 3:, :, 4:], image[:, :, 5:]]
+    shared = {"spacing": properties["spacing"]}
+    ours = loaded(ArgmaxPredictor, model[0])
+    for probabilities in (False, True):
+        results = ours.predict_from_list_of_npy_arrays(
+            images, None, [shared] * 3, None, save_probabilities=probabilities
+        )
+        for one, result in zip(images, results, strict=True):
+            expected = loaded(nnUNetPredictor, model[0]).predict_single_npy_array(
+                one, dict(shared), None, None, probabilities
+            )
+            np.testing.assert_equal(result, expected)
+
+
+def test_data_in_a_file(model, tmp_path):
+    ours = loaded(ArgmaxPredictor, model[0])
+    (case,) = ours.get_data_iterator_from_raw_npy_data(model[1], None, dict(model[2]), None)
+    path = tmp_path / "data.npy"
+    np.save(path, case["data"].numpy())
+    (result,) = ours.predict_from_data_iterator([case | {"data": str(path)}])
+    np.testing.assert_array_equal(result, labels(ours, model))
+    assert not path.exists()  # as with nnU-Net
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [copy.deepcopy, lambda predictor: pickle.loads(pickle.dumps(predictor))],  # noqa: S301
+)
+def test_predictors_can_be_copied_and_pickled(model, copied):
+    predictor = loaded(ArgmaxPredictor, model[0])
+    expected = labels(predictor, model)
+    np.testing.assert_array_equal(labels(copied(predictor), model), expected)
+
+
+def test_positional_arguments_of_the_sequential_method(model, tmp_path):
+    ours = loaded(ArgmaxPredictor, model[0])
+    arguments = [[str(model[3] / "case0_0000.nii.gz")]], [str(tmp_path / "x")], False, True, None
+    assert ours.predict_from_files_sequential(*arguments) == []
+    assert (tmp_path / "x.nii.gz").exists()
+
+
+def test_a_missing_checkpoint_is_a_missing_file(model):
+    with pytest.raises(FileNotFoundError) as caught:
+        loaded(ArgmaxPredictor, model[0], folds=(7,))
+    assert isinstance(caught.value, WeightsError)
+    with pytest.raises(FileNotFoundError):
+        loaded(ArgmaxPredictor, model[0] / "nowhere")
+
+
+def test_a_network_that_cant_be_copied(model):
+    class NoCopy(type(loaded(ArgmaxPredictor, model[0]).network)):
+        def __deepcopy__(self, memo):
+            raise TypeError("can't be copied")
+
+    def change(predictor):
+        predictor.network.__class__ = NoCopy
+        predictor.list_of_parameters = predictor.list_of_parameters[:1]
+
+    equal_for_both(change, model)
+
+
+def test_the_changes_run_without_totalfasts_loop_only_if_needed(model, monkeypatch):
+    """A subclass that changes the finished logits still has totalfast's sliding window."""
+    calls = []
+    predict = prediction_module.predict_logits
+    monkeypatch.setattr(
+        prediction_module, "predict_logits", lambda *a, **k: calls.append(1) or predict(*a, **k)
+    )
+
+    class Own(ArgmaxPredictor):
+        def predict_logits_from_preprocessed_data(self, data):
+            return super().predict_logits_from_preprocessed_data(data) + 1
+
+    labels(loaded(Own, model[0]), model)
+    assert calls == [1]
