@@ -19,12 +19,16 @@ if TYPE_CHECKING:
     import nibabel as nib
     from typing_extensions import Unpack
 
+    from totalfast.files.dicom.read import SeriesSource
     from totalfast.labels.statistics import Statistics
     from totalfast.options import SegmentKeywords
-    from totalfast.run.results import Segmentation
 
 
 logger = logging.getLogger(__name__)
+
+TRAINED_ON = {"total": "CT", "total_mr": "MR"}
+OTHER_MODALITY = {("total", "MR"): "total_mr", ("total_mr", "CT"): "total"}
+"""The tasks that exist for both modalities; the one that fits, for a task and another modality."""
 
 
 class Session:
@@ -40,6 +44,10 @@ class Session:
     max_models
         Maximum number of models that stay loaded between calls; then the least recently used one is
         freed. None sets no limit.
+    follow_modality
+        Run task total_mr instead of total on DICOM MR, and total instead of total_mr on DICOM CT,
+        as TotalSegmentator's command does. False keeps the task, with a warning, as its Python call
+        keeps it.
 
     Notes
     -----
@@ -61,8 +69,10 @@ class Session:
         device: str = "gpu",
         keep_models: bool = True,
         max_models: int | None = MAX_MODELS,
+        follow_modality: bool = False,
     ) -> None:
         self.device = validate_device(device)
+        self.follow_modality = follow_modality
         self.models = ModelStore(keep=keep_models, max_models=max_models)
 
     def __enter__(self) -> Session:
@@ -82,63 +92,92 @@ class Session:
         **keywords: Unpack[SegmentKeywords],
     ) -> nib.Nifti1Image | tuple[nib.Nifti1Image, Statistics]:
         """Segment one scan; arguments and result are those of ``totalfast.segment``."""
-        from totalfast.files.dicom.read import open_series, refuse_slices
-        from totalfast.files.dicom.write import check_packages, check_series
+        from totalfast.files.dicom.read import SeriesSource
         from totalfast.files.read import is_dicom
-        from totalfast.run.pipeline import run
 
         self.models.check()
-        options = Options.from_keywords({"device": self.device, **keywords})
+        keywords = {"device": self.device, **keywords}
+        if not is_dicom(input):
+            return self._segment(input, output, keywords)
+        with SeriesSource(Path(input), wanted=keywords.get("series")) as opened:
+            if self.follow_modality:
+                keywords["task"] = _task_of_modality(keywords.get("task", "total"), opened)
+            return self._segment(input, output, keywords, opened)
+
+    def _segment(
+        self,
+        source: str | Path | nib.Nifti1Image | BinaryIO,
+        output: str | Path | None,
+        keywords: SegmentKeywords,
+        opened: SeriesSource | None = None,
+    ) -> nib.Nifti1Image | tuple[nib.Nifti1Image, Statistics]:
+        """Check everything that can be checked before the network runs, then run."""
+        from totalfast.files.dicom.read import refuse_slices
+        from totalfast.files.dicom.write import check_packages, check_series
+        from totalfast.run.pipeline import run
+
+        options = Options.from_keywords(keywords)
         target = None if output is None else Path(output)
-        check_radiomics(input, target, options)
-        if options.dicom_types and not is_dicom(input):
+        check_radiomics(source, target, options)
+        if options.dicom_types and opened is None:
             raise OptionError(
                 "To use output type dicom_rtstruct or dicom_seg you also have to use a Dicom "
                 "image as input."
             )
-        if options.series is not None and not is_dicom(input):
+        if options.series is not None and opened is None:
             raise OptionError(f"series ({options.series}) can only be chosen for DICOM input.")
         check_packages(options.dicom_types)
         outputs = OutputPlan.of(target, options.resolved_task(), options)
-        outputs.check(input)
+        outputs.check(source)
         with working(), PendingFiles(rescue_from=outputs.folder) as files:
             files.prepare(outputs.paths)
-            if not is_dicom(input):
-                return _result(run(input, outputs, options=options, store=self.models, files=files))
-            refuse_slices(outputs.paths)
-            with open_series(Path(input), wanted=options.series) as series:
+            series = None
+            if opened is not None:
+                refuse_slices(outputs.paths)
+                series = opened.series()
                 _warn_of_modality(options.task, series.modality)
                 check_series(series, options.dicom_types)
-                return _result(
-                    run(
-                        series.image,
-                        outputs,
-                        options=options,
-                        store=self.models,
-                        files=files,
-                        series=series,
-                    )
-                )
+            segmentation = run(
+                source if series is None else series.image,
+                outputs,
+                options=options,
+                store=self.models,
+                files=files,
+                series=series,
+            )
+        if segmentation.statistics is None:
+            return segmentation.image
+        return segmentation.image, segmentation.statistics
+
+
+def _task_of_modality(task: str, opened: SeriesSource) -> str:
+    """Return total for CT and total_mr for MR; other tasks and modalities keep the task."""
+    if task not in TRAINED_ON:
+        return task
+    modality = opened.modality or ""
+    fitting = OTHER_MODALITY.get((task, modality))
+    if fitting is None:
+        return task
+    logger.warning(
+        "WARNING: you tried to run %s model, but input modality is %s. Will run %s model instead.",
+        TRAINED_ON[task],
+        modality,
+        modality,
+    )
+    return fitting
 
 
 def _warn_of_modality(task: str, modality: str) -> None:
     """Warn if the task is for the other modality; upstream's Python call keeps the task, too."""
-    fitting = {("total", "MR"): "total_mr", ("total_mr", "CT"): "total"}.get((task, modality))
+    fitting = OTHER_MODALITY.get((task, modality))
     if fitting is not None:
         logger.warning(
             "WARNING: The input's modality is %s, but task %s was trained on %s. Use task %s.",
             modality,
             task,
-            "CT" if modality == "MR" else "MR",
+            TRAINED_ON[task],
             fitting,
         )
-
-
-def _result(segmentation: Segmentation) -> nib.Nifti1Image | tuple[nib.Nifti1Image, Statistics]:
-    """Return the label map, or with ``statistics`` the pair (label map, statistics)."""
-    if segmentation.statistics is None:
-        return segmentation.image
-    return segmentation.image, segmentation.statistics
 
 
 @functools.cache

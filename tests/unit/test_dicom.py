@@ -12,10 +12,13 @@ import pytest
 from pydicom import dcmread
 from totalsegmentator.dicom_io import dcm_to_nifti
 
+import totalfast
 from tests.dicom_series import AXIAL, new_file, write_multi_frame, write_series
 from totalfast import InputError, OptionError, TotalfastError
-from totalfast.cli.segment import task_of_modality
+from totalfast.cli.parser import build_parser
+from totalfast.cli.segment import segment_scan
 from totalfast.files.dicom import find as dicom_files
+from totalfast.files.dicom.header import read_slices
 from totalfast.files.dicom.read import open_series
 from totalfast.files.read import read_image
 
@@ -200,6 +203,23 @@ def test_frames_are_ordered_by_position_with_their_own_or_a_shared_rescaling(tmp
         np.testing.assert_array_equal(actual_affine, affine)
 
 
+class Stopped(Exception):
+    pass
+
+
+@pytest.fixture
+def tasks(monkeypatch):
+    """The tasks of runs, which stop before they begin."""
+    started = []
+
+    def run(*_, options, **__):
+        started.append(options.task)
+        raise Stopped
+
+    monkeypatch.setattr("totalfast.run.pipeline.run", run)
+    return started
+
+
 @pytest.mark.parametrize(
     ("asked", "modality", "expected"),
     [
@@ -210,10 +230,44 @@ def test_frames_are_ordered_by_position_with_their_own_or_a_shared_rescaling(tmp
         ("body", "MR", "body"),
     ],
 )
-def test_command_selects_the_task_of_the_modality(tmp_path, asked, modality, expected):
-    folder = write_series(tmp_path / "scan", VOXELS[:1], Modality=modality)
-    assert task_of_modality(asked, folder) == expected
-    assert task_of_modality(asked, tmp_path / "scan.nii.gz") == asked
+def test_the_command_runs_the_task_of_the_modality_and_python_warns(
+    tmp_path, tasks, caplog, asked, modality, expected
+):
+    folder = write_series(tmp_path / "scan", VOXELS, Modality=modality)
+    words = ["-i", str(folder), "-o", str(tmp_path / "masks"), "-ta", asked, "-d", "cpu"]
+    with pytest.raises(Stopped):
+        segment_scan(build_parser().parse_args(words))
+    with pytest.raises(Stopped):
+        totalfast.Session(device="cpu").segment(folder, task=asked)
+    assert tasks == [expected, asked]
+    swapped = f"input modality is {modality}. Will run {modality} model instead."
+    other = f"The input's modality is {modality}, but task {asked} was trained on"
+    assert (swapped in caplog.text) == (other in caplog.text) == (asked != expected)
+    assert other not in caplog.text.partition(swapped)[0]
+
+
+def test_headers_are_read_once(tmp_path, tasks, monkeypatch):
+    folder = write_series(tmp_path / "scan", VOXELS, Modality="MR")
+    names = []
+
+    def counted(file):
+        names.append(file.name)
+        return read_slices(file)
+
+    monkeypatch.setattr("totalfast.files.dicom.series.read_slices", counted)
+    session = totalfast.Session(device="cpu", follow_modality=True)
+    with pytest.raises(Stopped):
+        session.segment(folder)
+    assert tasks == ["total_mr"]
+    assert names == [path.name for path in sorted(folder.iterdir())]
+
+
+def test_names_of_classes_are_those_of_the_modality_s_task(tmp_path, tasks):
+    folder = write_series(tmp_path / "scan", VOXELS, Modality="MR")
+    session = totalfast.Session(device="cpu", follow_modality=True)
+    with pytest.raises(OptionError, match="task 'total_mr' has no class"):
+        session.segment(folder, roi_subset=["vertebrae_L1"])  # a class of total only
+    assert tasks == []
 
 
 def test_mr_slices_in_the_order_of_acquisition_are_ordered_by_position(tmp_path):

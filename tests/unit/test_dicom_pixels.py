@@ -456,19 +456,3 @@ def test_sizes_are_found_behind_other_segments_and_boxes():
         for length in range(0, len(content), 3):
             assert set(compressed_sizes(content[:length])) <= {(8, 7, 1)}
     assert compressed_sizes(b"") == compressed_sizes(b"\xff" * 50) == []
-
-
-def test_the_python_call_warns_that_the_task_is_for_the_other_modality(caplog):
-    from totalfast.session import _warn_of_modality
-
-    for task, modality, warned in (
-        ("total", "MR", "task total was trained on CT. Use task total_mr."),
-        ("total_mr", "CT", "task total_mr was trained on MR. Use task total."),
-        ("total", "CT", ""),
-        ("total_mr", "MR", ""),
-        ("lung_vessels", "MR", ""),
-    ):
-        caplog.clear()
-        _warn_of_modality(task, modality)
-        assert warned in caplog.text
-        assert bool(warned) == bool(caplog.text)

@@ -16,7 +16,6 @@ from totalfast.cli.exit_codes import run_to_exit_code
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Sequence
-    from pathlib import Path
 
 CITATION = "If you use this tool please cite: https://pubs.rsna.org/doi/10.1148/ryai.230024"
 
@@ -63,34 +62,5 @@ def segment_scan(args: argparse.Namespace) -> int:
     keywords["statistics_exclude_masks_at_border"] = not keywords.pop("stats_include_incomplete")
     keywords["output_type"] = keywords["output_type"] or "nifti"
     scan, output = keywords.pop("input"), keywords.pop("output")
-    keywords["task"] = task_of_modality(keywords["task"], scan, series=keywords["series"])
-    Session(keep_models=False).segment(scan, output, **keywords)
+    Session(keep_models=False, follow_modality=True).segment(scan, output, **keywords)
     return 0
-
-
-def task_of_modality(task: str, scan: Path, *, series: str | None = None) -> str:
-    """Return the task for a scan: total for DICOM CT, total_mr for DICOM MR, as upstream.
-
-    Tasks other than these two, and files other than DICOM, keep ``task``.
-    """
-    if task not in ("total", "total_mr") or not scan.exists() or not _is_dicom(scan):
-        return task
-    from totalfast.files.dicom.read import find_modality
-
-    modality = find_modality(scan, wanted=series) or ""
-    swapped = {("total_mr", "CT"): "total", ("total", "MR"): "total_mr"}.get((task, modality))
-    if swapped is None:
-        return task
-    logger.warning(
-        "WARNING: you tried to run %s model, but input modality is %s. Will run %s model instead.",
-        "MR" if task == "total_mr" else "CT",
-        modality,
-        modality,
-    )
-    return swapped
-
-
-def _is_dicom(scan: Path) -> bool:
-    from totalfast.files.read import is_dicom
-
-    return is_dicom(scan)

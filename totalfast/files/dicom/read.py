@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     import nibabel as nib
 
     from totalfast.files.dicom.header import Slice
+    from totalfast.files.dicom.series import LeftOut
 
 logger = logging.getLogger(__name__)
 
@@ -51,9 +53,10 @@ class Series:
         return self.slices[0].modality
 
 
-@contextlib.contextmanager
-def open_series(source: Path, *, wanted: str | None = None) -> Iterator[Series]:
-    """Find the slices of a DICOM series; their files can be read until the context ends.
+class SeriesSource(contextlib.AbstractContextManager["SeriesSource"]):
+    """A folder, zip file or file with a DICOM series, whose headers are read once.
+
+    Its files can be read until the context ends.
 
     Parameters
     ----------
@@ -62,53 +65,68 @@ def open_series(source: Path, *, wanted: str | None = None) -> Iterator[Series]:
         file.
     wanted
         SeriesInstanceUID or SeriesNumber, if the source holds several series.
-
-    Raises
-    ------
-    InputError
-        If the source is missing or damaged, holds no scan or several scans, or its slices are no
-        single, evenly spaced volume.
-    OptionError
-        If the wanted series does not exist.
     """
-    with open_source(source) as files:
+
+    def __init__(self, source: Path, *, wanted: str | int | None = None) -> None:
+        self._source = source
+        self._wanted = None if wanted is None else str(wanted).strip()
+        self._stack = contextlib.ExitStack()
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    @functools.cached_property
+    def _slices(self) -> tuple[list[Slice], LeftOut]:
+        """All slices of the series, before those that form a volume are chosen."""
+        files = self._stack.enter_context(open_source(self._source))
+        found, left_out = find_slices(self._source, files)
+        return choose_series(self._source, found, left_out, wanted=self._wanted), left_out
+
+    @property
+    def modality(self) -> str | None:
+        """Modality of the series, for example "CT"; None if there is no such series."""
+        try:
+            return self._slices[0][0].modality or None
+        except TotalfastError:
+            return None
+
+    def series(self) -> Series:
+        """Choose the slices that form a volume.
+
+        Raises
+        ------
+        InputError
+            If the source is missing or damaged, holds no scan or several scans, or its slices are
+            no single, evenly spaced volume.
+        OptionError
+            If the wanted series does not exist.
+        """
         logger.info("Reading DICOM series...")
-        found, left_out = find_slices(source, files)
+        found, left_out = self._slices
         left_out.log()
-        series = choose_series(source, found, left_out, wanted=wanted)
-
-        def same_pixels(one: Slice, other: Slice) -> bool:
-            with damage_refused(source):
-                (_, plane), (_, second) = read_planes(source, (one, other))
-            scaling = (one.slope, one.intercept) == (other.slope, other.intercept)
-            return scaling and bool(np.array_equal(plane, second))
-
-        slices = tuple(choose_volume(source, series, same_pixels))
+        slices = tuple(choose_volume(self._source, found, self._same_pixels))
         if slices[0].modality == "CT" and not slices[0].rescaled:
             logger.warning(
                 "WARNING: The slices of %s have no RescaleSlope and RescaleIntercept; their stored "
                 "values are taken for Hounsfield units.",
-                source,
+                self._source,
             )
-        image = image_of(source, slices)
+        image = image_of(self._source, slices)
         logger.info("  found image with shape %s", image.shape)
-        yield Series(source=source, slices=slices, image=image)
+        return Series(source=self._source, slices=slices, image=image)
+
+    def _same_pixels(self, one: Slice, other: Slice) -> bool:
+        with damage_refused(self._source):
+            (_, plane), (_, second) = read_planes(self._source, (one, other))
+        scaling = (one.slope, one.intercept) == (other.slope, other.intercept)
+        return scaling and bool(np.array_equal(plane, second))
 
 
-def find_modality(source: Path, *, wanted: str | None = None) -> str | None:
-    """Modality of the series that ``open_series`` would open.
-
-    Returns
-    -------
-        For example "CT"; None if there is no such series.
-    """
-    try:
-        with open_source(source) as files:
-            found, left_out = find_slices(source, files)
-            series = choose_series(source, found, left_out, wanted=wanted)
-    except TotalfastError:
-        return None
-    return series[0].modality or None
+@contextlib.contextmanager
+def open_series(source: Path, *, wanted: str | None = None) -> Iterator[Series]:
+    """Open the series of a source; parameters and errors are those of ``SeriesSource``."""
+    with SeriesSource(source, wanted=wanted) as opened:
+        yield opened.series()
 
 
 def refuse_slices(targets: Iterable[Path]) -> None:
