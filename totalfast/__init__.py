@@ -27,7 +27,11 @@ from totalfast.errors import (
 
 if TYPE_CHECKING:
     from totalfast.api import segment
-    from totalfast.compat.patch import patch_totalsegmentator, unpatch_totalsegmentator
+    from totalfast.compat.patch_nnunet import patch_nnunet, unpatch_nnunet
+    from totalfast.compat.patch_totalsegmentator import (
+        patch_totalsegmentator,
+        unpatch_totalsegmentator,
+    )
     from totalfast.nnunet.predictor import ArgmaxPredictor
     from totalfast.session import Session
 
@@ -45,8 +49,10 @@ __all__ = [
     "TotalfastError",
     "UnsupportedError",
     "WeightsError",
+    "patch_nnunet",
     "patch_totalsegmentator",
     "segment",
+    "unpatch_nnunet",
     "unpatch_totalsegmentator",
 ]
 
@@ -55,9 +61,11 @@ __version__ = _version()
 _LAZY = {
     "ArgmaxPredictor": "totalfast.nnunet.predictor",
     "Session": "totalfast.session",
-    "patch_totalsegmentator": "totalfast.compat.patch",
+    "patch_nnunet": "totalfast.compat.patch_nnunet",
+    "patch_totalsegmentator": "totalfast.compat.patch_totalsegmentator",
     "segment": "totalfast.api",
-    "unpatch_totalsegmentator": "totalfast.compat.patch",
+    "unpatch_nnunet": "totalfast.compat.patch_nnunet",
+    "unpatch_totalsegmentator": "totalfast.compat.patch_totalsegmentator",
 }
 
 

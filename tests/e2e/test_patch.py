@@ -134,4 +134,4 @@ def test_a_whole_program_runs_patched_and_keeps_its_exit_code(way, program, stan
 def test_patch_without_a_program_exits_with_a_usage_error(tmp_path):
     done = run("-m", "totalfast.patch", cwd=tmp_path, home=tmp_path)
     assert done.returncode == 2
-    assert "give a script, or -m and a module" in done.stderr
+    assert "give a script, a command, or -m and a module" in done.stderr

@@ -7,6 +7,7 @@ import pickle
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
 from nnunetv2.inference import predict_from_raw_data
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
@@ -236,6 +237,29 @@ def test_replaced_export(model, monkeypatch, tmp_path):
     predictor = loaded(ArgmaxPredictor, model[0])
     assert predictor.predict_from_files(str(model[3]), str(tmp_path)) == [None, None]
     assert written == [str(tmp_path / "case0"), str(tmp_path / "case1")]
+
+
+@pytest.mark.parametrize("ending", [".nii.gz", ".nrrd", ".tif"])
+def test_outputs_that_already_have_an_ending(ending, tmp_path):
+    """ITK writes x.nii.gz.nii.gz as x.nii.gz, which HD-BET expects; TIFF has a second file."""
+    reader = "Tiff3DIO" if ending == ".tif" else "SimpleITKIO"
+    folder = SyntheticModel(ending=ending, reader=reader).write(tmp_path)
+    (nifti, *_) = sorted(SyntheticModel().write_images(tmp_path / "nifti", cases=1).iterdir())
+    image = tmp_path / f"case0_0000{ending}"
+    sitk.WriteImage(sitk.ReadImage(nifti), image)
+    (tmp_path / "case0.json").write_text('{"spacing": [2.7, 1.3, 1.1]}')  # for TIFF
+    found = []
+    for kind in (nnUNetPredictor, ArgmaxPredictor):
+        output = tmp_path / kind.__name__
+        output.mkdir()
+        loaded(kind, folder, (0,)).predict_from_files_sequential(
+            [[str(image)]], [str(output / f"x{ending}")]
+        )
+        found.append({path.name: path.read_bytes() for path in output.iterdir()})
+    theirs, ours = found
+    assert set(ours) == set(theirs)
+    for name in set(ours) - {"predict_from_raw_data_args.json"}:
+        assert ours[name] == theirs[name], name
 
 
 def test_one_dict_of_properties_for_several_images(model, tmp_path):

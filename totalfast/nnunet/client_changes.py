@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 from torch.nn.modules import module as nn_module
 
@@ -34,6 +35,8 @@ PREPARING_FUNCTIONS = (
     "PreprocessAdapterFromNpy",
 )
 """Functions that nnU-Net's predictor calls by their names in its module."""
+
+PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 KNOWN_MODULES = (
     "acvl_utils.",
@@ -80,7 +83,6 @@ def changed_functions(names: tuple[str, ...]) -> str | None:
 
 def has_ordinary_labels(labels: Untyped) -> bool:
     """Whether labels follow from logits by nnU-Net's rule: argmax, or sigmoid above 0.5."""
-    import torch
     from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
     if type(labels) is not LabelManager:
@@ -105,7 +107,7 @@ def _changed_network(network: Untyped) -> str | None:
 
     if not isinstance(network, nn.Module):
         return "the network is no torch module"
-    if isinstance(network, OptimizedModule | nn.DataParallel | nn.parallel.DistributedDataParallel):
+    if isinstance(network, (OptimizedModule, torch.jit.ScriptModule, *PARALLEL)):
         return f"the network is a {type(network).__name__}"
     if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
         return "torch has hooks for all modules"

@@ -208,6 +208,7 @@ def write_segmentation(
         files.write(
             target.with_name(target.name + ending),
             lambda staged: _write_checked(segmentation, staged, properties, writer),
+            names_its_files=True,
         )
         files.commit()
 
@@ -217,24 +218,28 @@ def _write_checked(
     path: Path,
     properties: dict[str, Any],
     writer: Untyped,
-) -> None:
-    """Write a segmentation and check that the file is complete.
+) -> list[Path]:
+    """Write a segmentation and check that the file is complete; return what was written.
 
     On a full disk, SimpleITK writes truncated NIfTI files without an error; for other formats it
-    raises RuntimeError.
+    raises RuntimeError. It writes ``x.nii.gz.nii.gz`` as ``x.nii.gz``, and the writer of TIFF files
+    writes a second file.
 
     Raises
     ------
     OSError
         If the file is not complete.
     """
+    before = set(path.parent.iterdir())
     try:
         call_quietly(writer.write_seg, segmentation, str(path), properties)
     except RuntimeError as error:
         raise OSError(errno.EIO, INCOMPLETE) from error
+    written = sorted(set(path.parent.iterdir()) - before)
     try:
-        found = check_voxels(path)
+        checked = [check_voxels(file) for file in written]
     except (EOFError, OSError, ValueError) as error:
         raise OSError(errno.EIO, INCOMPLETE) from error
-    if found is None:
+    if not written or None in checked:
         raise OSError(errno.EIO, INCOMPLETE)
+    return written

@@ -10,6 +10,7 @@ use only nnU-Net's attributes and the predictor's ``companion``.
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from itertools import compress
@@ -405,6 +406,17 @@ class ArgmaxPredictor(nnUNetPredictor):  # type: ignore[misc] # nnU-Net is untyp
             folder_with_segs_from_prev_stage=folder_with_segs_from_prev_stage,
         )
         return None if results is None else [result for result in results if result is not None]
+
+
+def _signature() -> inspect.Signature:
+    """nnU-Net's parameters and those of totalfast; programs look for names of parameters."""
+    theirs = inspect.signature(nnUNetPredictor).parameters.values()
+    own = inspect.signature(ArgmaxPredictor.__init__).parameters.values()
+    more = (parameter for parameter in own if parameter.kind is parameter.KEYWORD_ONLY)
+    return inspect.Signature([*theirs, *more])
+
+
+ArgmaxPredictor.__signature__ = _signature()
 
 
 def _as_list(one_or_more: Untyped, count: int = 1) -> list[Any]:

@@ -14,7 +14,7 @@ import shutil
 import threading
 from collections import defaultdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from totalfast.errors import InterruptedAfterSaving, OutputError
 from totalfast.system.disk import sync_folder
@@ -115,10 +115,11 @@ class PendingFiles:
     def write(
         self,
         target: Path,
-        write: Callable[[Path], object],
+        write: Callable[[Path], Any],
         *,
         folder: bool = False,
         last: bool = False,
+        names_its_files: bool = False,
     ) -> None:
         """Let a function write one file, at a path with the target's own name.
 
@@ -133,6 +134,9 @@ class PendingFiles:
             ``target`` is a folder, and ``write`` writes any files into it.
         last
             This file gets its name after all others.
+        names_its_files
+            ``write`` returns the paths of the files that it has written. They lie beside the given
+            path and may have other names.
 
         Raises
         ------
@@ -144,13 +148,13 @@ class PendingFiles:
             self._last = place
         if self._failure is None:
             try:
-                self._write_to(self._stage(place), place, write, folder=folder)
+                self._write_to(self._stage(place), place, write, folder, names_its_files)
             except OSError as error:
                 self._fail(error, target)
             else:
                 return
         try:
-            self._write_to(self._rescue_path(place), place, write, folder=folder)
+            self._write_to(self._rescue_path(place), place, write, folder, names_its_files)
         except OSError as error:
             raise self._lost(error) from error
 
@@ -237,15 +241,24 @@ class PendingFiles:
         return self._last is not None and staging.parent / move.name == self._last
 
     def _write_to(
-        self, staged: Path, place: Path, write: Callable[[Path], object], *, folder: bool
+        self,
+        staged: Path,
+        place: Path,
+        write: Callable[[Path], Any],
+        folder: bool,  # noqa: FBT001 - as in write()
+        names_its_files: bool,  # noqa: FBT001
     ) -> None:
         if folder:
             staged.mkdir(exist_ok=True)
-        write(staged)
-        for path in list(staged.iterdir()) if folder else [staged]:
+        written = write(staged)
+        if folder:
+            written = list(staged.iterdir())
+        elif not names_its_files:
+            written = [staged]
+        for path in written:
             _sync(path)
             with self._lock:
-                self._staged[place / path.name if folder else place] = path
+                self._staged[place.parent / path.relative_to(staged.parent)] = path
 
     def _stage(self, place: Path) -> Path:
         """Path in the staging folder of the deepest existing folder above ``place``."""
