@@ -10,7 +10,13 @@ import pydicom
 import pytest
 
 import totalfast
-from tests.dicom_series import write_multi_frame, write_series
+from tests.dicom_series import (
+    AXIAL,
+    ENHANCED_CT,
+    ENHANCED_MR,
+    write_multi_frame,
+    write_series,
+)
 from totalfast import OptionError, OutputError
 from totalfast.files.dicom.read import open_series
 from totalfast.files.dicom.write import check_packages, check_series, write_dicom
@@ -249,12 +255,100 @@ def test_names_of_all_character_sets_are_in_both_results(tmp_path, characters, n
         assert str(result.PatientName) == name
 
 
-def test_multi_frame_files_are_refused_and_duplicates_are_left_out(tmp_path):
+def slices_of(points, step):
+    """Numbers of the slices in which points (n, 3), RAS+, lie; slices are 3 mm apart."""
+    return {float(number) for number in (points * (-1, -1, 1) - (-30.0, -40.0, 50.0)) @ step / 9}
+
+
+def references(dataset, keyword):
+    """(class, instance, frame) of all items of the sequences with this keyword."""
+    return [
+        (
+            item.ReferencedSOPClassUID,
+            item.ReferencedSOPInstanceUID,
+            item.get("ReferencedFrameNumber"),
+        )
+        for element in dataset.iterall()
+        if element.keyword == keyword
+        for item in element.value
+    ]
+
+
+@pytest.mark.parametrize("orientation", [AXIAL, *ORIENTATIONS[3:5], DECUBITUS, TWICE_OBLIQUE])
+@pytest.mark.parametrize("modality", ["CT", "MR"])
+def test_results_of_a_multi_frame_file_have_its_positions_and_name_its_frames(
+    tmp_path, orientation, modality
+):
     needs_writers()
-    with open_series(write_multi_frame(tmp_path / "ct.dcm", VOXELS)) as series:
-        check_series(series, ())
-        with pytest.raises(OptionError, match="can't be written for multi-frame files"):
-            check_series(series, TYPES)
+    order = [2, 0, 1, 5, 4, 3]
+    kind = ENHANCED_CT if modality == "CT" else ENHANCED_MR
+    path = write_multi_frame(
+        tmp_path / "many.dcm",
+        VOXELS,
+        orientation=orientation,
+        spacing_mm=(3.0, 2.0, 1.5),
+        order=order,
+        Modality=modality,
+        SOPClassUID=kind,
+        SOPInstanceUID="1.2.3.4.5",
+    )
+    with open_series(path) as series:
+        _, expected = labelled(series)
+    structures, seg = written(path, tmp_path)
+    assert_same_points(points_of_seg(tmp_path / "dicom_seg.dcm"), expected)
+    distances = np.linalg.norm(
+        points_of_rtstruct(tmp_path / "dicom_rtstruct.dcm")[:, None] - expected, axis=2
+    )
+    assert distances.min(axis=1).max() < 0.01
+    assert distances[:, [0, -1]].min(axis=0).max() < 0.01
+
+    assert references(seg, "ReferencedInstanceSequence") == [(kind, "1.2.3.4.5", None)]
+    step = np.cross(orientation[:3], orientation[3:]) * 3.0
+    for group in seg.PerFrameFunctionalGroupsSequence:
+        ((_, instance, frame),) = references(group, "SourceImageSequence")
+        place = np.asarray(group.PlanePositionSequence[0].ImagePositionPatient, dtype=float)
+        slice_ = round((place - (-30.0, -40.0, 50.0)) @ step / 9)
+        assert (instance, order[frame - 1]) == ("1.2.3.4.5", slice_)
+    import highdicom
+
+    by_frame = highdicom.seg.segread(tmp_path / "dicom_seg.dcm").get_pixels_by_source_frame(
+        "1.2.3.4.5", range(1, 7), combine_segments=True, assert_missing_frames_are_empty=True
+    )
+    with_voxels = {order[frame] for frame in range(6) if by_frame[frame].any()}
+    assert with_voxels == {round(slice_) for slice_ in slices_of(expected, step)}
+
+    frame_of_reference = structures.ReferencedFrameOfReferenceSequence[0]
+    named = references(frame_of_reference, "ContourImageSequence")
+    assert sorted(named) == [(kind, "1.2.3.4.5", number) for number in range(1, 7)]
+    for contour in structures.ROIContourSequence[0].ContourSequence:
+        ((_, _, frame),) = references(contour, "ContourImageSequence")
+        place = np.reshape(np.asarray(contour.ContourData, dtype=float), (-1, 3))[0]
+        assert order[frame - 1] == round((place - (-30.0, -40.0, 50.0)) @ step / 9)
+
+
+def test_enhanced_files_of_one_frame_each_are_named_in_results(tmp_path, caplog):
+    needs_writers()
+    folder = tmp_path / "ct"
+    for number in range(6):
+        write_multi_frame(
+            folder / f"{number}.dcm",
+            VOXELS[number : number + 1],
+            origin_mm=(-30.0, -40.0, 50.0 + 3.0 * number),
+            SOPInstanceUID=f"1.2.9.{number}",
+        )
+    with open_series(folder) as series:
+        _, expected = labelled(series)
+    _, seg = written(folder, tmp_path)
+    assert_same_points(points_of_seg(tmp_path / "dicom_seg.dcm"), expected)
+    for group in seg.PerFrameFunctionalGroupsSequence:
+        number = round((float(group.PlanePositionSequence[0].ImagePositionPatient[2]) - 50) / 3)
+        (reference,) = references(group, "SourceImageSequence")
+        assert reference == (ENHANCED_CT, f"1.2.9.{number}", 1)
+    assert "completed or left empty" not in caplog.text
+
+
+def test_duplicates_are_left_out(tmp_path):
+    needs_writers()
     twice = write_series(tmp_path / "twice", VOXELS)
     write_series(twice, VOXELS, name="again")
     structures, seg = written(twice, tmp_path)

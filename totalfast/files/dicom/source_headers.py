@@ -7,18 +7,21 @@ They get copies without pixels; the user's files are never changed.
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from totalfast.errors import OutputError
 from totalfast.files.dicom.find import errors_of_damage, values_unchecked
+from totalfast.files.dicom.frames import has_frames, header_of_frame
 from totalfast.files.dicom.header import LONGEST_HEADER, inflate
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from pydicom import DataElement, Dataset
 
+    from totalfast.files.dicom.frames import FrameReference
     from totalfast.files.dicom.header import Slice
     from totalfast.files.dicom.read import Series
 
@@ -50,7 +53,23 @@ TEXTS = frozenset({"LO", "LT", "PN", "SH", "ST", "UC", "UT"})
 """Kinds of values whose letters are encoded by SpecificCharacterSet."""
 
 
-def source_headers(series: Series) -> list[Dataset]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceHeaders:
+    """Repaired headers, one per slice of a series.
+
+    Parameters
+    ----------
+    headers
+        In the order of the slices.
+    frames
+        Instance UID of a header to the frame of the multi-frame file that it was made of.
+    """
+
+    headers: list[Dataset]
+    frames: Mapping[str, FrameReference]
+
+
+def source_headers(series: Series) -> SourceHeaders:
     """Read all headers of a series and repair them.
 
     Raises
@@ -58,11 +77,17 @@ def source_headers(series: Series) -> list[Dataset]:
     OutputError
         If a header can't be read, or slices belong to different studies or patients.
     """
-    headers, repaired = [], set()
+    headers, repaired, frames = [], set(), {}
+    opened: tuple[object, Dataset | None] = (None, None)
     for each in series.slices:
         try:
             with values_unchecked():
-                header = _read(each)
+                if opened[0] is not each.file or opened[1] is None:
+                    opened = (each.file, _read(each))
+                header: Dataset = opened[1]  # type: ignore[assignment]
+                if has_frames(header):
+                    header, frame = header_of_frame(header, each)
+                    frames[str(header.SOPInstanceUID)] = frame
                 repaired |= _repair(header)
         except errors_of_damage() as error:
             raise OutputError(
@@ -84,7 +109,7 @@ def source_headers(series: Series) -> list[Dataset]:
             series.source,
             ", ".join(sorted(repaired)),
         )
-    return headers
+    return SourceHeaders(headers=headers, frames=frames)
 
 
 def _read(each: Slice) -> Dataset:

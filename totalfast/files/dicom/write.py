@@ -18,6 +18,7 @@ from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation
 from totalfast import upstream
 from totalfast.errors import OptionError, OutputError
 from totalfast.files.dicom.find import errors_of_damage, values_unchecked
+from totalfast.files.dicom.frames import refer_to_frames
 from totalfast.files.dicom.source_headers import (
     UPRIGHT,
     hide_texts,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from pydicom import Dataset
 
+    from totalfast.files.dicom.frames import FrameReference
     from totalfast.files.dicom.read import Series
     from totalfast.system.pending_files import PendingFiles
 
@@ -68,17 +70,11 @@ def check_series(series: Series, types: Sequence[str]) -> None:
 
     Raises
     ------
-    OptionError
-        If the series is a multi-frame file.
     OutputError
         If a writer fails for these headers.
     """
     if not types:
         return
-    if any(each.frames > 1 for each in series.slices):
-        raise OptionError(
-            f"{types[0]} can't be written for multi-frame files, such as {series.source}."
-        )
     labels = np.zeros((*REHEARSAL, len(series.slices)), dtype=np.uint8)
     labels[2:5, 3:6, 1:3] = 1
     with tempfile.TemporaryDirectory(prefix="totalfast-", ignore_cleanup_errors=True) as folder:
@@ -141,7 +137,8 @@ def _write(
     target: Path,
 ) -> None:
     """Write labels (column, row, slice) with upstream's writer, and correct the result."""
-    headers = source_headers(series)
+    source = source_headers(series)
+    headers, frames = source.headers, source.frames
     texts = hide_texts(headers)
     turns = _needs_turn(series, kind)
     if turns:
@@ -154,9 +151,9 @@ def _write(
             save_headers(headers, folder, (rows, columns))
         # The writers take labels of an image with LAS axes, whose rows are reversed.
         writer(np.ascontiguousarray(native[:, ::-1]), names, folder, path)
-        if turns or texts:
+        if turns or texts or frames:
             (written,) = set(path.iterdir()) - before if path.is_dir() else {path}
-            _correct(written, series, texts, turns=turns)
+            _correct(written, series, texts, frames, turns=turns)
 
 
 def _needs_turn(series: Series, kind: str) -> bool:
@@ -184,8 +181,15 @@ def _step_mm(series: Series) -> float:
     return (last.distance - first.distance) / (len(series.slices) - 1)
 
 
-def _correct(path: Path, series: Series, texts: Mapping[str, str], *, turns: bool) -> None:
-    """Put the true geometry and the texts into a result."""
+def _correct(
+    path: Path,
+    series: Series,
+    texts: Mapping[str, str],
+    frames: Mapping[str, FrameReference],
+    *,
+    turns: bool,
+) -> None:
+    """Put the true geometry, the texts and the references to frames into a result."""
     from pydicom import dcmread
 
     result = dcmread(path)
@@ -198,6 +202,8 @@ def _correct(path: Path, series: Series, texts: Mapping[str, str], *, turns: boo
         for keyword, text in texts.items():
             if keyword in result:
                 setattr(result, keyword, text)
+    if frames:
+        refer_to_frames(result, frames)
     result.save_as(path)
 
 
