@@ -19,6 +19,7 @@ from totalfast.models.checkpoints import checkpoint_paths, fit_weights, load_che
 from totalfast.models.model import Model
 from totalfast.models.model_files import Entry, damaged, read_json
 from totalfast.models.nnunet_calls import call_quietly
+from totalfast.models.nnunet_versions import build_network, check_version
 from totalfast.models.plans import (
     channel_names,
     check_dataset,
@@ -84,7 +85,10 @@ def load_model(
     WeightsError
         If a file is missing, unreadable or damaged, the files do not fit each other, a checkpoint
         holds objects other than weights, or the plans name unknown parts and are not trusted.
+    VersionError
+        If the installed nnunetv2 is not supported.
     """
+    check_version()
     with working(), _LOADING:
         return _load(folder, folds, device, checkpoint_name, backend, trust_model=trust_model)
 
@@ -136,6 +140,7 @@ class _Architecture(NamedTuple):
     trainer_name: str
     plans: Untyped
     configuration: Untyped
+    dataset: dict[str, Any]
     labels: Untyped
     tile_shape: tuple[int, ...]
 
@@ -190,7 +195,9 @@ def _architecture(
     with _errors_name(dataset.path, "nnU-Net can't read its labels"):
         labels = plans_manager.get_label_manager(dataset.value)
         shape = tile_shape(plans_manager, manager, dataset.value)
-    return _Architecture(checkpoint.trainer_name, plans_manager, manager, labels, shape)
+    return _Architecture(
+        checkpoint.trainer_name, plans_manager, manager, dataset.value, labels, shape
+    )
 
 
 def tile_shape(plans: Untyped, configuration: Untyped, dataset: dict[str, Any]) -> tuple[int, ...]:
@@ -219,7 +226,7 @@ def _empty_network(architecture: _Architecture) -> nn.Module:
     """Build a network without allocating or initialising its weights."""
     import torch
 
-    plans, configuration = architecture.plans, architecture.configuration
+    configuration = architecture.configuration
     inputs, outputs = architecture.tile_shape[1], architecture.labels.num_segmentation_heads
     with torch.device("meta"):
         if builds_from_plans(architecture.trainer_name):
@@ -236,8 +243,11 @@ def _empty_network(architecture: _Architecture) -> nn.Module:
                 deep_supervision=False,
             )
             return network
-        trainer = find_trainer(architecture.trainer_name)
-        network = trainer.build_network_architecture(
-            plans, configuration, inputs, outputs, enable_deep_supervision=False
+        return build_network(
+            find_trainer(architecture.trainer_name),
+            plans=architecture.plans,
+            configuration=configuration,
+            dataset=architecture.dataset,
+            inputs=inputs,
+            outputs=outputs,
         )
-        return network

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import functools
 import importlib
-import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from totalfast import upstream
 from totalfast.errors import WeightsError
+from totalfast.models.nnunet_versions import (
+    reads_trainer_folders,
+    registered_trainer,
+    trainer_in_folders,
+)
 
 if TYPE_CHECKING:
     from typing import TypeAlias
@@ -46,7 +50,8 @@ def builds_from_plans(trainer_name: str) -> bool:
 def find_trainer(trainer_name: str) -> Untyped:
     """Return the class of a trainer: TotalSegmentator's, nnU-Net's, or one of the user's.
 
-    The user's trainers are in the folders of the environment variable ``nnUNet_extTrainer``.
+    A program registers its trainers in nnU-Net's predictor, or they are in the folders of the
+    environment variable ``nnUNet_extTrainer``.
 
     Raises
     ------
@@ -60,28 +65,18 @@ def find_trainer(trainer_name: str) -> Untyped:
         module = importlib.import_module(_nnunet_trainers()[trainer_name].module)
         trainer = getattr(module, trainer_name)
     if trainer is None:
-        trainer = _users_trainer(trainer_name)
+        trainer = registered_trainer(trainer_name) or trainer_in_folders(trainer_name)
     if trainer is None:
+        folders = (
+            "put the folder of its module into the environment variable nnUNet_extTrainer"
+            if reads_trainer_folders()
+            else "use nnunetv2 2.8, which also reads the folders in nnUNet_extTrainer"
+        )
         raise WeightsError(
             f"the model was trained with {trainer_name}, which is not installed. Install the "
-            "package that has it, or put the folder of its module into the environment variable "
-            "nnUNet_extTrainer."
+            f"package that has it, or {folders}."
         )
     return trainer
-
-
-def _users_trainer(name: str) -> Untyped:
-    """Look a trainer up like nnU-Net's ``recursive_find_trainer_class_by_name``, but silently."""
-    from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
-
-    for folder in os.environ.get("nnUNet_extTrainer", "").split(os.pathsep):  # noqa: SIM112
-        if folder.strip() and Path(folder).exists():
-            trainer = recursive_find_python_class(
-                folder, name, None, base_folder=folder, cleanup_imports_from_base_folder=True
-            )
-            if trainer is not None:
-                return trainer
-    return None
 
 
 @functools.cache

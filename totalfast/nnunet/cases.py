@@ -16,6 +16,7 @@ import numpy as np
 from totalfast.engine.normalise import NetworkImage, to_network_image
 from totalfast.errors import InputError
 from totalfast.models.nnunet_calls import with_print
+from totalfast.models.nnunet_versions import prepare
 from totalfast.nnunet.file_checks import check_voxels, is_utf8
 
 if TYPE_CHECKING:
@@ -232,7 +233,7 @@ def case_from_array(
         properties["bbox_used_for_cropping"] = [[part.start, part.stop] for part in prepared.box]
         properties["shape_after_cropping_and_before_resampling"] = prepared.cropped_shape
     else:
-        data = _by_nnunet(image, previous_stage, properties, model)
+        data, properties = _by_nnunet(image, previous_stage, properties, model)
     tensor = torch.from_numpy(data).to(torch.float32, memory_format=torch.contiguous_format)
     # A finite sum means that all values are finite, and takes a fraction of the time.
     if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
@@ -255,19 +256,16 @@ def _by_nnunet(
     previous_stage: NDArray[Any] | None,
     properties: dict[str, Any],
     model: Model,
-) -> NDArray[Any]:
+) -> tuple[NDArray[Any], dict[str, Any]]:
     """Prepare an image with the plans' preprocessor; a cascade's labels become channels."""
     from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
 
     preprocessor = model.configuration.preprocessor_class(verbose=False)
-    data, labels, _ = preprocessor.run_case_npy(
-        image, previous_stage, properties, model.plans, model.configuration, model.dataset
-    )
+    data, labels, properties = prepare(preprocessor, image, previous_stage, properties, model)
     if previous_stage is not None:
         one_hot = convert_labelmap_to_one_hot(labels[0], model.labels.foreground_labels, data.dtype)
         data = np.vstack((data, one_hot))
-    prepared: NDArray[Any] = data
-    return prepared
+    return data, properties
 
 
 def network_image(case: dict[str, Any], model: Model) -> NetworkImage:
