@@ -8,7 +8,7 @@ import zlib
 
 import pytest
 
-from totalfast.files.gunzip import unpack
+from totalfast.files.gunzip import REST_BYTES, unpack
 
 DATA = bytes(range(256)) * 500
 
@@ -50,3 +50,16 @@ def test_what_follows_takes_no_memory():
         assert tracemalloc.get_traced_memory()[1] < 10e6
     finally:
         tracemalloc.stop()
+
+
+def test_a_verified_stream_must_end_with_its_checksum():
+    packed = gzip.compress(DATA)
+    assert unpack(packed, len(DATA), verified=True) == DATA
+    assert unpack(packed, len(DATA) - 5, verified=True) == DATA[:-5]
+    damaged = packed[:-6] + bytes([packed[-6] ^ 1]) + packed[-5:]
+    for content, error in ((damaged, ValueError), (packed[:-7], EOFError)):
+        assert unpack(content, len(DATA) - 5) == DATA[:-5]
+        with pytest.raises(error):
+            unpack(content, len(DATA) - 5, verified=True)
+    longer = gzip.compress(DATA + bytes(2 * REST_BYTES))
+    assert unpack(longer[:-4] + b"bad!", len(DATA), verified=True) == DATA

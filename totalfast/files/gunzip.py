@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 MAGIC = b"\x1f\x8b"
 """First bytes of a gzip member."""
 
+REST_BYTES = 1 << 20
+"""Bytes behind the wanted ones that are unpacked, and dropped, to reach the member's checksum."""
 
-def unpack(packed: bytes, limit: int) -> bytes:
+
+def unpack(packed: bytes, limit: int, *, verified: bool = False) -> bytes:
     """Unpack at most ``limit`` bytes of a gzip stream of one or several members.
 
     Parameters
     ----------
     packed
-        Content of a gzip file.
+        Content of a gzip file, or its beginning.
     limit
         Number of bytes to return at most. What follows is not unpacked.
+    verified
+        Whether the member in which the limit lies must end, with the right checksum, at most
+        ``REST_BYTES`` bytes behind the limit. If it is longer, it is not verified.
 
     Returns
     -------
@@ -46,6 +52,8 @@ def unpack(packed: bytes, limit: int) -> bytes:
             pieces.append(piece)
             left -= len(piece)
             if not member.eof:
+                if verified and left == 0:
+                    _verify_rest(member)
                 break
             # As gzip does, leave out zeros and other bytes behind the last member.
             rest = member.unused_data.lstrip(b"\0")
@@ -54,3 +62,13 @@ def unpack(packed: bytes, limit: int) -> bytes:
     except damaged as error:
         raise ValueError(f"the gzip data are damaged ({error})") from error
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def _verify_rest(member: Any) -> None:  # noqa: ANN401 - isal has no type for it
+    """Unpack what is left of a member; isal compares the checksum at its end."""
+    left = REST_BYTES
+    while left > 0 and not member.eof:
+        more = len(member.decompress(b"", left))
+        if not more and not member.eof:
+            raise EOFError("the gzip data end before their checksum")
+        left -= more

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import stat
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -13,11 +12,10 @@ import nibabel as nib
 import numpy as np
 
 from totalfast.errors import InputError
+from totalfast.files.itk_header import ItkHeader
 from totalfast.files.nifti_header import is_usable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from numpy.typing import DTypeLike, NDArray
 
 ENDINGS = (".nrrd", ".nhdr", ".mha", ".mhd")
@@ -27,15 +25,6 @@ LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 LARGEST_AXIS = 32767
 """Voxels along an axis that a NIfTI-1 file, in which results are written, can hold (int16)."""
-
-MOST_PER_BYTE = 1040
-"""Bytes that a byte of deflate data unpacks to at most: 1032, and some for the block's header."""
-
-HEADER_BYTES = 1 << 16
-"""Bytes of a file in which the fields of its header are looked for."""
-
-DATA_FILE = re.compile(rb"^(?:ElementDataFile\s*=|data ?file:)[ \t]*([^\r\n]*)\r?\n?", re.M | re.I)
-ENCODING = re.compile(rb"^(?:CompressedData\s*=|encoding:)[ \t]*([^\r\n]*)", re.M | re.I)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +82,7 @@ def open_itk(path: Path) -> nib.Nifti1Image:
     """
     import SimpleITK as sitk  # noqa: N813 - as everyone calls it
 
-    _check_data_files(path)
+    header = ItkHeader.of(path)
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     try:
@@ -115,7 +104,7 @@ def open_itk(path: Path) -> nib.Nifti1Image:
     shape = tuple(int(size) for size in reader.GetSize())
     check_axes(shape, str(path))
     voxels = ItkVoxels(path=path, shape=shape, dtype=_dtype(reader.GetPixelID(), path))
-    _check_size(path, math.prod(shape) * voxels.dtype.itemsize)
+    header.check_size(math.prod(shape) * voxels.dtype.itemsize)
     opened = nib.Nifti1Image(voxels, LPS_TO_RAS @ affine, dtype=voxels.dtype)
     opened.file_map["image"].filename = str(path)
     return opened
@@ -133,7 +122,9 @@ def check_axes(shape: tuple[int, ...], name: str) -> None:
 def reason(error: RuntimeError) -> str:
     """Return the line of an ITK error that tells the reason."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    lines = [line for line in lines if not line.startswith(("Exception thrown", "/"))]
+    # "Reason:" is followed by the system's last error, which need not belong to this file.
+    noise = ("Exception thrown", "/", "Reason:")
+    lines = [line for line in lines if not line.startswith(noise)]
     lines = [re.sub(r"^(ITK ERROR|itk::ERROR): (\w+\(0x\w+\): )?", "", line) for line in lines]
     return (lines[-1] if lines else "SimpleITK can't read it").rstrip(".")
 
@@ -157,62 +148,3 @@ def _dtype(pixel: int, path: Path) -> np.dtype[Any]:
         kind = sitk.GetPixelIDValueAsString(pixel)
         raise InputError(f"{path} has voxels of type {kind}; totalfast needs one real number each.")
     return np.dtype(kinds[pixel])
-
-
-def _data_files(path: Path, head: bytes) -> Iterator[Path]:
-    """The files that hold the voxels, as far as the header names them one by one."""
-    field = DATA_FILE.search(head)
-    if field is None:
-        return
-    named = field[1].decode("utf-8", "replace").strip()
-    if named.upper() == "LOCAL" or "%" in named:
-        return
-    names = [named]
-    if named.upper().startswith("LIST"):
-        rest = head[field.end() :].decode("utf-8", "replace")
-        names = [line.strip() for line in rest.splitlines() if line.strip()]
-    for name in names:
-        yield path.parent / name
-
-
-def _check_data_files(path: Path) -> None:
-    """Refuse data files that are missing or no regular files, which could block for ever."""
-    head = _head(path)
-    for file in _data_files(path, head):
-        try:
-            is_file = stat.S_ISREG(file.stat().st_mode)
-        except (OSError, ValueError):
-            is_file = False
-        if not is_file:
-            raise InputError(
-                f"{path.name} names a file with its voxels that does not exist or is no regular "
-                f"file: {file}. Put it there, or convert the scan to one file."
-            )
-
-
-def _check_size(path: Path, size: int) -> None:
-    """Refuse a header that promises more voxels than its files can hold."""
-    head = _head(path)
-    field = ENCODING.search(head)
-    encoding = field[1].strip().lower() if field else b""
-    if encoding in (b"bzip2", b"bz2", b"ascii", b"text", b"txt", b"hex"):
-        return
-    files = list(_data_files(path, head))
-    stored = sum(file.stat().st_size for file in files or [path])
-    named = DATA_FILE.search(head)
-    if not files and named is not None and b"%" in named[1]:
-        return
-    if encoding in (b"true", b"gzip", b"gz"):
-        stored *= MOST_PER_BYTE
-    if stored < size:
-        raise InputError(
-            f"{path.name} is damaged or truncated: its header promises {size} bytes of voxels, and "
-            f"its data can hold at most {stored}."
-        )
-
-
-def _head(path: Path) -> bytes:
-    if not path.is_file():
-        raise InputError(f"{path} is no regular file.")
-    with path.open("rb") as file:
-        return file.read(HEADER_BYTES)

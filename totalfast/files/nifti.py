@@ -15,7 +15,8 @@ import nibabel as nib
 import numpy as np
 
 from totalfast.errors import InputError
-from totalfast.files.itk import MOST_PER_BYTE, check_axes
+from totalfast.files.itk import check_axes
+from totalfast.files.itk_header import MOST_PER_BYTE
 from totalfast.files.nifti_header import read_extensions, repair_orientation
 from totalfast.files.stored_voxels import GZIP_MAGIC, StoredVoxels, unpacked
 
@@ -29,7 +30,8 @@ logger = logging.getLogger(__name__)
 
 FIRST_BYTES = 1 << 16
 HEADER_BYTES = 1024
-"""Bytes of a file that are read to find its header, and bytes that they are unpacked to."""
+"""Bytes of a file, and of a gzip stream in it, that are read to find its header, and bytes that the
+innermost stream is unpacked to."""
 
 LARGEST_EXTENSIONS = 1 << 24
 """Bytes of header extensions that are read at most."""
@@ -139,7 +141,9 @@ def _peel(content: Path | bytes, name: str) -> tuple[int, bytes]:
     layers = 0
     while head.startswith(GZIP_MAGIC) and layers <= MOST_LAYERS:
         layers += 1
-        head = unpacked(head, 1, HEADER_BYTES)
+        inner = unpacked(head, 1, HEADER_BYTES)
+        is_nested = inner.startswith(GZIP_MAGIC)
+        head = unpacked(head, 1, FIRST_BYTES) if is_nested else inner
     if layers > MOST_LAYERS:
         raise InputError(f"{name} is compressed by gzip more than {MOST_LAYERS} times.")
     return layers, head

@@ -38,8 +38,9 @@ UNIT_NAMES = {1: "metres", 3: "micrometres"}
 SMALLEST_MM, LARGEST_MM = 5.0, 4000.0
 """Extents of scans of people."""
 
-LARGEST_MATRIX = 1e18
-"""Largest number in an affine; the square of a larger one is no float32."""
+SMALLEST_MATRIX, LARGEST_MATRIX = 1e-18, 1e18
+"""Smallest length of an affine's axis, and largest number in an affine; the squares of smaller and
+larger numbers are no normal float32."""
 
 DICOM_EXTENSION = 2
 UNREADABLE_DICOM = (
@@ -104,7 +105,7 @@ def is_usable(affine: NDArray[np.float64] | None) -> bool:
     columns = np.asarray(affine[:3, :3], dtype=np.float64)
     with np.errstate(all="ignore"):
         lengths = np.sqrt((columns**2).sum(axis=0))
-        if not np.all((lengths > 0) & np.isfinite(lengths)):
+        if not np.all(lengths >= SMALLEST_MATRIX):
             return False
         return bool(abs(np.linalg.det(columns / lengths)) > 1e-6)
 

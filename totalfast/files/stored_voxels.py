@@ -39,6 +39,8 @@ class StoredVoxels:
         As stored, with byte order.
     slope, inter
         value = stored * slope + inter.
+    whole
+        Whether these are all voxels of the content. Then the checksum behind them is compared.
     """
 
     content: Path | bytes
@@ -48,6 +50,7 @@ class StoredVoxels:
     dtype: np.dtype[Any]
     slope: float
     inter: float
+    whole: bool = True
 
     is_proxy: ClassVar[bool] = True
 
@@ -58,7 +61,8 @@ class StoredVoxels:
 
     def with_shape(self, shape: tuple[int, ...]) -> StoredVoxels:
         """Return the first voxels in another shape, which has as many or fewer voxels."""
-        return replace(self, shape=shape)
+        whole = self.whole and math.prod(shape) == math.prod(self.shape)
+        return replace(self, shape=shape, whole=whole)
 
     def get_unscaled(self) -> NDArray[Any]:
         """Read the voxels, and nothing that follows them.
@@ -74,7 +78,7 @@ class StoredVoxels:
             )
         count = math.prod(self.shape)
         size = count * self.dtype.itemsize
-        content = unpacked(self.content, self.layers, self.offset + size)
+        content = unpacked(self.content, self.layers, self.offset + size, verified=self.whole)
         if len(content) < self.offset + size:
             have = max(len(content) - self.offset, 0)
             raise EOFError(f"it ends after {have} of {size} bytes of voxels")
@@ -89,10 +93,14 @@ class StoredVoxels:
         return np.asarray(apply_read_scaling(self.get_unscaled(), slope, inter), dtype=dtype)
 
 
-def unpacked(content: Path | bytes, layers: int, limit: int) -> bytes:
-    """Read a file, unpack ``layers`` layers of gzip, and return at most ``limit`` bytes."""
+def unpacked(content: Path | bytes, layers: int, limit: int, *, verified: bool = False) -> bytes:
+    """Read a file, unpack ``layers`` layers of gzip, and return at most ``limit`` bytes.
+
+    ``verified`` is that of ``unpack``: it must not be set if the limit cuts the content.
+    """
     packed = content.read_bytes() if isinstance(content, Path) else content
     for layer in range(layers, 0, -1):
         # An inner gzip stream is hardly longer than its content.
-        packed = unpack(packed, limit if layer == 1 else 2 * limit + 4096)
+        most = limit if layer == 1 else 2 * limit + 4096
+        packed = unpack(packed, most, verified=verified)
     return packed[:limit] if layers == 0 else packed

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from pydicom import Dataset
     from pydicom.pixels.decoders.base import Decoder
+    from pydicom.uid import UID
 
     from totalfast.files.dicom.header import Slice
 
@@ -73,7 +74,9 @@ def _decode(source: Path, opened: Dataset, each: Slice) -> NDArray[Any]:
     try:
         if syntax.is_encapsulated:
             _check_compressed(source, opened, each)
-        plane = decoder.as_array(opened, index=each.frame, raw=True)[0]
+        plane, _ = decoder.as_array(
+            opened, index=each.frame, raw=True, decoding_plugin=_plugin(decoder, syntax)
+        )
     except InputError:
         raise
     except errors_of_damage() as error:
@@ -91,6 +94,19 @@ def _decode(source: Path, opened: Dataset, each: Slice) -> NDArray[Any]:
         )
     plane = _sign_extended(plane, opened)
     return apply_modality_lut(plane, opened) if each.in_table else plane
+
+
+def _plugin(decoder: Decoder, syntax: UID) -> str:
+    """Name of the library that decodes; "" lets pydicom try all.
+
+    GDCM ends the process (abort, segmentation fault) for some damaged data, and pydicom prefers it.
+    So another library is taken where there is one, except for JPEG of 12 bits, which only GDCM
+    reads.
+    """
+    from pydicom.uid import JPEGExtended12Bit
+
+    others = [name for name in decoder.available_plugins if name != "gdcm"]
+    return others[0] if others and syntax != JPEGExtended12Bit else ""
 
 
 def _decoder(source: Path, opened: Dataset, each: Slice) -> Decoder:
