@@ -11,6 +11,7 @@ import numpy as np
 
 from totalfast.export import export_labels
 from totalfast.models.nnunet_calls import call_quietly
+from totalfast.models.nnunet_versions import check_version
 from totalfast.nnunet.client_changes import has_ordinary_labels
 from totalfast.nnunet.file_checks import check_voxels
 from totalfast.nnunet.originals import convert_logits
@@ -65,6 +66,7 @@ def export_prediction_from_logits(
         How labels are resampled, as in ``totalfast.export.export_labels``; "auto" gives nnU-Net's
         labels.
     """
+    check_version()
     dataset = dataset_json_dict_or_file
     if isinstance(dataset, str):
         dataset = json.loads(Path(dataset).read_text())
