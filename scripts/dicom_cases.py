@@ -533,6 +533,40 @@ def eight_bits(folder: Path) -> list[Volume]:
 
 
 @odd
+def high_bit(folder: Path) -> list[Volume]:
+    """12 bits in the upper bits of 16 (HighBit 15)."""
+    answer = series(folder, BitsStored=12, HighBit=15, PixelRepresentation=0)
+
+    def edit(header: Dataset, _: int) -> None:
+        stored = np.frombuffer(header.PixelData, "<u2")
+        header.PixelData = (stored << 4).astype("<u2").tobytes()
+
+    change(folder, edit)
+    return [answer]
+
+
+@odd
+def padding(folder: Path) -> list[Volume]:
+    """Bytes behind the pixels."""
+    answer = series(folder)
+
+    def edit(header: Dataset, _: int) -> None:
+        header.PixelData += bytes(600)
+
+    change(folder, edit)
+    return [answer]
+
+
+@odd
+def half_derived(folder: Path) -> list[Volume]:
+    """The last four slices are derived images."""
+    answer = series(folder, ImageType=["ORIGINAL", "PRIMARY", "AXIAL"])
+    kind = ("ORIGINAL", "DERIVED")
+    with_attributes(folder, ImageType=lambda number: [kind[number >= 8], "PRIMARY", "AXIAL"])
+    return [answer]
+
+
+@odd
 def no_preamble(folder: Path) -> list[Volume]:
     """Files without preamble."""
     answer = series(folder)

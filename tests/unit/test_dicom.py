@@ -332,6 +332,22 @@ def test_slices_with_a_series_uid_each_are_one_series_if_they_form_a_volume(tmp_
     assert "not evenly spaced" in refusal(folder)
 
 
+def test_derived_slices_are_kept_where_they_continue_the_volume(tmp_path, caplog):
+    folder = write_series(tmp_path / "ct", VOXELS, ImageType=["ORIGINAL", "PRIMARY", "AXIAL"])
+    expected, _, _ = opened(folder)
+    kind = ["DERIVED", "PRIMARY", "AXIAL"]
+    for path in sorted(folder.iterdir())[4:]:
+        header = dcmread(path)
+        header.ImageType = kind
+        header.save_as(path)
+    np.testing.assert_array_equal(opened(folder)[0], expected)
+    assert "derived" not in caplog.text
+    projections = write_series(tmp_path / "more", VOXELS, ImageType=["ORIGINAL", "PRIMARY"])
+    write_series(projections, VOXELS[:4] + 1, name="projection", ImageType=kind)
+    np.testing.assert_array_equal(opened(projections)[0], expected)
+    assert "4 images of the same series that were derived from the slices" in caplog.text
+
+
 def test_reconstructions_of_one_series_are_named(tmp_path):
     folder = write_series(tmp_path / "ct", VOXELS, ConvolutionKernel="B30f")
     write_series(folder, VOXELS + 1, name="sharp", ConvolutionKernel="B70f")

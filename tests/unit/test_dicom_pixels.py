@@ -228,6 +228,50 @@ def test_unused_high_bits_are_ignored(tmp_path):
     np.testing.assert_array_equal(opened(rewritten(folder, overlay))[0], expected)
 
 
+@pytest.mark.parametrize(("high", "signed"), [(15, 1), (15, 0), (13, 0), (13, 1)])
+def test_stored_bits_that_are_not_the_lowest_are_moved(tmp_path, high, signed):
+    stored = HU.clip(-1000, 2000) + (0 if signed else 1024)
+    folder = write_series(
+        tmp_path / "ct",
+        HU,
+        BitsStored=12,
+        HighBit=high,
+        PixelRepresentation=signed,
+        RescaleIntercept=0,
+    )
+
+    def change(header):
+        plane = stored[header.InstanceNumber - 1] & 0xFFF
+        header.PixelData = (plane << (high - 11)).astype("<u2").tobytes()
+
+    expected = stored.transpose(2, 1, 0)[:, ::-1]
+    np.testing.assert_array_equal(opened(rewritten(folder, change))[0], expected)
+
+
+def test_a_high_bit_that_the_pixels_contradict_is_ignored(tmp_path):
+    folder = write_series(tmp_path / "ct", HU, BitsStored=12, HighBit=15, PixelRepresentation=0)
+    np.testing.assert_array_equal(opened(folder)[0], IMAGE)
+
+
+@pytest.mark.parametrize("extra", [2, 3, 112, 1000])
+def test_bytes_behind_the_pixels_are_ignored_without_a_warning(tmp_path, extra):
+    def change(header):
+        header.PixelData += bytes(extra)
+
+    folder = rewritten(write_series(tmp_path / "ct", HU), change)
+    np.testing.assert_array_equal(opened(folder)[0], IMAGE)
+
+
+def test_attributes_of_the_pixels_that_an_exporter_left_out(tmp_path):
+    folder = write_series(tmp_path / "ct", HU, PixelRepresentation=0)
+
+    def change(header):
+        del header.SamplesPerPixel, header.PhotometricInterpretation, header.PixelRepresentation
+        del header.BitsStored, header.HighBit
+
+    np.testing.assert_array_equal(opened(rewritten(folder, change))[0], IMAGE)
+
+
 def test_frames_in_several_fragments_are_found_by_the_extended_offset_table(tmp_path):
     path = write_multi_frame(tmp_path / "ct.dcm", HU)
     header = dcmread(path)

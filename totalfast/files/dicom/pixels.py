@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from pydicom import Dataset
     from pydicom.pixels.decoders.base import Decoder
-    from pydicom.uid import UID
 
     from totalfast.files.dicom.header import Slice
 
@@ -62,7 +61,29 @@ def _open_pixels(source: Path, each: Slice) -> Dataset:
                 f"{each.frames} x {each.shape[1]} x {each.shape[0]} pixels need; it was not read."
             )
         with values_unchecked():
-            return dcmread(inflated, force=True, specific_tags=list(PIXELS))
+            opened = dcmread(inflated, force=True, specific_tags=list(PIXELS))
+    _complete(opened, voxels)
+    return opened
+
+
+def _complete(opened: Dataset, voxels: int) -> None:
+    """Add what the decoders need and ``header`` takes for granted; remove bytes behind the pixels.
+
+    The decoders warn of such bytes in each file.
+    """
+    opened.SamplesPerPixel = 1
+    opened.PhotometricInterpretation = opened.get("PhotometricInterpretation") or "MONOCHROME2"
+    opened.PixelRepresentation = opened.get("PixelRepresentation") or 0
+    opened.BitsStored = opened.get("BitsStored") or opened.BitsAllocated
+    if opened.get("HighBit") is None:
+        opened.HighBit = opened.BitsStored - 1
+    syntax = opened.file_meta.get("TransferSyntaxUID")
+    if syntax is not None and syntax.is_compressed:
+        return
+    size = voxels * pixel_dtype(opened).itemsize
+    size += size % 2
+    if len(opened.PixelData) > size:
+        opened["PixelData"].value = opened.PixelData[:size]
 
 
 def _decode(source: Path, opened: Dataset, each: Slice) -> NDArray[Any]:
@@ -75,7 +96,11 @@ def _decode(source: Path, opened: Dataset, each: Slice) -> NDArray[Any]:
         if syntax.is_encapsulated:
             _check_compressed(source, opened, each)
         plane, _ = decoder.as_array(
-            opened, index=each.frame, raw=True, decoding_plugin=_plugin(decoder, syntax)
+            opened,
+            index=each.frame,
+            raw=True,
+            decoding_plugin=_plugin(decoder),
+            correct_unused_bits=_unused_low_bits(opened) == 0,  # type: ignore[arg-type]
         )
     except InputError:
         raise
@@ -92,21 +117,18 @@ def _decode(source: Path, opened: Dataset, each: Slice) -> NDArray[Any]:
             f"{source}: {each.file.name} has {' x '.join(map(str, plane.shape))} pixels of type "
             f"{plane.dtype} instead of {' x '.join(map(str, each.shape))} of type {expected}."
         )
-    plane = _sign_extended(plane, opened)
+    plane = _sign_extended(_lowest_bits(plane, opened), opened)
     return apply_modality_lut(plane, opened) if each.in_table else plane
 
 
-def _plugin(decoder: Decoder, syntax: UID) -> str:
-    """Name of the library that decodes; "" lets pydicom try all.
+def _plugin(decoder: Decoder) -> str:
+    """Name of the library that decodes; "" if there is no choice.
 
     GDCM ends the process (abort, segmentation fault) for some damaged data, and pydicom prefers it.
-    So another library is taken where there is one, except for JPEG of 12 bits, which only GDCM
-    reads.
+    So another library is taken where there is one.
     """
-    from pydicom.uid import JPEGExtended12Bit
-
     others = [name for name in decoder.available_plugins if name != "gdcm"]
-    return others[0] if others and syntax != JPEGExtended12Bit else ""
+    return others[0] if others else ""
 
 
 def _decoder(source: Path, opened: Dataset, each: Slice) -> Decoder:
@@ -172,6 +194,26 @@ def _check_compressed(source: Path, opened: Dataset, each: Slice) -> None:
                 f"{samples}, but its header promises {' x '.join(map(str, each.shape))} x 1; it "
                 "was not read."
             )
+
+
+def _unused_low_bits(header: Dataset) -> int:
+    """Number of bits below the stored ones; not 0 in old files only."""
+    allocated, stored, high = header.BitsAllocated, header.BitsStored, header.HighBit
+    return max(int(high) + 1 - int(stored), 0) if high < allocated else 0
+
+
+def _lowest_bits(plane: NDArray[Any], header: Dataset) -> NDArray[Any]:
+    """Move the stored bits to the lowest place, if HighBit places them higher.
+
+    If the bits below them are used, HighBit is not true; it is ignored then, as dicom2nifti ignores
+    it.
+    """
+    unused = _unused_low_bits(header)
+    if unused == 0 or np.any(plane & ((1 << unused) - 1)):
+        return plane
+    above = plane.dtype.itemsize * 8 - 1 - int(header.HighBit)
+    moved: NDArray[Any] = (plane << above) >> (above + unused)
+    return moved
 
 
 def _sign_extended(plane: NDArray[Any], header: Dataset) -> NDArray[Any]:

@@ -213,9 +213,10 @@ def _one_geometry(source: Path, series: Sequence[Slice]) -> list[Slice]:
             groups.append([each])
     groups.sort(key=len, reverse=True)
     kept, *others = groups
-    # Pictures that were computed from the slices, such as projections, lie at the same places.
+    # Pictures that were computed from the slices, such as projections, lie at the same places;
+    # slices that were compressed or corrected continue the others, and are derived images, too.
     original = [each for each in kept if not each.derived]
-    if FEWEST_SLICES <= len(original) < len(kept):
+    if FEWEST_SLICES <= len(original) < len(kept) and not _are_even(kept):
         others.append([each for each in kept if each.derived])
         kept = original
     elif others and len(others[0]) >= FEWEST_SLICES:
@@ -236,6 +237,13 @@ def _one_geometry(source: Path, series: Sequence[Slice]) -> list[Slice]:
             group[0].file.name,
         )
     return kept
+
+
+def _are_even(slices: Sequence[Slice]) -> bool:
+    """Whether all distances from slice to slice are the same."""
+    gaps = np.diff(np.sort([each.distance for each in slices]))
+    typical = float(np.median(gaps))
+    return bool(np.abs(gaps - typical).max() <= SLACK_MM + SLACK * typical)
 
 
 def _same_geometry(one: Slice, other: Slice) -> bool:
