@@ -333,3 +333,30 @@ def test_an_affine_that_is_too_small_for_float32_is_refused(length, tmp_path):
     (tmp_path / "a.nii").write_bytes(content)
     with pytest.raises(InputError, match="without a usable orientation"):
         open_scan(tmp_path / "a.nii")
+
+
+@pytest.mark.parametrize("size", [1e38, 1e19, 1e-19])
+@pytest.mark.parametrize("unit", [1, 2])
+def test_voxel_sizes_beyond_float32_are_refused_without_sform_and_qform(size, unit):
+    content = poked((PIXDIM + 4, "f", size), (UNITS, "B", unit), qform=0, sform=0)
+    with pytest.raises(InputError, match="not usable"):
+        open_scan(io.BytesIO(content))
+
+
+def test_an_affine_that_is_beyond_float32_in_mm_is_refused():
+    affine = np.diag([1e17, 1e17, 1e17, 1.0])
+    content = poked((UNITS, "B", 1), affine=affine, qform=0)
+    with pytest.raises(InputError, match="no usable orientation"):
+        open_scan(io.BytesIO(content))
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf, 0.0, 1e30])
+def test_images_in_memory_with_an_unusable_affine_are_refused(number):
+    affine = np.diag([number, 2.0, 2.0, 1.0])
+    image = nib.Nifti1Image(VALUES, AFFINE)
+    image._affine = affine
+    with pytest.raises(InputError, match="no usable orientation"):
+        open_scan(image)
+    spatial = nib.spatialimages.SpatialImage(VALUES, None)
+    with pytest.raises(InputError, match="no usable orientation"):
+        open_scan(spatial)

@@ -74,8 +74,11 @@ def repair_orientation(header: Header, name: str) -> None:
     """
     has_sform, has_qform = int(header["sform_code"]) > 0, int(header["qform_code"]) > 0
     if not has_sform and not has_qform:
-        if not np.all(np.isfinite(_zooms(header))):
-            raise InputError(f"{name} has a header whose voxel sizes (pixdim) are not finite.")
+        if not is_usable(header.get_base_affine()):
+            raise InputError(
+                f"{name} has a header whose voxel sizes (pixdim) are not usable: "
+                f"{', '.join(f'{mm:g}' for mm in _zooms(header))}. Repair its header."
+            )
         return
     _shorten_quaternion(header)
     sform = header.get_sform() if has_sform else None

@@ -18,7 +18,7 @@ from nibabel.wrapstruct import WrapStructError
 from totalfast.errors import InputError
 from totalfast.files import itk
 from totalfast.files.nifti import as_stored, open_nifti, partner_of
-from totalfast.files.nifti_header import UNIT_MM, mm_per_unit
+from totalfast.files.nifti_header import UNIT_MM, is_usable, mm_per_unit
 from totalfast.geometry import Grid
 from totalfast.scan import ScannerImage
 
@@ -101,9 +101,10 @@ def open_scan(source: str | Path | nib.Nifti1Image | BinaryIO) -> nib.Nifti1Imag
         )
     if min(image.shape) < 1:
         raise InputError(f"{name} is empty: its shape is {image.shape}.")
+    _check_affine(image.affine, name)
     image = _in_three_dimensions(image, name)
     itk.check_axes(image.shape, name)
-    return _in_mm(image)
+    return _in_mm(image, name)
 
 
 def _name(image: nib.Nifti1Image) -> str:
@@ -222,13 +223,22 @@ def _first_volume(voxels: ArrayLike, shape: tuple[int, ...]) -> ArrayLike:
     )
 
 
-def _in_mm(image: nib.Nifti1Image) -> nib.Nifti1Image:
+def _check_affine(affine: NDArray[np.float64] | None, name: str) -> None:
+    if not is_usable(affine):
+        raise InputError(
+            f"{name} has an affine that is no usable orientation (zero, not finite, singular, or of "
+            "numbers that are no float32). Repair it."
+        )
+
+
+def _in_mm(image: nib.Nifti1Image, name: str) -> nib.Nifti1Image:
     """Convert an image's affine to mm, and keep its header."""
     factor = mm_per_unit(image.header, image.shape, image.affine)
     if factor == 1.0:
         return image
     affine = np.array(image.affine, dtype=np.float64)
     affine[:3] *= factor
+    _check_affine(affine, name)
     header = nib.Nifti1Image(np.zeros((1, 1, 1), np.uint8), affine).header
     header.set_data_shape(image.shape)
     header.set_data_dtype(image.get_data_dtype())
