@@ -14,14 +14,15 @@ from totalsegmentator.map_to_binary import class_map
 from totalsegmentator.registry import format_classes_table
 
 from totalfast.cli.main import main
-from totalfast.cli.shim import write_shim
+from totalfast.cli.shim import write_shims
 
 from ..parity.matrix import compare_folders, synthetic_scan
+from ..parity.nnunet_models import SyntheticModel
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return write_shim(tmp_path_factory.mktemp("shim") / "bin").parent
+    return write_shims(tmp_path_factory.mktemp("shim") / "bin")[0].parent
 
 
 @pytest.fixture
@@ -129,4 +130,23 @@ def test_shim_overwrites_a_shim_but_no_other_file(tmp_path, capsys):
     assert main(["shim", str(path.parent)]) == 1
     assert "was not written by totalfast; move it away" in capsys.readouterr().err
     assert path.read_text().endswith("upstream's\n")
-    assert [file.name for file in path.parent.iterdir()] == ["TotalSegmentator"]
+    names = {"TotalSegmentator", "nnUNetv2_predict", "nnUNetv2_predict_from_modelfolder"}
+    assert {file.name for file in path.parent.iterdir()} == names
+    assert main(["shim", str(path.parent), "--only", "nnUNetv2_predict"]) == 0
+
+
+@pytest.mark.parametrize("by", ["folder", "dataset"])
+def test_nnunets_commands_on_the_path(environment, tmp_path, by):
+    model = SyntheticModel()
+    results = tmp_path / "results/Dataset004_X"
+    folder, images = model.write(results), model.write_images(tmp_path / "images")
+    command = "nnUNetv2_predict"
+    words = ["-d", "4", "-c", model.configuration, "-f", "0"]
+    if by == "folder":
+        command, words = "nnUNetv2_predict_from_modelfolder", ["-m", folder, "-f", "0"]
+    environment = environment | {"nnUNet_results": str(tmp_path / "results")}
+    output = tmp_path / "out"
+    call = [command, "-i", images, "-o", output, *words, "-device", "cpu", "--disable_tta"]
+    code, lines = lines_of(call, environment, tmp_path)
+    assert (code, lines[-1].split(":")[1]) == (0, f" 2 cases in {output}")
+    assert sorted(path.name for path in output.glob("*.nii.gz")) == ["case0.nii.gz", "case1.nii.gz"]

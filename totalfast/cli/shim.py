@@ -1,4 +1,4 @@
-"""``totalfast shim``: writes a ``TotalSegmentator`` command that runs totalfast."""
+"""``totalfast shim``: writes TotalSegmentator's and nnU-Net's commands, which run totalfast."""
 
 from __future__ import annotations
 
@@ -7,27 +7,43 @@ import os
 import shlex
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from totalfast.errors import OutputError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 MARK = "Written by 'totalfast shim'"
 """Text in the first lines of every shim. A file without it is never overwritten."""
 
+TOTALSEGMENTATOR = "-m totalfast.shim"
+NNUNET = "-m totalfast nnunet --trust-model"
+COMMANDS = {
+    "TotalSegmentator": TOTALSEGMENTATOR,
+    "nnUNetv2_predict": NNUNET,
+    "nnUNetv2_predict_from_modelfolder": NNUNET,
+}
+"""Name of a command, and Python's arguments that run it. nnU-Net trusts every model."""
+
 POSIX = f"""\
 #!/bin/sh
-# {MARK}: TotalSegmentator's command, run by totalfast.
+# {MARK}: {{name}}, run by totalfast.
 '''exec' {{python}} "$0" "$@"
 ' '''
 import runpy
+import sys
 
-runpy.run_module("totalfast.shim", run_name="__main__")
+_, module, *words = {{arguments!r}}.split()
+sys.argv[1:1] = words
+runpy.run_module(module, run_name="__main__")
 """
 """A shell script and a Python script in one, as pip writes them. 3D Slicer's extension runs the
 file with its Python; other programs execute it. The path of Python may be long and have spaces."""
 
 WINDOWS = f"""\
-@rem {MARK}: TotalSegmentator's command, run by totalfast.
-@"{{python}}" -m totalfast.shim %*
+@rem {MARK}: {{name}}, run by totalfast.
+@"{{python}}" {{arguments}} %*
 """
 
 
@@ -35,52 +51,64 @@ def build_parser() -> argparse.ArgumentParser:
     """Build the parser of the subcommand."""
     parser = argparse.ArgumentParser(
         prog="totalfast shim",
-        description="Write a TotalSegmentator command that runs totalfast, for programs that\n"
-        "start TotalSegmentator. Flags, files, printed lines and exit codes are the same.",
+        description="Write the commands TotalSegmentator, nnUNetv2_predict and\n"
+        "nnUNetv2_predict_from_modelfolder, which run totalfast, for programs that start them.\n"
+        "Flags and files are the same. Of TotalSegmentator, printed lines and exit codes too.\n"
+        "nnU-Net's commands trust a model: its files may contain code.",
         epilog="example:\n  totalfast shim ~/shim && export PATH=~/shim:$PATH",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "directory", type=Path, help="Folder for the command. Put it first on PATH."
+        "directory", type=Path, help="Folder for the commands. Put it first on PATH."
+    )
+    parser.add_argument(
+        "--only", choices=COMMANDS, metavar="NAME", help="Write only the command of this name."
     )
     parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the command and print how to use it."""
-    path = write_shim(args.directory)
-    print(f"{path} runs totalfast. Put {path.parent} first on PATH.")
+    """Write the commands and print how to use them."""
+    paths = write_shims(args.directory, [args.only] if args.only else COMMANDS)
+    names = ", ".join(path.name for path in paths)
+    print(f"{names}: run totalfast. Put {paths[0].parent} first on PATH.")
     return 0
 
 
-def write_shim(directory: Path) -> Path:
-    """Write the command into a directory; return its absolute path.
+def write_shims(directory: Path, names: Iterable[str] = COMMANDS) -> list[Path]:
+    """Write commands into a directory; return their absolute paths.
 
     Raises
     ------
     OutputError
-        If it can't be written, or if another file has its name.
+        If one can't be written, or if another file has its name; then none is written.
     """
     from totalfast.system.pending_files import PendingFiles
 
     windows = os.name == "nt"
-    path = directory.absolute() / ("TotalSegmentator.bat" if windows else "TotalSegmentator")
-    if path.exists() and not _is_shim(path):
-        raise OutputError(
-            f"{path} was not written by totalfast; move it away or give another directory."
-        )
     python = sys.executable if windows else shlex.quote(sys.executable)
-    text = (WINDOWS if windows else POSIX).format(python=python)
-
-    def write(staged: Path) -> None:
-        staged.write_text(text, encoding="utf-8")
-        staged.chmod(0o755)
-
+    paths = []
     with PendingFiles() as files:
-        files.write(path, write)
+        for name in names:
+            path = directory.absolute() / (f"{name}.bat" if windows else name)
+            if path.exists() and not _is_shim(path):
+                raise OutputError(
+                    f"{path} was not written by totalfast; move it away, give another directory, "
+                    "or write only some of the commands (--only)."
+                )
+            text = (WINDOWS if windows else POSIX).format(
+                name=name, python=python, arguments=COMMANDS[name]
+            )
+
+            def write(staged: Path, text: str = text) -> None:
+                staged.write_text(text, encoding="utf-8")
+                staged.chmod(0o755)
+
+            files.write(path, write)
+            paths.append(path)
         files.commit()
-    return path
+    return paths
 
 
 def _is_shim(path: Path) -> bool:

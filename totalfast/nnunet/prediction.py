@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -83,8 +84,14 @@ def predict_case(
     predictor: Untyped,
     case: dict[str, Any],
     save_probabilities: bool,  # noqa: FBT001 - nnU-Net's flag
-) -> Result | None:
-    """Predict a prepared case; return its result, or None if the program's own export wrote it."""
+) -> Result | Callable[[], Result] | None:
+    """Predict a prepared case.
+
+    Returns
+    -------
+        Its result; of a case that goes to a file perhaps a function that computes the result, so
+        that it can run while the next case is predicted. None if the program's own export wrote it.
+    """
     data = case["data"]
     if isinstance(data, str):  # a large image, which a data iterator has put into a file
         path = Path(data)
@@ -116,16 +123,9 @@ def predict_case(
             labels,
             method=companion(predictor).export,
         )
-    with inference_settings(predictor.device):
-        result: Result = convert_logits(
-            logits.numpy(),
-            predictor.plans_manager,
-            predictor.configuration_manager,
-            labels,
-            case["data_properties"],
-            return_probabilities=save_probabilities,
-        )
-    return result
+    export = partial(_by_nnunets_export, predictor, logits.numpy(), labels, case["data_properties"])
+    finish = partial(export, return_probabilities=save_probabilities)
+    return finish if to_file else finish()
 
 
 _DIMENSIONS = 4
@@ -146,8 +146,21 @@ def case_logits(predictor: Untyped, data: torch.Tensor) -> torch.Tensor:
     )
 
 
-def write_case(predictor: Untyped, result: Result, case: dict[str, Any]) -> None:
-    """Write a case's segmentation, and its probabilities if there are some."""
+def write_case(
+    predictor: Untyped, result: Result | Callable[[], Result], case: dict[str, Any]
+) -> bool:
+    """Write a case's segmentation, and its probabilities if there are some.
+
+    Returns
+    -------
+        False if the result could not be computed and ``on_failure`` was told.
+    """
+    computed: list[Result] = []
+    with attempt(predictor, name_of(case["ofile"])):
+        computed.append(result() if callable(result) else result)
+    if not computed:
+        return False
+    (result,) = computed
     segmentation, probabilities = result if isinstance(result, tuple) else (result, None)
     try:
         write_segmentation(
@@ -163,6 +176,7 @@ def write_case(predictor: Untyped, result: Result, case: dict[str, Any]) -> None
         if on_failure is not None:
             on_failure(name_of(case["ofile"]), error)
         raise
+    return True
 
 
 def tiling(predictor: Untyped) -> Tiling:
@@ -235,6 +249,26 @@ def _tile_by_tile(
     logger.warning("WARNING: the GPU's memory is too small; the logits are summed on the CPU.")
     with bar() as shown:
         return predict(replace(choice, on_device=False), shown.update)
+
+
+def _by_nnunets_export(
+    predictor: Untyped,
+    logits: NDArray[np.floating],
+    labels: Untyped,
+    properties: dict[str, Any],
+    *,
+    return_probabilities: bool,
+) -> Result:
+    with inference_settings(predictor.device):
+        result: Result = convert_logits(
+            logits,
+            predictor.plans_manager,
+            predictor.configuration_manager,
+            labels,
+            properties,
+            return_probabilities,
+        )
+    return result
 
 
 def _by_changed_export(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -316,11 +316,11 @@ class ArgmaxPredictor(nnUNetPredictor):  # type: ignore[misc] # nnU-Net is untyp
                 num_processes_segmentation_export or 1,
                 True,  # noqa: FBT003
             )
-        results: list[Result | None] = []
+        results: list[Result | Future[bool] | None] = []
         with ThreadPoolExecutor(1, thread_name_prefix="totalfast-write") as writer:
-            writing = []
+            writing: list[Future[bool]] = []
             for case in data_iterator:
-                predicted: list[Result | None] = []  # stays empty if the case fails
+                predicted: list[Any] = []  # stays empty if the case fails
                 with attempt(self, name_of(case["ofile"])):
                     predicted.append(predict_case(self, case, save_probabilities))
                 if not predicted:
@@ -329,13 +329,17 @@ class ArgmaxPredictor(nnUNetPredictor):  # type: ignore[misc] # nnU-Net is untyp
                 if result is None or case["ofile"] is None:
                     results.append(result)
                     continue
-                results.append(None)
                 writing.append(writer.submit(write_case, self, result, case))
+                results.append(writing[-1])
                 for earlier in writing[:-1]:  # at most one waits; errors are raised early
                     earlier.result()
             for last in writing:
                 last.result()
-        return results
+        return [
+            None if isinstance(result, Future) else result
+            for result in results
+            if not isinstance(result, Future) or result.result()
+        ]
 
     def predict_single_npy_array(
         self,
@@ -373,9 +377,9 @@ class ArgmaxPredictor(nnUNetPredictor):  # type: ignore[misc] # nnU-Net is untyp
             description(self),
         )
         image_properties.update(case["data_properties"])
-        result = predict_case(self, case, save_or_return_probabilities)
+        result: Any = predict_case(self, case, save_or_return_probabilities)
         if result is None or output_file_truncated is None:
-            return result
+            return result  # type: ignore[no-any-return]
         write_case(self, result, case)
         return None
 
