@@ -13,6 +13,7 @@ import pytest
 import SimpleITK as sitk
 
 from totalfast import InputError
+from totalfast.files.gunzip import REST_BYTES
 from totalfast.files.read import is_dicom, open_scan, read_image
 from totalfast.files.write import _header_bytes, label_image
 
@@ -201,10 +202,15 @@ def test_slices_along_the_fourth_axis_are_a_volume(caplog, tmp_path):
 
 
 def test_only_the_first_of_several_time_points_is_unpacked(tmp_path):
-    content = poked((DIM, "8h", 4, 6, 7, 8, 3, 1, 1, 1)) + bytes(2 * VALUES.nbytes)
+    times = 2 + REST_BYTES // VALUES.nbytes
+    content = poked((DIM, "8h", 4, 6, 7, 8, times, 1, 1, 1)) + bytes(times * VALUES.nbytes)
     packed = gzip.compress(content)
     (tmp_path / "a.nii.gz").write_bytes(packed[:-4] + b"bad!")  # the end is not looked at
     np.testing.assert_array_equal(read_image(tmp_path / "a.nii.gz").stored, VALUES)
+    few = poked((DIM, "8h", 4, 6, 7, 8, 2, 1, 1, 1)) + VALUES.tobytes()
+    (tmp_path / "b.nii.gz").write_bytes(gzip.compress(few)[:-4] + b"bad!")
+    with pytest.raises(InputError, match="checksum"):
+        read_image(tmp_path / "b.nii.gz")
 
 
 @pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])

@@ -226,8 +226,8 @@ def _first_volume(voxels: ArrayLike, shape: tuple[int, ...]) -> ArrayLike:
 def _check_affine(affine: NDArray[np.float64] | None, name: str) -> None:
     if not is_usable(affine):
         raise InputError(
-            f"{name} has an affine that is no usable orientation (zero, not finite, singular, or of "
-            "numbers that are no float32). Repair it."
+            f"{name} has an affine that is no usable orientation (zero, not finite, singular, or "
+            "beyond float32). Repair it."
         )
 
 

@@ -39,8 +39,6 @@ class StoredVoxels:
         As stored, with byte order.
     slope, inter
         value = stored * slope + inter.
-    whole
-        Whether these are all voxels of the content. Then the checksum behind them is compared.
     """
 
     content: Path | bytes
@@ -50,7 +48,6 @@ class StoredVoxels:
     dtype: np.dtype[Any]
     slope: float
     inter: float
-    whole: bool = True
 
     is_proxy: ClassVar[bool] = True
 
@@ -61,8 +58,7 @@ class StoredVoxels:
 
     def with_shape(self, shape: tuple[int, ...]) -> StoredVoxels:
         """Return the first voxels in another shape, which has as many or fewer voxels."""
-        whole = self.whole and math.prod(shape) == math.prod(self.shape)
-        return replace(self, shape=shape, whole=whole)
+        return replace(self, shape=shape)
 
     def get_unscaled(self) -> NDArray[Any]:
         """Read the voxels, and nothing that follows them.
@@ -78,7 +74,7 @@ class StoredVoxels:
             )
         count = math.prod(self.shape)
         size = count * self.dtype.itemsize
-        content = unpacked(self.content, self.layers, self.offset + size, verified=self.whole)
+        content = unpacked(self.content, self.layers, self.offset + size, verified=True)
         if len(content) < self.offset + size:
             have = max(len(content) - self.offset, 0)
             raise EOFError(f"it ends after {have} of {size} bytes of voxels")
@@ -96,7 +92,7 @@ class StoredVoxels:
 def unpacked(content: Path | bytes, layers: int, limit: int, *, verified: bool = False) -> bytes:
     """Read a file, unpack ``layers`` layers of gzip, and return at most ``limit`` bytes.
 
-    ``verified`` is that of ``unpack``: it must not be set if the limit cuts the content.
+    ``verified`` is that of ``unpack``.
     """
     packed = content.read_bytes() if isinstance(content, Path) else content
     for layer in range(layers, 0, -1):
