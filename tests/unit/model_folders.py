@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
+import numpy as np
 import torch
+
+from totalfast.engine.predict import predict_part
+from totalfast.engine.tiles import Tiling
+from totalfast.geometry import Grid
+from totalfast.models.loading import load_model
+from totalfast.models.model_summary import ModelSummary
 
 _RESAMPLING = {"is_seg": False, "order": 1, "order_z": 0, "force_separate_z": None}
 _STATISTICS = {"mean": 0.0, "std": 1.0, "percentile_00_5": -900.0, "percentile_99_5": 900.0}
@@ -121,3 +131,56 @@ def write(
     content = checkpoint() if content is None else content
     torch.save(content, folder / "fold_0/checkpoint_final.pth")
     return folder
+
+
+def undamaged_files() -> list[dict[str, Any]]:
+    """Return a plain network with labels, and a residual one with regions."""
+    plain = {
+        "plans": plans(),
+        "old plans": plans(old=True),
+        "dataset": dataset(),
+        "checkpoint": checkpoint(),
+    }
+    residual = copy.deepcopy(plain)
+    network = residual["plans"]["configurations"]["3d_fullres"]["architecture"]
+    kwargs = network["arch_kwargs"]
+    kwargs["n_blocks_per_stage"] = kwargs.pop("n_conv_per_stage")
+    network["network_class_name"] = network["network_class_name"].replace(
+        "PlainConv", "ResidualEncoder"
+    )
+    residual["old plans"] = copy.deepcopy(residual["plans"])
+    residual["dataset"]["labels"] |= {"liver": [1, 2], "vessel": 3}
+    residual["dataset"]["regions_class_order"] = [1, 2, 3]
+    residual["checkpoint"] = checkpoint(network)
+    return [plain, residual]
+
+
+def summarise(folder: Path) -> None:
+    """Read what the memory plan needs."""
+    task: Any = SimpleNamespace(folds=None, configuration="3d_fullres")
+    with mock.patch("totalfast.models.model_summary.find_part", return_value=folder):
+        summary = ModelSummary.of(task, task)
+    grid = Grid(shape=(9, 10, 8), affine=np.diag([3.0, 3.0, 2.0, 1.0]))
+    assert summary.summing(grid) + summary.logits(grid) + summary.image(grid) + summary.answer > 0
+
+
+def predict(folder: Path) -> np.ndarray | None:
+    """Load a model and segment a small image; images whose size explodes are left out."""
+    summarise(folder)
+    model = load_model(folder, folds=(0,), device=torch.device("cpu"))
+    if min(model.configuration.spacing) < 0.3 or max(model.patch_size) > 64:
+        return None
+    if len(model.dataset.get("channel_names") or model.dataset["modality"]) != 1:
+        return None
+    axes = tuple(model.mirroring_axes or ())
+    voxels = np.random.default_rng(0).normal(0, 300, (9, 10, 8)).astype(np.float32)
+    labels = predict_part(
+        voxels,
+        spacing_mm=(3.0, 3.0, 2.0),
+        model=model,
+        tiling=Tiling(step=0.5, mirror_axes=axes),
+        memory=None,
+        on_tile=lambda: None,
+    )
+    assert labels.shape == voxels.shape
+    return labels

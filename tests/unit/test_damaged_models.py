@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import json
-import random
-import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
-import numpy as np
 import pytest
 import torch
 
-from totalfast import InputError, TotalfastError, WeightsError
-from totalfast.engine.predict import predict_part
-from totalfast.engine.tiles import Tiling
-from totalfast.geometry import Grid
+from totalfast import InputError, WeightsError
 from totalfast.models.loading import load_model
-from totalfast.models.model_summary import ModelSummary
 
-from .model_folders import architecture, checkpoint, dataset, plans, write
+from .model_folders import (
+    architecture,
+    checkpoint,
+    dataset,
+    plans,
+    predict,
+    undamaged_files,
+    write,
+)
 
 CPU = torch.device("cpu")
-SECONDS = 8.0
-"""Duration of the random damage in a test run."""
 
 
 def put(*keys: str | int, value: object):
@@ -295,160 +290,6 @@ def test_advice_names_the_weights_command_only_for_models_in_its_folder(tmp_path
             assert ("totalfast weights verify" in str(error.value)) is advised, path
             assert "Delete" not in str(error.value)
             (folder / "plans.json").write_text(json.dumps(plans()))
-
-
-# ------------------------------------------------------------------------------------ random damage
-
-VALUES: list[Any] = [
-    *(None, True, False, 0, 1, 2, 3, 5, -1, 10**9, 10**30, 0.0, 0.5, 1e300, -1.5),
-    *(float("nan"), float("inf"), "", "abc", "0", "os.system", "torch.nn.ReLU", "nnUNetTrainerBN"),
-    *("no_resampling_hack", "ZScoreNormalization", "torch.nn.GELU", "NibabelIO", "\x00é𝔬𝔰"),
-    *([], {}, [0], [1, 2, 3], [[1, 1, 1]], {"0": 0}, [2, 0, 1], [8, 8], ["abc"], {"a": {"b": [1]}}),
-]
-
-
-def containers(content: Any) -> list[Any]:
-    """Return all lists and dictionaries in a JSON value that are not empty."""
-    found, waiting = [], [content]
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, dict | list) and value:
-            found.append(value)
-            waiting.extend(value.values() if isinstance(value, dict) else value)
-    return found
-
-
-def damage(content: Any, chance: random.Random) -> None:
-    """Change, remove, add or exchange values at random places, in place."""
-    for _ in range(chance.choice((1, 1, 1, 2, 3))):
-        places = containers(content)
-        if not places:
-            return
-        place = chance.choice(places)
-        keys = list(place) if isinstance(place, dict) else list(range(len(place)))
-        key, other = chance.choice(keys), chance.choice(keys)
-        action = chance.random()
-        if action < 0.6:
-            place[key] = copy.deepcopy(chance.choice(VALUES))
-        elif action < 0.75:
-            del place[key]
-        elif action < 0.85:
-            place[key], place[other] = place[other], place[key]
-        elif isinstance(place, dict):
-            place[chance.choice((*keys, "more", "modality", "inherits_from", "previous_stage"))] = (
-                copy.deepcopy(chance.choice((*VALUES, place[key])))
-            )
-        else:
-            place.insert(key, copy.deepcopy(place[other]))
-
-
-def flip_bytes(path: Path, chance: random.Random) -> None:
-    """Change, cut or repeat parts of a file."""
-    content = bytearray(path.read_bytes())
-    for _ in range(chance.choice((1, 2, 8))):
-        place = chance.randrange(len(content))
-        content[place] = chance.randrange(256)
-    if chance.random() < 0.2:
-        content = content[: chance.randrange(len(content))]
-    path.write_bytes(content)
-
-
-def write_damaged(folder: Path, undamaged: dict[str, Any], chance: random.Random) -> None:
-    files = copy.deepcopy(undamaged)
-    which = chance.choice(
-        ("plans", "plans", "plans", "old plans", "dataset", "checkpoint", "bytes")
-    )
-    if which == "checkpoint":
-        weights = files["checkpoint"].pop("network_weights")
-        files["checkpoint"]["network_weights"] = dict.fromkeys(list(weights)[:4], 0)
-        damage(files["checkpoint"], chance)
-        own = files["checkpoint"].get("network_weights")
-        if isinstance(own, dict):
-            own = {name: weights.get(name) if v == 0 else v for name, v in own.items()}
-            files["checkpoint"]["network_weights"] = weights | own
-    elif which in ("plans", "old plans", "dataset"):
-        damage(files[which], chance)
-    chosen = files["old plans" if which == "old plans" else "plans"]
-    write(folder, chosen, files["dataset"], files["checkpoint"])
-    if which == "bytes":
-        names = ("plans.json", "dataset.json", "fold_0/checkpoint_final.pth")
-        flip_bytes(folder / chance.choice(names), chance)
-
-
-def summarise(folder: Path) -> None:
-    """Read what the memory plan needs."""
-    task: Any = SimpleNamespace(folds=None, configuration="3d_fullres")
-    with mock.patch("totalfast.models.model_summary.find_part", return_value=folder):
-        summary = ModelSummary.of(task, task)
-    grid = Grid(shape=(9, 10, 8), affine=np.diag([3.0, 3.0, 2.0, 1.0]))
-    assert summary.summing(grid) + summary.logits(grid) + summary.image(grid) + summary.answer > 0
-
-
-def predict(folder: Path) -> None:
-    """Load a model and segment a small image; images whose size explodes are left out."""
-    summarise(folder)
-    model = load_model(folder, folds=(0,), device=CPU)
-    if min(model.configuration.spacing) < 0.3 or max(model.patch_size) > 64:
-        return
-    if len(model.dataset.get("channel_names") or model.dataset["modality"]) != 1:
-        return
-    axes = tuple(model.mirroring_axes or ())
-    voxels = np.random.default_rng(0).normal(0, 300, (9, 10, 8)).astype(np.float32)
-    labels = predict_part(
-        voxels,
-        spacing_mm=(3.0, 3.0, 2.0),
-        model=model,
-        tiling=Tiling(step=0.5, mirror_axes=axes),
-        memory=None,
-        on_tile=lambda: None,
-    )
-    assert labels.shape == voxels.shape
-
-
-def run_damaged(folder: Path, seed: int, undamaged: list[dict[str, Any]]) -> bool:
-    """Damage a model by a random number; return whether it still predicts.
-
-    Raises anything but a TotalfastError.
-    """
-    chance = random.Random(seed)  # noqa: S311 - repeatable damage
-    write_damaged(folder, chance.choice(undamaged), chance)
-    with contextlib.suppress(TotalfastError):
-        predict(folder)
-        return True
-    return False
-
-
-def undamaged_files() -> list[dict[str, Any]]:
-    """Return a plain network with labels, and a residual one with regions."""
-    plain = {
-        "plans": plans(),
-        "old plans": plans(old=True),
-        "dataset": dataset(),
-        "checkpoint": checkpoint(),
-    }
-    residual = copy.deepcopy(plain)
-    network = residual["plans"]["configurations"]["3d_fullres"]["architecture"]
-    kwargs = network["arch_kwargs"]
-    kwargs["n_blocks_per_stage"] = kwargs.pop("n_conv_per_stage")
-    network["network_class_name"] = network["network_class_name"].replace("PlainConv", RESIDUAL)
-    residual["old plans"] = copy.deepcopy(residual["plans"])
-    residual["dataset"]["labels"] |= {"liver": [1, 2], "vessel": 3}
-    residual["dataset"]["regions_class_order"] = [1, 2, 3]
-    residual["checkpoint"] = checkpoint(network)
-    return [plain, residual]
-
-
-RESIDUAL = "ResidualEncoder"
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_random_damage_ends_in_a_totalfast_error_or_has_no_effect(tmp_path):
-    undamaged, results = undamaged_files(), []
-    until = time.monotonic() + SECONDS
-    while time.monotonic() < until:
-        results.append(run_damaged(tmp_path, len(results), undamaged))
-    assert len(results) > 20
-    assert 0 < sum(results) < len(results)
 
 
 def test_architecture_of_the_small_model_is_that_of_its_old_plans(tmp_path):
