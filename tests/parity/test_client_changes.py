@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import copy
 import pickle
+import shutil
+from argparse import Namespace
+from collections import defaultdict
+from datetime import datetime, timezone
 
 import numpy as np
 import pytest
@@ -339,3 +343,87 @@ def test_the_changes_run_without_totalfasts_loop_only_if_needed(model, monkeypat
 
     labels(loaded(Own, model[0]), model)
     assert calls == [1]
+
+
+class OtherNetwork(torch.nn.Module):
+    """A network of a trainer, with a value that no checkpoint has, and weights that need one."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.layer = torch.nn.Conv3d(inputs, outputs, 3, padding=1)
+        self.register_buffer("scale", torch.linspace(1, 2, outputs), persistent=False)
+        self.shift = torch.linspace(0, 1, 3)
+        self.power = torch.linspace(0, 2, 3)[1].item()
+
+    def forward(self, tile):
+        scaled = self.layer(tile) * self.scale[None, :, None, None, None]
+        return (scaled + self.shift[1]) * self.power
+
+
+@pytest.fixture
+def with_trainer(model, tmp_path, monkeypatch):
+    """A model of a trainer that only nnU-Net's predictor knows, with other data beside weights."""
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+    class TrainerOfAProgram(nnUNetTrainer):
+        @staticmethod
+        def build_network_architecture(
+            architecture_class_name,
+            arch_init_kwargs,
+            arch_init_kwargs_req_import,
+            num_input_channels,
+            num_output_channels,
+            enable_deep_supervision=True,
+        ):
+            return OtherNetwork(num_input_channels, num_output_channels)
+
+    name, find = (
+        TrainerOfAProgram.__name__,
+        predict_from_raw_data.recursive_find_trainer_class_by_name,
+    )
+    monkeypatch.setattr(
+        predict_from_raw_data,
+        "recursive_find_trainer_class_by_name",
+        lambda wanted: TrainerOfAProgram if wanted == name else find(wanted),
+    )
+    folder = shutil.copytree(model[0], tmp_path / "model")
+    torch.manual_seed(0)
+    checkpoint = {
+        "network_weights": OtherNetwork(1, 4).state_dict(),
+        "trainer_name": name,
+        "init_args": {
+            "configuration": "3d_fullres",
+            "folder": tmp_path,
+            "arguments": Namespace(a=1),
+        },
+        "logging": {"loss": np.arange(3.0), "times": [datetime.now(timezone.utc)]},
+        "options": defaultdict(list, {"a": [np.float16(1)]}),
+    }
+    torch.save(checkpoint, folder / "fold_0/checkpoint_final.pth")
+    return (folder, *model[1:])
+
+
+def test_a_trainer_that_a_program_registers(with_trainer):
+    theirs, ours = (
+        labels(loaded(kind, with_trainer[0], (0,)), with_trainer)
+        for kind in (nnUNetPredictor, ArgmaxPredictor)
+    )
+    assert len(np.unique(theirs)) > 1
+    np.testing.assert_array_equal(ours, theirs)
+
+
+class AnyObject:
+    """A type that no list of harmless types has."""
+
+
+def test_a_trusted_model_that_totalfast_refuses_is_loaded_by_nnunet(model, tmp_path, caplog):
+    folder = shutil.copytree(model[0], tmp_path / "model")
+    path = folder / "fold_0/checkpoint_final.pth"
+    torch.save(torch.load(path) | {"more": AnyObject()}, path)
+    with pytest.raises(WeightsError, match="holds more than weights"):
+        loaded(ArgmaxPredictor, folder, (0,))
+    trusted = loaded(ArgmaxPredictor, folder, (0,), trust_model=True)
+    assert caplog.text.count("nnU-Net loads") == 1
+    changed = (folder, *model[1:])
+    expected = labels(loaded(nnUNetPredictor, folder, (0,)), changed)
+    np.testing.assert_array_equal(labels(trusted, changed), expected)

@@ -1,7 +1,7 @@
 """Find and read a model's checkpoints, without running code in them.
 
 Checkpoints are read with ``weights_only=True``: a file with objects other than tensors, containers
-and plain numbers is refused.
+and plain numbers is refused, except for harmless data that are then left out.
 """
 
 from __future__ import annotations
@@ -185,12 +185,13 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises
     ------
     WeightsError
-        If it is damaged, or holds types other than tensors, containers and numpy numbers.
+        If it is damaged, or holds types other than tensors, containers and the harmless ones of
+        ``IGNORED``.
     """
     import torch
 
     # The file is data from anywhere, and torch and pickle raise errors of any kind about it.
-    with torch.serialization.safe_globals(_numpy_number_types()):
+    with torch.serialization.safe_globals(_stand_ins()):
         try:
             try:
                 checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -216,17 +217,64 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
-def _numpy_number_types() -> list[Any]:
-    """Types in nnU-Net's pickled training log: numpy scalars and their dtypes."""
-    import numpy as np
-    from numpy._core import multiarray
+class Ignored:
+    """Stands for an object of a checkpoint that is not needed; it keeps nothing."""
 
-    numbers = ("Float64DType", "Float32DType", "Int64DType", "Int32DType", "BoolDType")
-    dtypes = [getattr(np.dtypes, name) for name in numbers]
-    # Checkpoints written with NumPy 1 have the module's name without the underscore.
-    return [
-        (multiarray.scalar, "numpy.core.multiarray.scalar"),
-        (multiarray.scalar, "numpy._core.multiarray.scalar"),
-        np.dtype,
-        *dtypes,
+    def __new__(cls, *_: object, **__: object) -> Ignored:
+        """Accept the arguments of any type."""
+        return super().__new__(cls)
+
+    def __init__(self, *_: object, **__: object) -> None:
+        pass
+
+    def __setstate__(self, _: object) -> None:
+        """Accept the state of any type."""
+
+
+def _ignored_dict(*_: object) -> dict[object, object]:
+    return {}
+
+
+def _ignored_list(*_: object) -> list[object]:
+    return []
+
+
+IGNORED = (
+    *(
+        f"numpy.{core}.multiarray.{name}"
+        for core in ("core", "_core")  # NumPy 1 and 2
+        for name in ("_reconstruct", "scalar")
+    ),
+    "numpy.dtype",
+    "numpy.ndarray",
+    *(
+        f"{module}.{name}"
+        for module in ("pathlib", "pathlib._local")  # up to Python 3.12, and from 3.13 on
+        for name in ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")
+    ),
+    *(f"datetime.{name}" for name in ("date", "datetime", "time", "timedelta", "timezone")),
+    "argparse.Namespace",
+    "builtins.dict",
+    "builtins.float",
+    "builtins.frozenset",
+    "builtins.int",
+    "builtins.list",
+    "builtins.range",
+    "builtins.slice",
+    "decimal.Decimal",
+    "fractions.Fraction",
+    "types.SimpleNamespace",
+    "uuid.SafeUUID",
+    "uuid.UUID",
+)
+"""Types of data that trainers put beside the weights: the training log, arguments of the trainer.
+They are not made: reading numpy's dtypes, for example, can overwrite memory."""
+
+
+def _stand_ins() -> list[Any]:
+    """Stand-ins for harmless types, for torch's list of safe types."""
+    containers = [
+        (_ignored_dict, "collections.defaultdict"),
+        (_ignored_list, "collections.deque"),
     ]
+    return [*((Ignored, name) for name in IGNORED), *containers]

@@ -212,7 +212,9 @@ def _network(architecture: _Architecture, checkpoint: Checkpoint, *, copy: bool)
     """Build one fold's network with the weights of its checkpoint, on the CPU."""
     folder = checkpoint.path.parents[1]
     with _errors_name(folder / "plans.json", "its network can't be built"):
-        network = _empty_network(architecture)
+        network = _without_memory(architecture)
+        if network is None:
+            network = _built(architecture)
     # nnU-Net calls pydoc.locate. Up to Python 3.11 that leaves an error in a reference cycle, which
     # holds the network and the checkpoints through the callers' frames.
     gc.collect(1)
@@ -222,27 +224,31 @@ def _network(architecture: _Architecture, checkpoint: Checkpoint, *, copy: bool)
     return network
 
 
-def _empty_network(architecture: _Architecture) -> nn.Module:
-    """Build a network without allocating or initialising its weights."""
+def _without_memory(architecture: _Architecture) -> nn.Module | None:
+    """Build a network without allocating or initialising its weights.
+
+    None if a value is needed that no checkpoint has, as in some trainers' networks.
+    """
     import torch
 
+    try:
+        with torch.device("meta"):
+            network = _built(architecture)
+    except (NotImplementedError, RuntimeError):  # torch's errors about missing values
+        return None
+    in_checkpoint = {id(tensor) for tensor in network.state_dict(keep_vars=True).values()}
+    own = (value for part in network.modules() for value in vars(part).values())
+    for tensor in (*network.buffers(), *own):
+        if isinstance(tensor, torch.Tensor) and tensor.is_meta and id(tensor) not in in_checkpoint:
+            return None
+    return network
+
+
+def _built(architecture: _Architecture) -> nn.Module:
+    """Build a network as nnU-Net does, without its weights."""
     configuration = architecture.configuration
     inputs, outputs = architecture.tile_shape[1], architecture.labels.num_segmentation_heads
-    with torch.device("meta"):
-        if builds_from_plans(architecture.trainer_name):
-            from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
-
-            network: nn.Module = call_quietly(
-                get_network_from_plans,
-                configuration.network_arch_class_name,
-                configuration.network_arch_init_kwargs,
-                configuration.network_arch_init_kwargs_req_import,
-                inputs,
-                outputs,
-                allow_init=False,
-                deep_supervision=False,
-            )
-            return network
+    if not builds_from_plans(architecture.trainer_name):
         return build_network(
             find_trainer(architecture.trainer_name),
             plans=architecture.plans,
@@ -251,3 +257,16 @@ def _empty_network(architecture: _Architecture) -> nn.Module:
             inputs=inputs,
             outputs=outputs,
         )
+    from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+
+    network: nn.Module = call_quietly(
+        get_network_from_plans,
+        configuration.network_arch_class_name,
+        configuration.network_arch_init_kwargs,
+        configuration.network_arch_init_kwargs_req_import,
+        inputs,
+        outputs,
+        allow_init=False,
+        deep_supervision=False,
+    )
+    return network

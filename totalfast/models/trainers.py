@@ -79,14 +79,21 @@ def find_trainer(trainer_name: str) -> Untyped:
     return trainer
 
 
-@functools.cache
 def _nnunet_trainers() -> dict[str, _Trainer]:
-    """Read all trainers in nnU-Net's source code."""
+    """Read all trainers in nnU-Net's source code, also those that a program has just put there."""
     import nnunetv2
 
     root = Path(nnunetv2.__path__[0])
+    files = sorted((root / "training/nnUNetTrainer").rglob("*.py"))
+    return _trainers_in(root, tuple((path, path.stat().st_mtime_ns) for path in files))
+
+
+@functools.lru_cache(maxsize=1)
+def _trainers_in(root: Path, files: tuple[tuple[Path, int], ...]) -> dict[str, _Trainer]:
+    """Read the trainers in files below nnU-Net's folder, each with its time of change."""
+    importlib.invalidate_caches()
     trainers: dict[str, _Trainer] = {}
-    for path in sorted((root / "training/nnUNetTrainer").rglob("*.py")):
+    for path, _ in files:
         module = ".".join(("nnunetv2", *path.relative_to(root).with_suffix("").parts))
         name = ""
         # Parsing by ast takes 0.1 s, because the garbage collector visits all of torch meanwhile.
