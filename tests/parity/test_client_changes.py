@@ -8,6 +8,7 @@ import shutil
 from argparse import Namespace
 from collections import defaultdict
 from datetime import datetime, timezone
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from nnunetv2.inference import predict_from_raw_data
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
+import totalfast.nnunet
 from totalfast import ArgmaxPredictor, WeightsError
 from totalfast.nnunet import prediction as prediction_module
 
@@ -427,3 +429,10 @@ def test_a_trusted_model_that_totalfast_refuses_is_loaded_by_nnunet(model, tmp_p
     changed = (folder, *model[1:])
     expected = labels(loaded(nnUNetPredictor, folder, (0,)), changed)
     np.testing.assert_array_equal(labels(trusted, changed), expected)
+
+
+def test_readme_lists_everything_that_the_predictor_of_nnunet_has():
+    predictor = nnUNetPredictor(device=CPU)
+    names = [name for name in (*vars(nnUNetPredictor), *vars(predictor)) if name[:2] != "__"]
+    table = (Path(totalfast.nnunet.__file__).parent / "README.md").read_text()
+    assert [name for name in names if f"`{name}`" not in table] == []
