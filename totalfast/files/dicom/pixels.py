@@ -99,17 +99,14 @@ def _decode(source: Path, opened: Dataset, each: Slice) -> NDArray[Any]:
             opened,
             index=each.frame,
             raw=True,
-            decoding_plugin=_plugin(decoder),
             correct_unused_bits=_unused_low_bits(opened) == 0,  # type: ignore[arg-type]
         )
     except InputError:
         raise
     except errors_of_damage() as error:
-        others = _packages(decoder)
         raise InputError(
-            f"{source}: the pixels of {each.file.name} ({syntax.name}) are damaged, or of a kind "
-            f"that the installed decoders can't read ({type(error).__name__})."
-            + (f" Other decoders: {others}." if others else "")
+            f"{source}: the pixels of {each.file.name} ({syntax.name}) are damaged "
+            f"({type(error).__name__})."
         ) from error
     expected = pixel_dtype(opened)
     if plane.shape != each.shape or not np.can_cast(plane.dtype, expected):
@@ -121,20 +118,11 @@ def _decode(source: Path, opened: Dataset, each: Slice) -> NDArray[Any]:
     return apply_modality_lut(plane, opened) if each.in_table else plane
 
 
-def _plugin(decoder: Decoder) -> str:
-    """Name of the library that decodes; "" if there is no choice.
-
-    GDCM ends the process (abort, segmentation fault) for some damaged data, and pydicom prefers it.
-    So another library is taken where there is one.
-    """
-    others = [name for name in decoder.available_plugins if name != "gdcm"]
-    return others[0] if others else ""
-
-
 def _decoder(source: Path, opened: Dataset, each: Slice) -> Decoder:
-    """Return pydicom's decoder for a file; the file gets a transfer syntax if it has none."""
-    from pydicom.pixels.decoders.base import get_decoder
+    """Return the decoder for a file; the file gets a transfer syntax if it has none."""
     from pydicom.uid import ExplicitVRBigEndian, ImplicitVRLittleEndian
+
+    from totalfast.files.dicom.decoders import decoder_of
 
     if "TransferSyntaxUID" not in opened.file_meta:
         little = opened.original_encoding[1] is not False
@@ -143,7 +131,7 @@ def _decoder(source: Path, opened: Dataset, each: Slice) -> Decoder:
         )
     syntax = opened.file_meta.TransferSyntaxUID
     try:
-        decoder = get_decoder(syntax)
+        decoder = decoder_of(syntax)
     except NotImplementedError as error:
         raise InputError(
             f"{source}: pydicom has no decoder for the transfer syntax of {each.file.name} "
@@ -152,15 +140,9 @@ def _decoder(source: Path, opened: Dataset, each: Slice) -> Decoder:
     if not decoder.is_available:
         raise InputError(
             f"{source}: {each.file.name} is compressed ({syntax.name}); to read it, install "
-            f"{_packages(decoder)}."
+            "imagecodecs."
         )
     return decoder
-
-
-def _packages(decoder: Decoder) -> str:
-    """The packages with which pydicom could use further decoders."""
-    needs = [text.partition(" - requires ")[2] or text for text in decoder.missing_dependencies]
-    return " or ".join(needs).replace("gdcm>", "python-gdcm>")
 
 
 def _check_compressed(source: Path, opened: Dataset, each: Slice) -> None:
