@@ -38,7 +38,7 @@ def upstreams(folder, tmp_path):
     return image.get_fdata(), image.affine
 
 
-def test_folder_zip_and_unrelated_files_give_upstreams_image(tmp_path):
+def test_folder_zip_and_unrelated_files_give_upstreams_image(tmp_path, caplog):
     plain = write_series(tmp_path / "plain", VOXELS)
     expected, affine = upstreams(plain, tmp_path)
     assert expected.shape == (7, 8, 6)
@@ -55,6 +55,9 @@ def test_folder_zip_and_unrelated_files_give_upstreams_image(tmp_path):
         np.testing.assert_array_equal(actual, expected)
         np.testing.assert_array_equal(actual_affine, affine)
         assert [each.orientation for each in series.slices] == [AXIAL] * 6
+        told = "2 images of other series that have fewer than 4 slices, for example scout000.dcm"
+        assert (told in caplog.text) == (source != plain)
+        caplog.clear()
 
 
 ORIENTATIONS = [

@@ -138,22 +138,34 @@ def choose_series(
         )
         return list(slices)
     if wanted is not None:
-        chosen = [
+        matching = [
             part for uid, part in by_uid.items() if wanted in (uid, part[0].number) and wanted
         ]
-        if len(chosen) != 1:
-            found = "no" if not chosen else f"{len(chosen)} DICOM"
+        if len(matching) != 1:
+            found = "no" if not matching else f"{len(matching)} DICOM"
             raise OptionError(
                 f"{source} has {found} series {wanted}; it has {_list(by_uid.values())}."
             )
-        return chosen[0]
+        return matching[0]
     if len(volumes) > 1:
         raise InputError(
             f"{source} holds {len(volumes)} DICOM series: {_list(volumes)}. Choose one with "
             "--series NUMBER or --series UID (series=... in Python), or give a folder with only "
             "one of them."
         )
-    return volumes[0] if volumes else max(by_uid.values(), key=len)
+    chosen = volumes[0] if volumes else max(by_uid.values(), key=len)
+    others = [each for part in by_uid.values() if part is not chosen for each in part]
+    if others:
+        logger.warning(
+            "WARNING: Left out of %s: %d image%s of other series that have fewer than %d slices, "
+            "for example %s.",
+            source,
+            len(others),
+            "" if len(others) == 1 else "s",
+            FEWEST_SLICES,
+            others[0].file.name,
+        )
+    return chosen
 
 
 def _list(series: Iterable[Sequence[Slice]]) -> str:
