@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
+from batchgenerators.dataloading.multi_threaded_augmenter import MultiThreadedAugmenter
 from nnunetv2.inference import predict_from_raw_data
+from nnunetv2.inference.data_iterators import PreprocessAdapterFromNpy
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
@@ -292,6 +294,23 @@ def test_data_in_a_file(model, tmp_path):
     (result,) = ours.predict_from_data_iterator([case | {"data": str(path)}])
     np.testing.assert_array_equal(result, labels(ours, model))
     assert not path.exists()  # as with nnU-Net
+
+
+def test_processes_of_a_data_iterator_are_ended(model):
+    ours = loaded(ArgmaxPredictor, model[0])
+    adapter = PreprocessAdapterFromNpy(
+        [model[1]],
+        None,
+        [dict(model[2])],
+        None,
+        ours.plans_manager,
+        ours.dataset_json,
+        ours.configuration_manager,
+    )
+    iterator = MultiThreadedAugmenter(adapter, None, 1, 1, None)
+    (result,) = ours.predict_from_data_iterator(iterator)
+    assert not iterator.was_initialized
+    np.testing.assert_array_equal(result, labels(ours, model))
 
 
 @pytest.mark.parametrize(

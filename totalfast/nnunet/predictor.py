@@ -17,7 +17,9 @@ from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from batchgenerators.dataloading.multi_threaded_augmenter import MultiThreadedAugmenter
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.utilities.helpers import empty_cache
 
 from totalfast.backends import choose_backend, keeps_weights
 from totalfast.engine.sliding_window import predict_labels
@@ -335,6 +337,9 @@ class ArgmaxPredictor(nnUNetPredictor):  # type: ignore[misc] # nnU-Net is untyp
                     earlier.result()
             for last in writing:
                 last.result()
+        if isinstance(data_iterator, MultiThreadedAugmenter):
+            data_iterator._finish()  # ends its processes, as nnU-Net does
+        empty_cache(self.device)
         return [
             None if isinstance(result, Future) else result
             for result in results
