@@ -527,6 +527,16 @@ def test_a_deflated_file_that_grows_to_gigabytes_is_refused(tmp_path, place):
         opened(folder)
 
 
+@pytest.mark.filterwarnings("ignore:End of file reached before delimiter")
+@pytest.mark.parametrize("name", ENCODERS)
+def test_error_names_a_compressed_file_that_is_cut_off(tmp_path, name):
+    folder = rewritten(write_series(tmp_path / "ct", HU), compressed(*ENCODERS[name]))
+    path = folder / "slice002.dcm"
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(InputError, match="slice002.dcm is cut off within its pixels"):
+        opened(folder)
+
+
 def test_sizes_are_found_behind_other_segments_and_boxes():
     plane = np.zeros((8, 7), np.uint16)
     comment = b"\xff\xfe\x00\x06\xff\xc3\x00\x0b"  # its content looks like a frame header

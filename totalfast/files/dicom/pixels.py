@@ -62,6 +62,8 @@ def _open_pixels(source: Path, each: Slice) -> Dataset:
             )
         with values_unchecked():
             opened = dcmread(inflated, force=True, specific_tags=list(PIXELS))
+    if "PixelData" not in opened:
+        raise InputError(f"{source}: {each.file.name} is cut off within its pixels.")
     _complete(opened, voxels)
     return opened
 
