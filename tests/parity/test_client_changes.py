@@ -18,6 +18,7 @@ from batchgenerators.dataloading.multi_threaded_augmenter import MultiThreadedAu
 from nnunetv2.inference import predict_from_raw_data
 from nnunetv2.inference.data_iterators import PreprocessAdapterFromNpy
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 import totalfast.nnunet
@@ -294,6 +295,25 @@ def test_data_in_a_file(model, tmp_path):
     (result,) = ours.predict_from_data_iterator([case | {"data": str(path)}])
     np.testing.assert_array_equal(result, labels(ours, model))
     assert not path.exists()  # as with nnU-Net
+
+
+@pytest.mark.parametrize("name", ["run_case", "run_case_npy", "_normalize"])
+def test_changed_preparation(model, name, monkeypatch, tmp_path):
+    before = DefaultPreprocessor.__dict__[name]
+
+    def changed(self, image, *arguments):
+        result = before(self, image, *arguments)
+        return -result if name == "_normalize" else (-result[0], *result[1:])
+
+    files = [[str(model[3] / "case0_0000.nii.gz")]]
+    expected = loaded(ArgmaxPredictor, model[0]).predict_from_files_sequential(files, None)
+    monkeypatch.setattr(DefaultPreprocessor, name, changed)
+    theirs, ours = (
+        loaded(kind, model[0]).predict_from_files_sequential(files, None)
+        for kind in (nnUNetPredictor, ArgmaxPredictor)
+    )
+    assert (expected[0] != theirs[0]).any()
+    np.testing.assert_array_equal(ours[0], theirs[0])
 
 
 def test_processes_of_a_data_iterator_are_ended(model):

@@ -17,6 +17,7 @@ from totalfast.engine.normalise import NetworkImage, to_network_image
 from totalfast.errors import InputError
 from totalfast.models.nnunet_calls import with_print
 from totalfast.models.nnunet_versions import prepare
+from totalfast.nnunet.client_changes import has_own_method
 from totalfast.nnunet.file_checks import check_voxels, is_utf8
 
 if TYPE_CHECKING:
@@ -132,6 +133,12 @@ def case_from_files(
         If a file can't be read, the files do not fit together, or the model needs another number
         of channels or of dimensions.
     """
+    kind = model.configuration.preprocessor_class
+    if has_own_method(kind, "run_case"):
+        data, labels, properties = kind(verbose=False).run_case(
+            list(files), previous_stage, model.plans, model.configuration, model.dataset
+        )
+        return _case(_stacked(data, labels, previous_stage, model), properties, output)
     reader = model.plans.image_reader_writer_class()
     image, properties = _read(reader.read_images, tuple(files), _names(files))
     _check_image(image, properties, _names(files), model)
@@ -222,18 +229,22 @@ def case_from_array(
         If the prepared image has values that are NaN or infinite: the network would return NaN for
         each tile that contains one.
     """
-    import torch
-
     properties = dict(properties)  # programs may give the same one with several images
     if _is_default(model) and previous_stage is None:
         spacing = [float(mm) for mm in properties["spacing"]]
         prepared = to_network_image(image, spacing_mm=spacing, model=model)
-        data = prepared.voxels
         properties["shape_before_cropping"] = prepared.full_shape
         properties["bbox_used_for_cropping"] = [[part.start, part.stop] for part in prepared.box]
         properties["shape_after_cropping_and_before_resampling"] = prepared.cropped_shape
-    else:
-        data, properties = _by_nnunet(image, previous_stage, properties, model)
+        return _case(prepared.voxels, properties, output)
+    preprocessor = model.configuration.preprocessor_class(verbose=False)
+    data, labels, properties = prepare(preprocessor, image, previous_stage, properties, model)
+    return _case(_stacked(data, labels, previous_stage, model), properties, output)
+
+
+def _case(data: NDArray[Any], properties: dict[str, Any], output: str | None) -> dict[str, Any]:
+    import torch
+
     tensor = torch.from_numpy(data).to(torch.float32, memory_format=torch.contiguous_format)
     # A finite sum means that all values are finite, and takes a fraction of the time.
     if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
@@ -248,24 +259,20 @@ def _is_default(model: Model) -> bool:
     """Whether the plans use nnU-Net's default preprocessor, which ``to_network_image`` equals."""
     from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 
-    return model.configuration.preprocessor_class is DefaultPreprocessor
+    kind = model.configuration.preprocessor_class
+    return kind is DefaultPreprocessor and not has_own_method(kind, "run_case_npy", "_normalize")
 
 
-def _by_nnunet(
-    image: NDArray[Any],
-    previous_stage: NDArray[Any] | None,
-    properties: dict[str, Any],
-    model: Model,
-) -> tuple[NDArray[Any], dict[str, Any]]:
-    """Prepare an image with the plans' preprocessor; a cascade's labels become channels."""
+def _stacked(
+    data: NDArray[Any], labels: NDArray[Any], previous_stage: object, model: Model
+) -> NDArray[Any]:
+    """Add the labels of a cascade's previous stage, one channel per label."""
     from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
 
-    preprocessor = model.configuration.preprocessor_class(verbose=False)
-    data, labels, properties = prepare(preprocessor, image, previous_stage, properties, model)
-    if previous_stage is not None:
-        one_hot = convert_labelmap_to_one_hot(labels[0], model.labels.foreground_labels, data.dtype)
-        data = np.vstack((data, one_hot))
-    return data, properties
+    if previous_stage is None:
+        return data
+    one_hot = convert_labelmap_to_one_hot(labels[0], model.labels.foreground_labels, data.dtype)
+    return np.vstack((data, one_hot))
 
 
 def network_image(case: dict[str, Any], model: Model) -> NetworkImage:

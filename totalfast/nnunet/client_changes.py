@@ -46,7 +46,7 @@ KNOWN_MODULES = (
 )
 """Where nnU-Net's functions, and those that replace them with equal results, are defined."""
 
-KNOWN_CLASSES = ("nnUNetPredictor", "ArgmaxPredictor", "LabelManager")
+KNOWN_CLASSES = ("nnUNetPredictor", "ArgmaxPredictor", "LabelManager", "DefaultPreprocessor")
 
 
 def changed_loop(predictor: Untyped) -> str | None:
@@ -79,6 +79,11 @@ def changed_functions(names: tuple[str, ...]) -> str | None:
         if own is not None and not _is_known(own, name):
             return f"the program has replaced nnU-Net's {name}"
     return None
+
+
+def has_own_method(kind: type, *names: str) -> bool:
+    """Whether one of these methods of a preprocessor is not that of nnU-Net's default one."""
+    return not all(_is_known(inspect.getattr_static(kind, name), name) for name in names)
 
 
 def has_ordinary_labels(labels: Untyped) -> bool:
