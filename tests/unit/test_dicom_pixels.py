@@ -294,6 +294,20 @@ def test_frames_in_several_fragments_are_found_by_the_extended_offset_table(tmp_
     np.testing.assert_array_equal(opened(path)[0], IMAGE)
 
 
+@pytest.mark.parametrize("has_table", [True, False])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_compressed_frames_with_and_without_a_table_of_their_places(tmp_path, has_table, parts):
+    path = write_multi_frame(tmp_path / "ct.dcm", HU, order=[3, 0, 4, 1, 2])
+    header = dcmread(path)
+    planes = np.frombuffer(header.PixelData, "<u2").reshape(-1, *HU.shape[1:])
+    frames = [bytes(imagecodecs.jpegls_encode(plane)) for plane in planes]
+    header.PixelData = encapsulate(frames, fragments_per_frame=parts, has_bot=has_table)
+    header["PixelData"].VR = "OB"
+    header.file_meta.TransferSyntaxUID = JPEGLSLossless
+    header.save_as(path, enforce_file_format=True)
+    np.testing.assert_array_equal(opened(path)[0], IMAGE)
+
+
 def test_folder_links_nested_folders_and_zip_give_the_same_answer(tmp_path):
     plain = write_series(tmp_path / "plain", HU)
     nested = tmp_path / "nested"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import math
+import struct
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -81,11 +83,32 @@ def _complete(opened: Dataset, voxels: int) -> None:
         opened.HighBit = opened.BitsStored - 1
     syntax = opened.file_meta.get("TransferSyntaxUID")
     if syntax is not None and syntax.is_compressed:
+        _add_places(opened)
         return
     size = voxels * pixel_dtype(opened).itemsize
     size += size % 2
     if len(opened.PixelData) > size:
         opened["PixelData"].value = opened.PixelData[:size]
+
+
+def _add_places(opened: Dataset) -> None:
+    """Add a table of the frames' places, if it is missing; pydicom would search for each frame."""
+    from pydicom.encaps import parse_basic_offsets, parse_fragments
+
+    frames = int(opened.get("NumberOfFrames") or 1)
+    buffer = io.BytesIO(opened.PixelData)
+    if frames == 1 or "ExtendedOffsetTable" in opened or parse_basic_offsets(buffer):
+        return
+    start = buffer.tell()
+    count, places = parse_fragments(buffer)
+    if count != frames:
+        return
+    lengths = [
+        int.from_bytes(opened.PixelData[place + 4 : place + 8], "little") for place in places
+    ]
+    begins = [place - start for place in places]
+    opened.ExtendedOffsetTable = struct.pack(f"<{frames}Q", *begins)
+    opened.ExtendedOffsetTableLengths = struct.pack(f"<{frames}Q", *lengths)
 
 
 def _decode(source: Path, opened: Dataset, each: Slice) -> NDArray[Any]:
