@@ -172,7 +172,7 @@ def make_scan(description: str, folder: Path) -> Path:
 
 
 class Watch:
-    """Samples the PSS of a process and its descendants in a thread, and keeps the peak.
+    """Samples a process and its descendants in a thread; keeps peaks of PSS and their number.
 
     Uses at most ``share`` of the time.
     """
@@ -180,7 +180,7 @@ class Watch:
     def __init__(self, process: subprocess.Popen[bytes], *, share: float = 1.0) -> None:
         self.process = process
         self.share = share
-        self.peak_bytes = 0
+        self.peak_bytes = self.processes = 0
         self._thread = threading.Thread(target=self._sample, daemon=True)
         self._thread.start()
 
@@ -198,6 +198,7 @@ class Watch:
                 except psutil.Error:
                     continue
             self.peak_bytes = max(self.peak_bytes, total)
+            self.processes = max(self.processes, len(family))
             time.sleep(max(SAMPLE_S, (time.perf_counter() - began) / self.share))
 
 
@@ -228,8 +229,9 @@ def run(
     timed: bool,
     watched: bool,
     settle_s: float = SETTLE_S,
+    folder: Path | None = None,
 ) -> dict[str, float]:
-    """Run one command; return wall and CPU seconds, and peak bytes of its process tree.
+    """Run one command in a folder; return wall and CPU seconds, and what ``Watch`` measured.
 
     Sampling the memory slows down short commands.
     """
@@ -239,7 +241,7 @@ def run(
     before = os.times()
     began = time.perf_counter()
     process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=folder
     )
     watch = Watch(process, share=WATCHED_SHARE if timed else 1.0) if watched else None
     _, errors = process.communicate()
@@ -254,7 +256,7 @@ def run(
     if timed:
         measured |= {"wall_s": wall, "cpu_s": cpu}
     if watch is not None:
-        measured["peak_bytes"] = watch.peak_bytes
+        measured |= {"peak_bytes": watch.peak_bytes, "processes": watch.processes}
     return measured
 
 
@@ -380,6 +382,7 @@ def benchmark(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
             measured = run(words, environment, timed=True, watched=options.watch_timed)
             measured |= forward_seconds(log)
             if options.watch_timed:
+                del measured["processes"]
                 peak = max(result["peak_bytes"][label], measured.pop("peak_bytes"))
                 result["peak_bytes"][label] = peak
             measured["outside_network_s"] = measured["wall_s"] - measured["network_s"]
