@@ -25,6 +25,7 @@ from typing import Any
 from xml.etree import ElementTree as ET
 
 from packaging.requirements import Requirement
+from readme import write_table
 
 from totalfast.models.nnunet_versions import OLDEST, TESTED
 
@@ -62,6 +63,9 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="file for the results")
     parser.add_argument("--environments", type=Path, help="folder that keeps the environments")
     parser.add_argument("--tests", nargs="+", default=TESTS, help="other tests")
+    parser.add_argument(
+        "--readme", action="store_true", help="also write the table in scripts/results"
+    )
     args = parser.parse_args()
     results = []
     with tempfile.TemporaryDirectory(prefix="nnunet") as temporary:
@@ -73,7 +77,28 @@ def main() -> int:
             print(json.dumps(results[-1]), flush=True)
     if args.json:
         args.json.write_text(json.dumps(results, indent=1) + "\n")
+    if args.readme:
+        write_table(Path(__file__).name, table(results))
     return 0 if all(result["failed"] == 0 for result in results) else 1
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Return the results of all versions as Markdown."""
+    lines = [
+        "| nnunetv2 | tests: passed | failed | skipped | compared voxels | differing voxels |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in results:
+        cells = [row["version"]]
+        if "differing_voxels" in row:
+            cells += [str(row[key]) for key in ("passed", "failed", "skipped")]
+            cells += [f"{row[key]:,}" for key in ("compared_voxels", "differing_voxels")]
+        else:
+            cells += ["refused" if row["failed"] == 0 else "not refused", "", "", "", ""]
+        lines.append(f"| {' | '.join(cells)} |")
+    first = results[0]
+    lines += ["", f"On the CPU, torch {first['torch']}, numpy {first['numpy']}."]
+    return "\n".join(lines) + "\n"
 
 
 def is_supported(version: str) -> bool:
@@ -97,9 +122,9 @@ def make_environment(folder: Path, version: str) -> Path:
 
 
 def install(python: Path, *requirements: str) -> None:
-    """Install packages without what they require."""
-    pip = (sys.executable, "-m", "pip", "--python", str(python))
-    subprocess.run([*pip, "install", "--quiet", "--no-deps", *requirements], check=True)
+    """Install packages without what they require, also if the other environment has them."""
+    pip = (sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet")
+    subprocess.run([*pip, "--no-deps", "--ignore-installed", *requirements], check=True)
 
 
 def required_helpers(site_packages: Path) -> list[str]:

@@ -22,6 +22,7 @@ RESULTS_OF = {
     "compare_exports": "exports",
     "compare_resampling": "resampling",
     "compare_tile_steps": "tile_steps",
+    "nnunet_versions": "nnunet_versions",
     "score_demo_model": "demo_model",
 }
 """Scripts whose ``table`` takes the content of one JSON file, and the name of that file."""
