@@ -82,6 +82,15 @@ def test_the_packages_requirement_is_the_supported_range():
     assert own == Requirement(nnunet_versions._requirement())
 
 
+@pytest.mark.parametrize(("version", "is_old"), [("2.6.2", True), ("2.8.0", False), (None, False)])
+def test_names_that_a_newer_version_may_know(version, is_old, pretend, tmp_path):
+    pretend(version)
+    named = plans() | {"image_reader_writer": "ReaderOfTheFuture"}
+    with pytest.raises(TotalfastError, match="ReaderOfTheFuture") as raised:
+        load_model(write(tmp_path, named), folds=(0,), device=CPU)
+    assert ("nnunetv2 2.6.2 is installed" in str(raised.value)) is is_old
+
+
 def trainer_of(signature):
     """A trainer that builds its network from what it gets, with one of nnU-Net's signatures."""
 

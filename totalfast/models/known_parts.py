@@ -43,6 +43,7 @@ from typing import TYPE_CHECKING
 
 from totalfast.errors import WeightsError
 from totalfast.models.model_files import Entry, damaged, shortened
+from totalfast.models.nnunet_versions import remark_on_age
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
@@ -232,7 +233,7 @@ def _unknown(entry: Entry) -> WeightsError:
         f"{entry.path}: {entry.place} is {shortened(entry.value)}, which is no known part of a "
         "network and could run any code. If the model has an architecture of your own, or you "
         "trust its source as you trust a program, allow it by --trust-model (Python: "
-        "trust_model=True)."
+        f"trust_model=True).{remark_on_age()}"
     )
 
 

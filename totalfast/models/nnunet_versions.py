@@ -62,14 +62,13 @@ def check_version() -> None:
     VersionError
         If it is not installed, older than ``OLDEST``, or of another major version.
     """
-    text = installed_version()
+    text, number = installed_version(), _number()
     if text is None:
         from importlib.util import find_spec
 
         if find_spec("nnunetv2") is None:
             raise VersionError(f"nnunetv2 is not installed; pip install '{_requirement()}'.")
         return  # a package with nnU-Net's modules and another name
-    number = tuple(int(part) for part in re.findall(r"\d+", text)[:3])
     if number < OLDEST or number[0] != OLDEST[0]:
         raise VersionError(
             f"nnunetv2 {text} is installed, but totalfast supports {_dotted(OLDEST)} to "
@@ -91,6 +90,21 @@ def installed_version() -> str | None:
         return importlib.metadata.version("nnunetv2")
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def remark_on_age() -> str:
+    """Return a sentence if the installed nnU-Net is so old that it may lack what plans name."""
+    if not _number() or _number()[:2] >= TESTED:
+        return ""
+    return (
+        f" nnunetv2 {installed_version()} is installed; it may be a part of a newer version, up to "
+        f"{_dotted(TESTED)}."
+    )
+
+
+def _number() -> tuple[int, ...]:
+    """Major, minor and patch number of the installed version; empty if it is not known."""
+    return tuple(int(part) for part in re.findall(r"\d+", installed_version() or "")[:3])
 
 
 def _dotted(version: tuple[int, ...]) -> str:
