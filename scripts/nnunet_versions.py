@@ -44,16 +44,26 @@ HELPERS = (
 
 REFUSED = """
 import sys
+from pathlib import Path
 from totalfast.errors import TotalfastError
-try:
-    import totalfast.nnunet.export
-    from totalfast.models.nnunet_versions import check_version
-    check_version()
-except TotalfastError as error:
-    print(error)
-else:
-    sys.exit("not refused")
+from totalfast.models.loading import load_model
+from totalfast.nnunet import export_prediction_from_logits
+calls = {
+    "load_model": lambda: load_model(Path("none"), folds=None, device=None),
+    "export": lambda: export_prediction_from_logits(None, {}, None, None, {}, "none"),
+}
+for name, call in calls.items():
+    try:
+        call()
+    except TotalfastError as error:
+        if "is installed, but totalfast supports" not in str(error):
+            sys.exit(f"{name}: {error}")
+        message = error
+    else:
+        sys.exit(f"{name} is not refused")
+print(message)
 """
+"""What must be refused, with the same error."""
 
 
 def main() -> int:
@@ -186,7 +196,7 @@ def total(cases: list[ET.Element], name: str) -> int:
 
 
 def refused(python: Path) -> dict[str, Any]:
-    """Check that an unsupported version gives one clear error."""
+    """Check that an unsupported version gives a clear error."""
     done = run(python, "-c", REFUSED)
     return {"passed": 0, "failed": int(done.returncode != 0), "note": last_line(done)}
 
