@@ -85,8 +85,8 @@ class Client:
     words: Callable[[Run], list[str]]
     """The words after ``python`` for a run."""
     images: int = 1
-    spacing_mm: tuple[float, float, float] = (1.2, 1.2, 2.5)
-    field_mm: tuple[float, float, float] = (307.2, 307.2, 300.0)
+    spacing_mm: tuple[float, float, float] = (1.0, 1.0, 2.5)
+    field_mm: tuple[float, float, float] = (320.0, 320.0, 300.0)
     """Size of the benchmark's images, (x, y, z)."""
     subjects: bool = False
     """Whether each image lies in a folder of its own, as MOOSE wants."""
