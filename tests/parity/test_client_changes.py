@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 import shutil
 from argparse import Namespace
@@ -93,6 +94,22 @@ def test_parameters_can_be_loaded_into_the_network_one_after_another(model):
     np.testing.assert_array_equal(labels(ours, model), expected)
 
 
+def test_the_network_has_the_weights_that_nnunet_leaves(model):
+    data = network_input(model)
+    for parameters in (slice(0, 1), slice(0, 2)):
+        logits = []
+        for kind in (nnUNetPredictor, ArgmaxPredictor):
+            predictor = loaded(kind, model[0])
+            assert not predictor.network.training or kind is nnUNetPredictor
+            for name, tensor in predictor.network.state_dict().items():
+                assert torch.equal(tensor, predictor.list_of_parameters[0][name])
+            predictor.list_of_parameters = predictor.list_of_parameters[parameters]
+            labels(predictor, model)
+            assert not predictor.network.training
+            logits.append(predictor.predict_sliding_window_return_logits(data))
+        torch.testing.assert_close(logits[1], logits[0], rtol=0, atol=0)
+
+
 def fewer_folds(predictor):
     predictor.list_of_parameters = predictor.list_of_parameters[1:2]
 
@@ -149,6 +166,88 @@ class Reversed(LabelManager):
         return super().convert_logits_to_segmentation(-predicted_logits)
 
 
+def dilated(predictor):
+    for part in predictor.network.modules():
+        if (
+            isinstance(part, torch.nn.Conv3d)
+            and part.kernel_size == (3, 3, 3)
+            and part.stride[0] == 1
+        ):
+            part.dilation = part.padding = (2, 2, 2)
+
+
+class Flipped(torch.nn.Module):
+    """Flips the output of another network."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, tile):
+        return self.network(tile).flip(1)
+
+
+class OwnLoading(Flipped):
+    """Loads weights in a way of its own."""
+
+    def load_state_dict(self, state, *arguments, **keywords):
+        return self.network.load_state_dict(state)
+
+    def state_dict(self, *arguments, **keywords):
+        return self.network.state_dict()
+
+
+class ChangesItsInput(OwnLoading):
+    """Changes its input in place."""
+
+    def forward(self, tile):
+        return self.network(tile.mul_(-1))
+
+
+def wrapped(predictor):
+    predictor.network = OwnLoading(predictor.network)
+
+
+def input_changed(predictor):
+    predictor.network = ChangesItsInput(predictor.network)
+
+
+def other_class(predictor):
+    predictor.network.__class__ = type(
+        "Other",
+        (type(predictor.network),),
+        {"forward": lambda self, x: super(type(self), self).forward(x).flip(1)},
+    )
+
+
+def weights_changed_in_secret(predictor):
+    """As moving averages of weights do: torch does not count such changes."""
+    predictor.list_of_parameters = [
+        {name: tensor.double() for name, tensor in fold.items()}
+        for fold in predictor.list_of_parameters
+    ]
+    labels_of_any_image(predictor)
+    for fold in predictor.list_of_parameters:
+        for tensor in fold.values():
+            tensor.data.mul_(-1)
+
+
+def autocast_for_bfloat16(predictor):
+    predict = predictor.predict_single_npy_array
+
+    def with_autocast(*arguments):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return predict(*arguments)
+
+    predictor.predict_single_npy_array = with_autocast
+
+
+def labels_of_any_image(predictor):
+    image = np.random.default_rng(0).normal(size=(1, 18, 28, 24)).astype(np.float32)
+    spacing = {"spacing": (2.7, 1.3, 1.1)}
+    return predictor.predict_single_npy_array(image, spacing, None, None, False)  # noqa: FBT003
+
+
 def other_label_manager(predictor):
     own = predictor.label_manager
     predictor.label_manager = Reversed(own.label_dict, own.regions_class_order)
@@ -169,6 +268,12 @@ CHANGES = (
     other_mirroring,
     other_steps,
     no_gaussian,
+    dilated,
+    wrapped,
+    input_changed,
+    other_class,
+    weights_changed_in_secret,
+    autocast_for_bfloat16,
     other_label_manager,
     other_patch_size,
 )
@@ -195,6 +300,7 @@ def test_overridden_methods(model, name, by, caplog):
     def change(predictor):
         method = getattr(type(predictor), name)
 
+        @functools.wraps(method)  # which copies nnU-Net's name and module
         def changed(self, *arguments):
             return OVERRIDES[name](method(self, *arguments))
 

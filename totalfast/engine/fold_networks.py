@@ -65,8 +65,10 @@ class FoldNetworks:
         """
         import torch
 
-        batch = torch.clone(tile[None], memory_format=torch.contiguous_format).to(self.model.device)
         for network, head in self._networks:
+            # A copy for each network, as in nnU-Net: a network may change its input.
+            batch = torch.clone(tile[None], memory_format=torch.contiguous_format)
+            batch = batch.to(self.model.device)
             yield logits_by_slices(head, self._mirrored_mean(network, batch))
 
     def logits_of_one_tile(

@@ -260,6 +260,8 @@ def _stored_voxels(image: nib.Nifti1Image, name: str) -> tuple[NDArray[Any], flo
         return np.asanyarray(proxy), 1.0, 0.0
     try:
         stored = np.asanyarray(proxy.get_unscaled())
+    except InputError:
+        raise
     except UNEXPECTED_CONTENT as error:
         raise InputError(f"{name} is damaged or truncated: {error}") from error
     return stored, float(proxy.slope), float(proxy.inter)

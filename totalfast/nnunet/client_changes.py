@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +47,8 @@ KNOWN_MODULES = (
 )
 """Where nnU-Net's functions, and those that replace them with equal results, are defined."""
 
+KNOWN_DECORATORS = (*KNOWN_MODULES, "functools", "torch.")
+
 KNOWN_CLASSES = ("nnUNetPredictor", "ArgmaxPredictor", "LabelManager", "DefaultPreprocessor")
 
 
@@ -59,6 +62,7 @@ def changed_loop(predictor: Untyped) -> str | None:
         changed_methods(predictor, LOOP)
         or changed_functions(LOOP_FUNCTIONS)
         or _changed_network(predictor.network)
+        or _autocast(predictor.device)
     )
 
 
@@ -100,11 +104,35 @@ def has_ordinary_labels(labels: Untyped) -> bool:
 
 
 def _is_known(function: Untyped, name: str) -> bool:
-    """Whether a function is nnU-Net's function of that name, or one that replaces it equally."""
-    module = str(getattr(function, "__module__", None))
-    *holder, own_name = str(getattr(function, "__qualname__", None)).split(".")
-    is_from_known_class = not holder or holder[0] in KNOWN_CLASSES
-    return module.startswith(KNOWN_MODULES) and own_name == name and is_from_known_class
+    """Whether a function is nnU-Net's function of that name, or one that replaces it equally.
+
+    Decorators copy the name and the module of a function, but not the module of their own code.
+    """
+    *wrappers, inner = _layers(function)
+    *holder, own_name = str(getattr(inner, "__qualname__", None)).split(".")
+    return (
+        all(_module(wrapper).startswith(KNOWN_DECORATORS) for wrapper in wrappers)
+        and _module(inner).startswith(KNOWN_MODULES)
+        and own_name == name
+        and (not holder or holder[0] in KNOWN_CLASSES)
+    )
+
+
+def _layers(function: Untyped) -> list[Untyped]:
+    """Return a function, the function that it decorates, and so on."""
+    layers = [function]
+    while (inner := getattr(layers[-1], "__wrapped__", None)) is not None:
+        layers.append(inner)
+    return layers
+
+
+def _module(function: Untyped) -> str:
+    """Name of the module with the code of a function or class; empty for other objects."""
+    if isinstance(function, functools._lru_cache_wrapper):
+        return "functools"
+    if isinstance(function, type):
+        return function.__module__
+    return str(getattr(function, "__globals__", {}).get("__name__", ""))
 
 
 def _changed_network(network: Untyped) -> str | None:
@@ -121,4 +149,10 @@ def _changed_network(network: Untyped) -> str | None:
             return "the network has hooks"
         if "forward" in vars(part):
             return "the network has its own forward method"
+    return None
+
+
+def _autocast(device: torch.device) -> str | None:
+    if device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+        return "torch.autocast is on for the CPU"
     return None

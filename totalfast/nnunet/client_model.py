@@ -7,16 +7,16 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import nn
+
 from totalfast.backends import choose_backend
 from totalfast.models.loading import tile_shape
 from totalfast.models.model import Model
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable
     from typing import TypeAlias
-
-    import torch
-    from torch import nn
 
     from totalfast.backends import Backend
 
@@ -52,12 +52,12 @@ class Companion:
     trust_model: bool = False
     on_failure: Callable[[str, Exception], None] | None = None
     _model: Model | None = None
-    _of: tuple[object, ...] = ()
+    _state: object = None
     _told: set[str] = dataclasses.field(default_factory=set)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the settings."""
-        return vars(self) | {"_model": None, "_of": (), "_told": set()}
+        return vars(self) | {"_model": None, "_state": None, "_told": set()}
 
     def is_new(self, remark: str) -> bool:
         """Whether a remark is made for the first time."""
@@ -67,14 +67,21 @@ class Companion:
 
     def keep(self, model: Model, predictor: Untyped) -> None:
         """Keep a model that was just loaded for a predictor with exactly these attributes."""
-        self._model, self._of = model, _identity(predictor)
+        self._model, self._state = model, _state(predictor)
 
     def model(self, predictor: Untyped) -> Model:
-        """Return the model that a predictor's attributes describe."""
-        if self._model is None or not _same(self._of, _identity(predictor)):
+        """Return the model that a predictor's attributes describe, with the present weights.
+
+        Its last network is the predictor's own. As after nnU-Net's loop, this one has the last
+        fold's weights, is in eval mode and on the predictor's device.
+        """
+        if self._model is None or self._state != _state(predictor):
             self._model = None  # frees its networks before others are made
             self.keep(_model(predictor, self.backend), predictor)
-        return self._model  # type: ignore[return-value] # keep() has set it
+        model: Model = self._model  # type: ignore[assignment] # keep() has set it
+        predictor.network = predictor.network.to(predictor.device).eval()
+        _load_again(model, predictor)
+        return model
 
 
 defaults: dict[str, Any] = {}
@@ -89,52 +96,6 @@ def companion(predictor: Untyped) -> Companion:
         predictor._totalfast = Companion(**settings)
     found: Companion = predictor._totalfast
     return found
-
-
-def _identity(predictor: Untyped) -> tuple[object, ...]:
-    """All that the model depends on: values, then objects that are compared by ``is``."""
-    tensors = [tensor for fold in _folds(predictor) for tensor in fold.values()]
-    objects = [
-        *(getattr(predictor, name) for name in OBJECTS),
-        *tensors,
-        *predictor.network.modules(),
-    ]
-    values = (
-        tuple(predictor.configuration_manager.patch_size),
-        predictor.device,
-        tuple(_version(tensor) for tensor in tensors),
-        tuple(tuple(_plain_values(part)) for part in predictor.network.modules()),
-    )
-    return (*values, *objects)
-
-
-VALUES = 4
-"""Number of items of ``_identity`` that are compared by their values."""
-
-
-def _same(one: tuple[object, ...], other: tuple[object, ...]) -> bool:
-    return (
-        len(one) == len(other)
-        and one[:VALUES] == other[:VALUES]
-        and all(a is b for a, b in zip(one[VALUES:], other[VALUES:], strict=True))
-    )
-
-
-def _version(tensor: torch.Tensor) -> int:
-    """How often a tensor was changed in place; inference tensors do not count that."""
-    return 0 if tensor.is_inference() else tensor._version
-
-
-def _plain_values(part: nn.Module) -> Iterator[tuple[str, object]]:
-    """Settings of a layer, such as a dropout's share."""
-    for name, value in vars(part).items():
-        if name != "training" and isinstance(value, bool | int | float | str):
-            yield name, value
-
-
-def _folds(predictor: Untyped) -> list[dict[str, torch.Tensor]]:
-    """Return the weights of each fold; those of the network itself if there are none."""
-    return predictor.list_of_parameters or [predictor.network.state_dict(keep_vars=True)]
 
 
 def description(predictor: Untyped) -> Model:
@@ -154,19 +115,48 @@ def description(predictor: Untyped) -> Model:
 
 
 def _model(predictor: Untyped, backend: Backend) -> Model:
-    """Make a model with networks of its own, which share the weights of ``list_of_parameters``."""
+    """Make a model whose networks share the weights of ``list_of_parameters``, but for the last."""
     model = description(predictor)
-    networks = tuple(
+    copies = [
         _with_weights(predictor.network, parameters).to(predictor.device).eval()
-        for parameters in _folds(predictor)
-    )
+        for parameters in _folds(predictor)[:-1]
+    ]
+    predictor.network = predictor.network.to(predictor.device).eval()
+    networks = (*copies, predictor.network)
+    model = dataclasses.replace(model, networks=networks)
+    _load_again(model, predictor)  # some backends copy the weights
     shape = tile_shape(model.plans, model.configuration, model.dataset)
-    forwards = tuple(backend(network, shape) for network in networks)
-    return dataclasses.replace(model, networks=networks, forwards=forwards)
+    return dataclasses.replace(
+        model, forwards=tuple(backend(network, shape) for network in networks)
+    )
+
+
+def _folds(predictor: Untyped) -> list[dict[str, torch.Tensor]]:
+    """Return the weights of each fold; those of the network itself if there are none."""
+    return predictor.list_of_parameters or [predictor.network.state_dict(keep_vars=True)]
+
+
+def _load_again(model: Model, predictor: Untyped) -> None:
+    """Give the networks that do not share memory with ``list_of_parameters`` its numbers."""
+    for network, parameters in zip(
+        model.networks, predictor.list_of_parameters or (), strict=False
+    ):
+        own = network.state_dict(keep_vars=True)
+        if not all(
+            name in own and own[name].data_ptr() == tensor.data_ptr()
+            for name, tensor in parameters.items()
+        ):
+            network.load_state_dict(parameters)
 
 
 def _with_weights(network: nn.Module, parameters: dict[str, torch.Tensor]) -> nn.Module:
-    """Return a network of the same structure with these weights, in the network's precision."""
+    """Return a network of the same structure with these weights, in the network's precision.
+
+    Raises
+    ------
+    RuntimeError
+        If the network has its own way of loading weights, so that it may have copied them.
+    """
     shared: Iterable[torch.Tensor] = (*network.parameters(), *network.buffers())
     other = copy.deepcopy(network, {id(tensor): tensor for tensor in shared})
     own = other.state_dict()
@@ -175,4 +165,56 @@ def _with_weights(network: nn.Module, parameters: dict[str, torch.Tensor]) -> nn
         for name, tensor in parameters.items()
     }
     other.load_state_dict(weights, assign=True)
+    loaded = other.state_dict(keep_vars=True)
+    if any(loaded[name].data_ptr() != tensor.data_ptr() for name, tensor in weights.items()):
+        raise RuntimeError("it loads weights in a way of its own")
     return other
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class _Same:
+    """Equal only to what holds the very same object."""
+
+    of: object
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.of is other.of
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _state(predictor: Untyped) -> object:
+    """All that the networks depend on, to be compared with a later state."""
+    tensors = [tensor for fold in _folds(predictor) for tensor in fold.values()]
+    return (
+        [_Same(getattr(predictor, name)) for name in OBJECTS],
+        list(predictor.configuration_manager.patch_size),
+        predictor.device,
+        [_frozen(tensor) for tensor in tensors],
+        [_settings(part) for part in predictor.network.modules()],
+    )
+
+
+TORCHS_OWN = frozenset(vars(nn.Module()))
+"""Attributes of every module. Its weights, parts and hooks are looked at elsewhere."""
+
+
+def _settings(part: nn.Module) -> object:
+    """Return the class of a layer and its attributes, such as a dropout's share."""
+    attributes = {name: _frozen(v) for name, v in vars(part).items() if name not in TORCHS_OWN}
+    buffers = [_frozen(part._buffers[name]) for name in sorted(part._non_persistent_buffers_set)]
+    return _Same(part), _Same(type(part)), attributes, buffers
+
+
+def _frozen(value: object) -> object:
+    """Return a copy of plain data, and what tells other objects apart."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        return [_frozen(item) for item in value]
+    if isinstance(value, dict):
+        return [(key, _frozen(item)) for key, item in value.items()]
+    if isinstance(value, torch.Tensor):
+        # Inference tensors do not count their changes.
+        return _Same(value), 0 if value.is_inference() else value._version
+    return _Same(value)

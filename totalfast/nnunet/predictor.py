@@ -9,7 +9,6 @@ use only nnU-Net's attributes and the predictor's ``companion``.
 
 from __future__ import annotations
 
-import copy
 import inspect
 import logging
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -184,16 +183,20 @@ class ArgmaxPredictor(nnUNetPredictor):  # type: ignore[misc] # nnU-Net is untyp
         self.label_manager = model.labels
         self.trainer_name = model.trainer_name
         self.allowed_mirroring_axes = model.mirroring_axes
-        # As in nnU-Net, the network and each fold's parameters have memory of their own: programs
-        # load the parameters into the network, one after another.
-        self.network = copy.deepcopy(model.networks[0])
-        self.list_of_parameters = [
-            {
-                name: tensor if keeps_weights(own.backend) else tensor.clone()
-                for name, tensor in network.state_dict().items()
-            }
-            for network in model.networks
+        # As in nnU-Net, the network and each fold's parameters have memory of their own, because
+        # programs load the parameters into the network, and the network has the first fold's.
+        *others, self.network = model.networks
+        shared = [network.state_dict() for network in others] if keeps_weights(own.backend) else []
+        self.list_of_parameters = shared + [
+            {name: tensor.clone() for name, tensor in network.state_dict().items()}
+            for network in model.networks[len(shared) :]
         ]
+        first = self.list_of_parameters[0]
+        if keeps_weights(own.backend):
+            self.network.load_state_dict(first)
+        else:  # its weights are mapped from the file
+            own_memory = {name: tensor.clone() for name, tensor in first.items()}
+            self.network.load_state_dict(own_memory, assign=True)
         own.keep(model, self)
 
     def predict_labels_from_preprocessed_data(self, data: torch.Tensor) -> torch.Tensor:
