@@ -3,13 +3,21 @@ from __future__ import annotations
 import gc
 import pickle
 import weakref
+from argparse import Namespace
+from collections import defaultdict, deque
+from datetime import date, datetime, timedelta, timezone
+from decimal import Decimal
+from fractions import Fraction
+from pathlib import PurePosixPath, PureWindowsPath
+from types import SimpleNamespace
+from uuid import UUID
 
 import numpy as np
 import pytest
 import torch
 
 from totalfast import WeightsError
-from totalfast.models.checkpoints import read_checkpoint
+from totalfast.models.checkpoints import Ignored, read_checkpoint
 from totalfast.models.loading import load_model
 from totalfast.models.trainers import builds_from_plans
 from totalfast.models.weights import find_model
@@ -21,10 +29,19 @@ class Exploit:
         return (pytest.fail, ("code from a checkpoint was run",))
 
 
-def test_checkpoint_with_numpy_numbers_in_its_training_log_is_read(tmp_path):
-    log = {"mean_fg_dice": [np.float64(0.8), np.float32(0.5)], "epochs": np.int64(3)}
-    torch.save({"network_weights": {"a": torch.ones(3)}, "logging": log}, tmp_path / "c.pth")
-    assert read_checkpoint(tmp_path / "c.pth")["logging"] == log
+def test_harmless_data_beside_the_weights_are_left_out(tmp_path):
+    data = {
+        "log": [np.float64(0.8), np.float16(0.5), np.int64(3), np.arange(3), np.array(["a", None])],
+        "arguments": Namespace(folder=PurePosixPath("a"), windows=PureWindowsPath("b")),
+        "times": (datetime.now(timezone.utc), timedelta(1), date.today()),  # noqa: DTZ011
+        "containers": [defaultdict(list, {"a": [1]}), deque([1]), frozenset([1]), range(3)],
+        "others": [Decimal(1), Fraction(1, 2), UUID(int=1), SimpleNamespace(a=1), slice(1, 2)],
+    }
+    torch.save({"network_weights": {"a": torch.ones(3)}} | data, tmp_path / "c.pth")
+    content = read_checkpoint(tmp_path / "c.pth")
+    assert content["network_weights"]["a"].sum() == 3
+    assert {type(value) for value in content["log"]} == {Ignored}
+    assert type(content["arguments"]) is Ignored
 
 
 def test_checkpoint_with_code_is_refused_and_not_run(tmp_path):
