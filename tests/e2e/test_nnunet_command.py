@@ -304,17 +304,15 @@ def test_an_output_that_cant_be_written_is_refused_before_any_prediction(
 
 def test_a_file_that_the_writer_truncates_is_not_delivered(single, predict, tmp_path, monkeypatch):
     """SimpleITK writes NIfTI files without an error when the disk is full."""
-    from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+    write = sitk.WriteImage
 
-    write = SimpleITKIO.write_seg
-
-    def truncated(self, segmentation, path, properties):
-        write(self, segmentation, path, properties)
+    def truncated(image, path, *arguments):
+        write(image, path, *arguments)
         with Path(path).open("rb+") as stream:
             stream.truncate(200)
 
     model, images = single
-    monkeypatch.setattr(SimpleITKIO, "write_seg", truncated)
+    monkeypatch.setattr(sitk, "WriteImage", truncated)
     code, _, err, names = predict(model, images)
     assert (code, names) == (1, [])
     assert INCOMPLETE in err

@@ -4,27 +4,35 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import pickle
 import shutil
+import warnings
 from argparse import Namespace
 from collections import defaultdict
 from datetime import datetime, timezone
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
 from batchgenerators.dataloading.multi_threaded_augmenter import MultiThreadedAugmenter
-from nnunetv2.inference import predict_from_raw_data
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+from nnunetv2.inference import export_prediction, predict_from_raw_data
 from nnunetv2.inference.data_iterators import PreprocessAdapterFromNpy
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.preprocessing.preprocessors import default_preprocessor
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
+from nnunetv2.preprocessing.resampling import default_resampling
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 import totalfast.nnunet
 from totalfast import ArgmaxPredictor, WeightsError
+from totalfast.models.nnunet_versions import FINDERS
 from totalfast.nnunet import prediction as prediction_module
+from totalfast.nnunet.cases import case_from_array
 
 from .nnunet_models import SyntheticModel
 
@@ -422,6 +430,174 @@ def test_changed_preparation(model, name, monkeypatch, tmp_path):
     np.testing.assert_array_equal(ours[0], theirs[0])
 
 
+FUNCTIONS = {
+    "default_preprocessor.crop_to_nonzero": (
+        default_preprocessor,
+        lambda before, data, *a, **k: before(
+            np.where(np.arange(data.shape[1])[:, None, None] < 9, data, 0), *a, **k
+        ),
+    ),
+    "default_resampling.resample_data_or_seg": (
+        default_resampling,
+        lambda before, data, *a, **k: before(data[:, ::-1], *a, **k),
+    ),
+    "export_prediction.insert_crop_into_image": (
+        export_prediction,
+        lambda before, image, crop, box: before(image, crop[::-1], box),
+    ),
+    "export_prediction.convert_predicted_logits_to_segmentation_with_correct_shape": (
+        export_prediction,
+        lambda before, *a, **k: before(*a, **k)[::-1],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_that_preparation_and_export_call(model, name, monkeypatch, tmp_path):
+    module, change = FUNCTIONS[name]
+    before = getattr(module, name.partition(".")[2])
+    image = str(model[3] / "case0_0000.nii.gz")
+
+    def written(kind, folder):
+        folder.mkdir()
+        loaded(kind, model[0]).predict_from_files_sequential([[image]], [str(folder / "x")])
+        return np.asarray(nib.load(folder / "x.nii.gz").dataobj)
+
+    expected = written(ArgmaxPredictor, tmp_path / "before")
+    changed = functools.wraps(before)(lambda *a, **k: change(before, *a, **k))
+    monkeypatch.setattr(module, before.__name__, changed)
+    theirs = written(nnUNetPredictor, tmp_path / "theirs")
+    ours = written(ArgmaxPredictor, tmp_path / "ours")
+    assert (expected != theirs).any()
+    np.testing.assert_array_equal(ours, theirs)
+
+
+def test_an_iterator_that_uses_its_objects_again(model, tmp_path):
+    ours = loaded(ArgmaxPredictor, model[0])
+    images = [model[1], model[1][:, ::-1].copy(), model[1][:, 3:]]
+    cases = [
+        case
+        for image in images
+        for case in ours.get_data_iterator_from_raw_npy_data(image, None, dict(model[2]), None)
+    ]
+    expected = [
+        result for case in cases for result in ours.predict_from_data_iterator([dict(case)])
+    ]
+
+    def iterator():
+        item, properties = {}, {}
+        for number, case in enumerate(cases):
+            properties.update(case["data_properties"])
+            item.update(case, data_properties=properties, ofile=str(tmp_path / f"c{number}"))
+            yield item
+            properties.clear()
+            item["ofile"] = str(tmp_path / "other")
+
+    assert ours.predict_from_data_iterator(iterator()) == [None] * 3
+    written = [np.asarray(nib.load(tmp_path / f"c{n}.nii.gz").dataobj).T for n in range(3)]
+    for one, two in zip(written, expected, strict=True):
+        np.testing.assert_array_equal(one, two)
+    assert not (tmp_path / "other.nii.gz").exists()
+
+
+def test_methods_that_call_each_other(model):
+    """The usual way to avoid nnU-Net's processes."""
+
+    class Sequential(ArgmaxPredictor):
+        def predict_from_files(self, *arguments, **keywords):
+            return self.predict_from_files_sequential(*arguments, **keywords)
+
+        def predict_from_data_iterator(self, *arguments):
+            return pytest.fail("nnU-Net's sequential method does not call it")
+
+    files = [[str(model[3] / "case0_0000.nii.gz")]]
+    (theirs,) = loaded(nnUNetPredictor, model[0]).predict_from_files_sequential(files, None)
+    (ours,) = loaded(Sequential, model[0]).predict_from_files(files, None)
+    np.testing.assert_array_equal(ours, theirs)
+
+
+def test_readers_and_writers_of_a_program(model, monkeypatch, tmp_path):
+    read, paths = SimpleITKIO.read_images, []
+
+    def reader(self, *arguments):
+        global READS  # noqa: PLW0603 - what is tested
+        READS += 1
+        with warnings.catch_warnings():
+            return read(self, *arguments)
+
+    monkeypatch.setattr(SimpleITKIO, "read_images", reader)
+    monkeypatch.setattr(SimpleITKIO, "write_seg", lambda self, seg, path, _: paths.append(path))
+    before = READS
+    predictor = loaded(ArgmaxPredictor, model[0])
+    predictor.predict_from_files([[str(model[3] / "case0_0000.nii.gz")]], [str(tmp_path / "x")])
+    assert (READS, paths) == (before + 1, [str(tmp_path / "x.nii.gz")])
+
+
+READS = 0
+
+
+def test_data_that_are_no_plain_float32_and_boxes_outside_of_the_image(model):
+    results = []
+    for kind in (nnUNetPredictor, ArgmaxPredictor):
+        predictor = loaded(kind, model[0], (0,))
+        case = case_from_array(
+            model[1], None, model[2], None, loaded(ArgmaxPredictor, model[0], (0,)).model
+        )
+        own = [case["data"].requires_grad_(), case["data"].detach().double()]
+        predictor.network.double()
+        results.append(_single(predictor, own[1], case["data_properties"]))
+        predictor.network.float()
+        results.append(_single(predictor, own[0], case["data_properties"]))
+        start, stop = case["data_properties"]["bbox_used_for_cropping"][0]
+        case["data_properties"]["bbox_used_for_cropping"][0] = [start - 2, stop - 2]
+        results.append(_single(predictor, own[0].detach(), case["data_properties"]))
+    for one, two in zip(results[:3], results[3:], strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+def _single(predictor, data, properties):
+    """Labels of prepared data, without nnU-Net's processes."""
+    if isinstance(predictor, ArgmaxPredictor):
+        (result,) = predictor.predict_from_data_iterator(
+            [{"data": data, "data_properties": properties, "ofile": None}]
+        )
+        return result
+    return export_prediction.convert_predicted_logits_to_segmentation_with_correct_shape(
+        predictor.predict_logits_from_preprocessed_data(data).detach().numpy(),
+        predictor.plans_manager,
+        predictor.configuration_manager,
+        predictor.label_manager,
+        properties,
+    )
+
+
+def test_shallow_copies_do_not_share_a_model(model):
+    one = loaded(ArgmaxPredictor, model[0])
+    two = copy.copy(one)
+    two.network = copy.deepcopy(one.network)
+    two.list_of_parameters = one.list_of_parameters[:1]
+    expected = labels(one, model), labels(two, model)
+    assert (expected[0] != expected[1]).any()
+    assert one.model is not two.model
+    np.testing.assert_array_equal(labels(one, model), expected[0])
+
+
+def test_names_and_signature_of_a_subclass(model):
+    class Own(ArgmaxPredictor):
+        def __init__(self, size=3):
+            super().__init__(device=CPU, allow_tqdm=False)
+            self.model = self.backend = size
+
+    assert list(inspect.signature(Own).parameters) == ["size"]
+    assert "device" in inspect.signature(ArgmaxPredictor).parameters
+    predictor = Own()
+    predictor.initialize_from_trained_model_folder(str(model[0]), (0, 1))
+    np.testing.assert_array_equal(
+        labels(predictor, model), labels(loaded(ArgmaxPredictor, model[0]), model)
+    )
+    assert predictor.model == 3
+
+
 def test_processes_of_a_data_iterator_are_ended(model):
     ours = loaded(ArgmaxPredictor, model[0])
     adapter = PreprocessAdapterFromNpy(
@@ -524,15 +700,9 @@ def with_trainer(model, tmp_path, monkeypatch):
         ):
             return OtherNetwork(num_input_channels, num_output_channels)
 
-    name, find = (
-        TrainerOfAProgram.__name__,
-        predict_from_raw_data.recursive_find_trainer_class_by_name,
-    )
-    monkeypatch.setattr(
-        predict_from_raw_data,
-        "recursive_find_trainer_class_by_name",
-        lambda wanted: TrainerOfAProgram if wanted == name else find(wanted),
-    )
+    name = TrainerOfAProgram.__name__
+    finder = next(finder for finder in FINDERS if hasattr(predict_from_raw_data, finder))
+    monkeypatch.setattr(predict_from_raw_data, finder, lambda *_: TrainerOfAProgram)
     folder = shutil.copytree(model[0], tmp_path / "model")
     torch.manual_seed(0)
     checkpoint = {

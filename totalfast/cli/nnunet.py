@@ -256,7 +256,7 @@ def model_folder(args: argparse.Namespace) -> str:
     from nnunetv2.paths import nnUNet_results
     from nnunetv2.utilities.file_path_utilities import get_output_folder
 
-    if nnUNet_results is None:
+    if not nnUNet_results:
         raise OptionError("-d needs the environment variable nnUNet_results; or use -m FOLDER.")
     return str(get_output_folder(args.d, args.tr, args.p, args.c))
 

@@ -8,6 +8,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from totalfast.compat.rebinding import forget, rebind, when_imported
+from totalfast.models.nnunet_versions import check_version
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,6 +24,11 @@ LEFT_ALONE = ("nnunetv2.training", "totalfast", "totalsegmentator.nnunet_runtime
 
 TOTALSEGMENTATORS_PATCH = "totalsegmentator.nnunet_runtime_patches"
 """Module with a function that replaces some of the same methods and functions."""
+
+EXPORTS = (
+    "export_prediction_from_logits",
+    "convert_predicted_logits_to_segmentation_with_correct_shape",
+)
 
 TRAINER = "nnunetv2.training.nnUNetTrainer.nnUNetTrainer"
 
@@ -49,6 +55,7 @@ def patch_nnunet(*, export: str = "auto", backend: str = "torch", trust_model: b
     -----
     Processes that the program starts are not patched; ``python -m totalfast.patch`` does that.
     """
+    check_version()
     from totalfast.nnunet import client_model
 
     client_model.defaults.update(export=export, backend=backend, trust_model=trust_model)
@@ -83,22 +90,30 @@ def _install() -> None:
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
     from totalfast.nnunet import export
-    from totalfast.nnunet.client_changes import EXPORT_FUNCTIONS
     from totalfast.nnunet.originals import replaced
     from totalfast.nnunet.predictor import METHODS, ArgmaxPredictor
 
     for name in METHODS:
-        theirs, ours = vars(nnUNetPredictor)[name], vars(ArgmaxPredictor)[name]
-        if theirs is not ours:
+        theirs, ours = vars(nnUNetPredictor).get(name), vars(ArgmaxPredictor)[name]
+        if theirs is not None and theirs is not ours and _is_replaceable(theirs, name):
             replaced[name] = theirs
             setattr(nnUNetPredictor, name, ours)
-    for name in EXPORT_FUNCTIONS:
+    for name in EXPORTS:
         theirs = getattr(export_prediction, name)
-        if theirs is _ours.get(name):
-            continue
-        replaced[name] = theirs
-        _ours.setdefault(name, _stand_in(theirs, getattr(export, name)))
-        rebind(theirs, _ours[name], skip=LEFT_ALONE)
+        if theirs is not _ours.get(name) and _is_replaceable(theirs, name):
+            replaced[name] = theirs
+            _ours.setdefault(name, _stand_in(theirs, getattr(export, name)))
+            rebind(theirs, _ours[name], skip=LEFT_ALONE)
+
+
+def _is_replaceable(theirs: Callable[..., Any], name: str) -> bool:
+    """Whether a method or function is nnU-Net's or TotalSegmentator's, and not the program's."""
+    from totalfast.nnunet.client_changes import is_known
+
+    known = is_known(theirs, name)
+    if not known:
+        logger.warning("nnU-Net's %s is not patched, because the program has replaced it.", name)
+    return known
 
 
 def _stand_in(theirs: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:

@@ -7,8 +7,12 @@ import importlib.metadata
 import logging
 import os
 import runpy
+import shutil
 import sys
+import zipfile
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from totalfast.compat.patch_nnunet import patch_nnunet
@@ -66,32 +70,52 @@ def main(words: Sequence[str]) -> None:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "-m", dest="module", nargs=argparse.REMAINDER, help="Module to run, and its arguments."
-    )
-    parser.add_argument(
-        "script", nargs=argparse.REMAINDER, help="Script or installed command, and its arguments."
-    )
-    args = parser.parse_args(words)
-    program: list[str] = args.module or args.script
-    if not program:
+    parser.add_argument("program", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    if not words or words[0] in ("-h", "--help"):
+        parser.parse_args(words)
         parser.error("give a script, a command, or -m and a module")
     patch_when_imported()
-    folders = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    os.environ["PYTHONPATH"] = os.pathsep.join([CHILD, *filter(None, folders)])
-    sys.argv = program
-    if args.module:
-        runpy.run_module(program[0], run_name="__main__", alter_sys=True)
+    # An empty entry of this variable means the current folder.
+    others = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = CHILD if others is None else os.pathsep.join([CHILD, others])
+    if words[0].startswith("-m"):
+        # As in Python: "-m module" or "-mmodule"; all other words are the program's.
+        name, *rest = [words[0][2:], *words[1:]] if words[0] != "-m" else words[1:] or [""]
+        if not name:
+            parser.error("-m needs a module")
+        sys.argv = [name, *rest]
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
         return
-    if not Path(program[0]).exists():
-        _run_command(program[0], parser)
+    sys.argv = list(words)
+    path = Path(words[0])
+    if path.is_file():
+        _run_script(path)
+    elif path.is_dir() and (path / "__main__.py").is_file():
+        runpy.run_path(words[0], run_name="__main__")
+    else:
+        _run_command(words[0], parser)
+
+
+def _run_script(path: Path) -> None:
+    """Run a script as the program's main module, which threads and exit functions need."""
+    path = path.absolute()
+    if zipfile.is_zipfile(path):
+        runpy.run_path(str(path), run_name="__main__")
+        return
     if not getattr(sys.flags, "safe_path", False):
-        sys.path[0] = str(Path(program[0]).resolve().parent)
-    runpy.run_path(program[0], run_name="__main__")
+        sys.path[0] = str(path.resolve().parent)
+    module = ModuleType("__main__")
+    module.__file__ = str(path)
+    module.__loader__ = SourceFileLoader("__main__", str(path))
+    sys.modules["__main__"] = module
+    code = compile(path.read_bytes(), str(path), "exec")
+    exec(code, vars(module))  # noqa: S102 - what this command is for
 
 
 def _run_command(name: str, parser: argparse.ArgumentParser) -> None:
     """Run a command that a package has installed for this Python; exit with its code."""
     for command in importlib.metadata.entry_points(group="console_scripts", name=name):
+        if not getattr(sys.flags, "safe_path", False):
+            sys.path[0] = str(Path(shutil.which(name) or sys.executable).parent)
         sys.exit(command.load()())
     parser.error(f"there is no script {name}, and no package of this Python has such a command")

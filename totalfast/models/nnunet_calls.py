@@ -8,6 +8,7 @@ called with a ``print`` and ``warnings`` of its own.
 from __future__ import annotations
 
 import logging
+import warnings
 from types import FunctionType, MethodType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +39,7 @@ def with_print(function: Callable[..., Any], say: Callable[..., None]) -> Callab
     """Return a copy of a function or method that calls ``say`` instead of ``print``.
 
     This holds for the function itself, not for the functions that it calls. Functions that are not
-    written in Python are returned unchanged.
+    nnU-Net's are returned unchanged.
 
     Parameters
     ----------
@@ -48,9 +49,9 @@ def with_print(function: Callable[..., Any], say: Callable[..., None]) -> Callab
         Called with the arguments of ``print`` and of ``warnings.warn``.
     """
     plain = function.__func__ if isinstance(function, MethodType) else function
-    if not isinstance(plain, FunctionType):
+    if not isinstance(plain, FunctionType) or not _is_nnunets(plain):
         return function
-    own = {"print": say, "warnings": SimpleNamespace(warn=say)}
+    own = {"print": say, "warnings": SimpleNamespace(**vars(warnings) | {"warn": say})}
     changed = FunctionType(
         plain.__code__,
         plain.__globals__ | own,
@@ -60,6 +61,10 @@ def with_print(function: Callable[..., Any], say: Callable[..., None]) -> Callab
     )
     changed.__kwdefaults__ = plain.__kwdefaults__
     return MethodType(changed, function.__self__) if isinstance(function, MethodType) else changed
+
+
+def _is_nnunets(function: FunctionType) -> bool:
+    return str(function.__globals__.get("__name__")).startswith("nnunetv2.")
 
 
 def _log(*values: object, **_: object) -> None:

@@ -17,7 +17,11 @@ from totalfast.engine.normalise import NetworkImage, to_network_image
 from totalfast.errors import InputError
 from totalfast.models.nnunet_calls import with_print
 from totalfast.models.nnunet_versions import prepare
-from totalfast.nnunet.client_changes import has_own_method
+from totalfast.nnunet.client_changes import (
+    PREPARING_FUNCTIONS,
+    changed_functions,
+    has_own_method,
+)
 from totalfast.nnunet.file_checks import check_voxels, is_utf8
 
 if TYPE_CHECKING:
@@ -260,7 +264,11 @@ def _is_default(model: Model) -> bool:
     from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 
     kind = model.configuration.preprocessor_class
-    return kind is DefaultPreprocessor and not has_own_method(kind, "run_case_npy", "_normalize")
+    return (
+        kind is DefaultPreprocessor
+        and not has_own_method(kind, "run_case_npy", "_normalize")
+        and changed_functions(PREPARING_FUNCTIONS) is None
+    )
 
 
 def _stacked(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from torch.nn.modules import module as nn_module
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from typing import TypeAlias
 
     Untyped: TypeAlias = Any
@@ -25,17 +27,48 @@ LOOP = (
 """Methods of nnU-Net's predictor that compute the logits of an image, called by
 ``predict_logits_from_preprocessed_data``."""
 
-LOOP_FUNCTIONS = ("compute_gaussian", "compute_steps_for_sliding_window", "pad_nd_image")
-EXPORT_FUNCTIONS = (
-    "export_prediction_from_logits",
-    "convert_predicted_logits_to_segmentation_with_correct_shape",
-)
-PREPARING_FUNCTIONS = (
-    "preprocessing_iterator_fromfiles",
-    "preprocessing_iterator_fromnpy",
-    "PreprocessAdapterFromNpy",
-)
-"""Functions that nnU-Net's predictor calls by their names in its module."""
+PREDICTOR = "nnunetv2.inference.predict_from_raw_data"
+RESAMPLING = {
+    "nnunetv2.preprocessing.resampling.default_resampling": (
+        "resample_data_or_seg",
+        "resample_data_or_seg_to_shape",
+        "get_do_separate_z",
+        "get_lowres_axis",
+        "determine_do_sep_z_and_axis",
+    ),
+}
+LOOP_FUNCTIONS = {
+    PREDICTOR: ("compute_gaussian", "compute_steps_for_sliding_window", "pad_nd_image"),
+}
+EXPORT_FUNCTIONS = {
+    PREDICTOR: (
+        "export_prediction_from_logits",
+        "convert_predicted_logits_to_segmentation_with_correct_shape",
+    ),
+    "nnunetv2.inference.export_prediction": (
+        "convert_predicted_logits_to_segmentation_with_correct_shape",
+        "insert_crop_into_image",
+    ),
+    **RESAMPLING,
+}
+ITERATING_FUNCTIONS = {
+    PREDICTOR: (
+        "preprocessing_iterator_fromfiles",
+        "preprocessing_iterator_fromnpy",
+        "PreprocessAdapterFromNpy",
+    ),
+}
+PREPARING_FUNCTIONS = {
+    "nnunetv2.preprocessing.preprocessors.default_preprocessor": (
+        "crop_to_nonzero",
+        "compute_new_shape",
+        "recursive_find_python_class",
+    ),
+    "nnunetv2.preprocessing.cropping.cropping": ("create_nonzero_mask", "crop_to_nonzero"),
+    **RESAMPLING,
+}
+"""Functions of nnU-Net that its predictor, export and preprocessor call by their names in these
+modules, so that a program may replace them."""
 
 PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
@@ -69,25 +102,31 @@ def changed_loop(predictor: Untyped) -> str | None:
 def changed_methods(predictor: Untyped, names: tuple[str, ...]) -> str | None:
     """Return the first of nnU-Net's methods that is another one in this predictor, or None."""
     for name in names:
-        if not _is_known(inspect.getattr_static(predictor, name), name):
+        if not is_known(inspect.getattr_static(predictor, name), name):
             return f"{type(predictor).__name__} has its own {name}"
     return None
 
 
-def changed_functions(names: tuple[str, ...]) -> str | None:
+def changed_functions(names: Mapping[str, tuple[str, ...]]) -> str | None:
     """Return the first of nnU-Net's functions that a program has replaced, or None."""
-    from nnunetv2.inference import predict_from_raw_data
-
-    for name in names:
-        own = getattr(predict_from_raw_data, name, None)  # not every version has all of them
-        if own is not None and not _is_known(own, name):
-            return f"the program has replaced nnU-Net's {name}"
+    for module, functions in names.items():
+        for name in functions:
+            # Not every version has all of them, and what is not imported is not changed.
+            own = getattr(sys.modules.get(module), name, None)
+            if own is not None and not is_known(own, name):
+                return f"the program has replaced nnU-Net's {name}"
     return None
 
 
 def has_own_method(kind: type, *names: str) -> bool:
     """Whether one of these methods of a preprocessor is not that of nnU-Net's default one."""
-    return not all(_is_known(inspect.getattr_static(kind, name), name) for name in names)
+    return not all(is_known(inspect.getattr_static(kind, name), name) for name in names)
+
+
+def has_own_writer(writer: type) -> bool:
+    """Whether a program has its own way of writing a segmentation."""
+    layers = _layers(inspect.getattr_static(writer, "write_seg"))
+    return not all(_module(layer).startswith("nnunetv2.imageio.") for layer in layers)
 
 
 def has_ordinary_labels(labels: Untyped) -> bool:
@@ -96,14 +135,17 @@ def has_ordinary_labels(labels: Untyped) -> bool:
 
     if type(labels) is not LabelManager:
         return False
-    own = (name for name in vars(labels) if name in vars(LabelManager))
-    methods = ((name, f) for name, f in vars(LabelManager).items() if inspect.isfunction(f))
-    if any(own) or not all(_is_known(method, name) for name, method in methods):
+    members = {k: v for k, v in vars(LabelManager).items() if not k.startswith("__")}
+    if any(name in members for name in vars(labels)):
         return False
+    for name, member in members.items():
+        function = member.fget if isinstance(member, property) else member
+        if not is_known(getattr(function, "__func__", function), name):
+            return False
     return not labels.has_regions or labels.inference_nonlin is torch.sigmoid
 
 
-def _is_known(function: Untyped, name: str) -> bool:
+def is_known(function: Untyped, name: str) -> bool:
     """Whether a function is nnU-Net's function of that name, or one that replaces it equally.
 
     Decorators copy the name and the module of a function, but not the module of their own code.
@@ -144,6 +186,8 @@ def _changed_network(network: Untyped) -> str | None:
         return f"the network is a {type(network).__name__}"
     if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
         return "torch has hooks for all modules"
+    if any(p.is_floating_point() and p.dtype != torch.float32 for p in network.parameters()):
+        return "the network is not in float32"
     for part in network.modules():
         if part._forward_hooks or part._forward_pre_hooks:
             return "the network has hooks"

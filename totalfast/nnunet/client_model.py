@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,10 +55,17 @@ class Companion:
     _model: Model | None = None
     _state: object = None
     _told: set[str] = dataclasses.field(default_factory=set)
+    _owner: weakref.ref[Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the settings."""
-        return vars(self) | {"_model": None, "_state": None, "_told": set()}
+        return vars(self) | {"_model": None, "_state": None, "_told": set(), "_owner": None}
+
+    def belongs_to(self, predictor: Untyped) -> bool:
+        """Whether a predictor is the first that asks. Copies of it share its attributes."""
+        if self._owner is None:
+            self._owner = weakref.ref(predictor)
+        return self._owner() is predictor
 
     def is_new(self, remark: str) -> bool:
         """Whether a remark is made for the first time."""
@@ -75,10 +83,11 @@ class Companion:
         Its last network is the predictor's own. As after nnU-Net's loop, this one has the last
         fold's weights, is in eval mode and on the predictor's device.
         """
-        if self._model is None or self._state != _state(predictor):
-            self._model = None  # frees its networks before others are made
-            self.keep(_model(predictor, self.backend), predictor)
-        model: Model = self._model  # type: ignore[assignment] # keep() has set it
+        model = self._model
+        if model is None or self._state != _state(predictor):
+            self._model = model = None  # frees its networks before others are made
+            model = _model(predictor, self.backend)
+            self.keep(model, predictor)
         predictor.network = predictor.network.to(predictor.device).eval()
         _load_again(model, predictor)
         return model
@@ -95,6 +104,8 @@ def companion(predictor: Untyped) -> Companion:
         settings["backend"] = choose_backend(settings["backend"], predictor.device)
         predictor._totalfast = Companion(**settings)
     found: Companion = predictor._totalfast
+    if not found.belongs_to(predictor):
+        found = predictor._totalfast = copy.copy(found)
     return found
 
 

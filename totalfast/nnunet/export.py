@@ -12,7 +12,7 @@ import numpy as np
 from totalfast.export import export_labels
 from totalfast.models.nnunet_calls import call_quietly
 from totalfast.models.nnunet_versions import check_version
-from totalfast.nnunet.client_changes import has_ordinary_labels
+from totalfast.nnunet.client_changes import has_ordinary_labels, has_own_writer
 from totalfast.nnunet.file_checks import check_voxels
 from totalfast.nnunet.originals import convert_logits
 from totalfast.system.pending_files import PendingFiles
@@ -127,8 +127,8 @@ def convert_predicted_logits_to_segmentation_with_correct_shape(
     -------
         Labels (z, y, x), or labels and probabilities (classes, z, y, x).
     """
-    by_rule = has_ordinary_labels(label_manager) and not return_probabilities
-    if by_rule and not use_cropped_logits_resampling:
+    by_rule = has_ordinary_labels(label_manager) and fits_image(properties_dict)
+    if by_rule and not return_probabilities and not use_cropped_logits_resampling:
         return segmentation_from_logits(
             predicted_logits,
             properties_dict,
@@ -147,6 +147,19 @@ def convert_predicted_logits_to_segmentation_with_correct_shape(
         return_probabilities,
         num_threads_torch,
         *more,
+    )
+
+
+def fits_image(properties: dict[str, Any]) -> bool:
+    """Whether the box of the crop lies in the image and has the crop's shape."""
+    box = properties["bbox_used_for_cropping"]
+    shapes = (
+        properties["shape_after_cropping_and_before_resampling"],
+        properties["shape_before_cropping"],
+    )
+    return all(
+        start >= 0 and stop <= full and stop - start == cropped
+        for (start, stop), cropped, full in zip(box, *shapes, strict=True)
     )
 
 
@@ -207,11 +220,16 @@ def write_segmentation(
                 target.with_name(target.name + ".pkl"),
                 lambda staged: save_pickle(properties, str(staged)),
             )
-        files.write(
-            target.with_name(target.name + ending),
-            lambda staged: _write_checked(segmentation, staged, properties, writer),
-            names_its_files=True,
-        )
+        place = target.with_name(target.name + ending)
+        if has_own_writer(type(writer)):
+            # A writer of the program: it may write anywhere, and needs the real path.
+            writer.write_seg(segmentation, str(place), properties)
+        else:
+            files.write(
+                place,
+                lambda staged: _write_checked(segmentation, staged, properties, writer),
+                names_its_files=True,
+            )
         files.commit()
 
 

@@ -6,7 +6,9 @@ nnU-Net's methods and functions, in the form that the program has given them.
 
 from __future__ import annotations
 
+import copy
 import logging
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -15,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
-from nnunetv2.inference import predict_from_raw_data
+from nnunetv2.utilities.helpers import empty_cache
 from tqdm import tqdm
 
 from totalfast.engine.predict import predict_network_image
@@ -31,8 +33,8 @@ from totalfast.nnunet.client_changes import (
     has_ordinary_labels,
 )
 from totalfast.nnunet.client_model import companion, description
-from totalfast.nnunet.export import segmentation_from_logits, write_segmentation
-from totalfast.nnunet.originals import convert_logits, original
+from totalfast.nnunet.export import fits_image, segmentation_from_logits, write_segmentation
+from totalfast.nnunet.originals import convert_logits, nnunets_function, original
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -80,6 +82,47 @@ def prepared(
             yield case
 
 
+def predict_cases(
+    predictor: Untyped,
+    cases: Iterable[dict[str, Any]],
+    save_probabilities: bool,  # noqa: FBT001 - nnU-Net's flag
+) -> list[Result | None]:
+    """Predict prepared cases; a thread writes each case while the next one is predicted.
+
+    Returns
+    -------
+        Per case: None if it was written, else its result.
+    """
+    results: list[Result | Future[bool] | None] = []
+    with ThreadPoolExecutor(1, thread_name_prefix="totalfast-write") as writer:
+        writing: list[Future[bool]] = []
+        for given in cases:
+            # A copy: an iterator may use its objects again.
+            properties = copy.deepcopy(given["data_properties"])
+            case = given | {"data_properties": properties}
+            predicted: list[Any] = []  # stays empty if the case fails
+            with attempt(predictor, name_of(case["ofile"])):
+                predicted.append(predict_case(predictor, case, save_probabilities))
+            if not predicted:
+                continue
+            (result,) = predicted
+            if result is None or case["ofile"] is None:
+                results.append(result)
+                continue
+            writing.append(writer.submit(write_case, predictor, result, case))
+            results.append(writing[-1])
+            for earlier in writing[:-1]:  # at most one waits; errors are raised early
+                earlier.result()
+        for last in writing:
+            last.result()
+    empty_cache(predictor.device)
+    return [
+        None if isinstance(result, Future) else result
+        for result in results
+        if not isinstance(result, Future) or result.result()
+    ]
+
+
 def predict_case(
     predictor: Untyped,
     case: dict[str, Any],
@@ -98,43 +141,48 @@ def predict_case(
         data = torch.from_numpy(np.load(path))
         path.unlink()
     case = case | {"data": data}
-    to_file = case["ofile"] is not None
     changed_export = changed_functions(EXPORT_FUNCTIONS)
     if changed_export is not None:
         _tell(predictor, changed_export)
         return _by_changed_export(predictor, case, save_probabilities=save_probabilities)
     # As in nnU-Net: files get the labels of dataset.json.
-    labels = predictor.label_manager
+    labels, to_file = predictor.label_manager, case["ofile"] is not None
     if to_file:
         labels = predictor.plans_manager.get_label_manager(predictor.dataset_json)
-    by_rule = has_ordinary_labels(labels) and not save_probabilities
+    properties = case["data_properties"]
+    by_rule = not save_probabilities and has_ordinary_labels(labels) and fits_image(properties)
     heads = predictor.label_manager.num_segmentation_heads
-    if by_rule and heads == labels.num_segmentation_heads and data.ndim == _DIMENSIONS:
+    if by_rule and heads == labels.num_segmentation_heads and _is_ordinary(data):
         model = _own_loop(predictor, ("predict_logits_from_preprocessed_data",))
         if model is not None:
+            case["data"] = data.detach().cpu()
             return _labels(predictor, case, replace(model, labels=labels))
-    logits = predictor.predict_logits_from_preprocessed_data(data).cpu()
+    logits = predictor.predict_logits_from_preprocessed_data(data).detach().cpu()
     if by_rule:
         return segmentation_from_logits(
             logits,
-            case["data_properties"],
+            properties,
             predictor.configuration_manager,
             predictor.plans_manager,
             labels,
             method=companion(predictor).export,
         )
-    export = partial(_by_nnunets_export, predictor, logits.numpy(), labels, case["data_properties"])
+    export = partial(_by_nnunets_export, predictor, logits.numpy(), labels, properties)
     finish = partial(export, return_probabilities=save_probabilities)
     return finish if to_file else finish()
 
 
+def _is_ordinary(data: torch.Tensor) -> bool:
+    """Whether data are what nnU-Net's preprocessor returns: float32 (channels, z, y, x)."""
+    return data.ndim == _DIMENSIONS and data.dtype == torch.float32
+
+
 _DIMENSIONS = 4
-"""Of a prepared image: channels, z, y, x."""
 
 
 def case_logits(predictor: Untyped, data: torch.Tensor) -> torch.Tensor:
     """Predict logits, float16, (classes, z, y, x), on the CPU; equal to nnU-Net's method."""
-    model = _own_loop(predictor)
+    model = _own_loop(predictor) if _is_ordinary(data) else None
     if model is None:
         logits: torch.Tensor = original(predictor, "predict_logits_from_preprocessed_data")(data)
         return logits
@@ -277,7 +325,7 @@ def _by_changed_export(
     """Export by the functions with which a program has replaced nnU-Net's."""
     logits = predictor.predict_logits_from_preprocessed_data(case["data"]).cpu().detach().numpy()
     if case["ofile"] is not None:
-        predict_from_raw_data.export_prediction_from_logits(
+        nnunets_function("export_prediction_from_logits")(
             logits,
             case["data_properties"],
             predictor.configuration_manager,
@@ -287,14 +335,14 @@ def _by_changed_export(
             save_probabilities,
         )
         return None
-    result: Result = (
-        predict_from_raw_data.convert_predicted_logits_to_segmentation_with_correct_shape(
-            logits,
-            predictor.plans_manager,
-            predictor.configuration_manager,
-            predictor.label_manager,
-            case["data_properties"],
-            save_probabilities,
-        )
+    result: Result = nnunets_function(
+        "convert_predicted_logits_to_segmentation_with_correct_shape"
+    )(
+        logits,
+        predictor.plans_manager,
+        predictor.configuration_manager,
+        predictor.label_manager,
+        case["data_properties"],
+        save_probabilities,
     )
     return result

@@ -9,32 +9,34 @@ use only nnU-Net's attributes and the predictor's ``companion``.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
-from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import compress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from batchgenerators.dataloading.multi_threaded_augmenter import MultiThreadedAugmenter
+from batchgenerators.utilities.file_and_folder_operations import save_json
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
-from nnunetv2.utilities.helpers import empty_cache
+from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 
 from totalfast.backends import choose_backend, keeps_weights
 from totalfast.engine.sliding_window import predict_labels
 from totalfast.errors import MissingModelError, WeightsError
 from totalfast.models.loading import load_model
 from totalfast.models.nnunet_calls import call_quietly
+from totalfast.models.nnunet_versions import check_version
 from totalfast.models.weights import CHECKPOINT_NAME
 from totalfast.nnunet.cases import ahead, case_from_array, check_channel_numbers, list_cases
-from totalfast.nnunet.client_changes import PREPARING_FUNCTIONS, changed_functions
+from totalfast.nnunet.client_changes import ITERATING_FUNCTIONS, changed_functions
 from totalfast.nnunet.client_model import Companion, companion, description
 from totalfast.nnunet.originals import original
 from totalfast.nnunet.prediction import (
     attempt,
     case_logits,
-    name_of,
     predict_case,
+    predict_cases,
     prepared,
     tiling,
     write_case,
@@ -57,6 +59,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+Value = TypeVar("Value")
+
 METHODS = (
     "initialize_from_trained_model_folder",
     "predict_logits_from_preprocessed_data",
@@ -68,6 +72,17 @@ METHODS = (
     "_internal_get_data_iterator_from_lists_of_filenames",
 )
 """Methods of nnU-Net's predictor that ``ArgmaxPredictor`` replaces."""
+
+
+class _Readable(Generic[Value]):
+    """A property that a subclass may replace by an attribute of its own."""
+
+    def __init__(self, function: Callable[[Any], Value]) -> None:
+        self._function = function
+        self.__doc__ = function.__doc__
+
+    def __get__(self, instance: object, owner: type) -> Value:
+        return self._function(instance)
 
 
 class ArgmaxPredictor(nnUNetPredictor):  # type: ignore[misc] # nnU-Net is untyped
@@ -106,6 +121,7 @@ class ArgmaxPredictor(nnUNetPredictor):  # type: ignore[misc] # nnU-Net is untyp
         on_failure: Callable[[str, Exception], None] | None = None,
         **keywords: Untyped,
     ) -> None:
+        check_version()
         call_quietly(super().__init__, *arguments, **keywords)
         self._totalfast = Companion(
             backend=choose_backend(backend, self.device),
@@ -114,17 +130,17 @@ class ArgmaxPredictor(nnUNetPredictor):  # type: ignore[misc] # nnU-Net is untyp
             on_failure=on_failure,
         )
 
-    @property
+    @_Readable
     def model(self) -> Model:
         """The model that nnU-Net's attributes describe, with one network per fold."""
-        return self._totalfast.model(self)
+        return companion(self).model(self)
 
-    @property
+    @_Readable
     def backend(self) -> Backend:
         """The backend that runs the networks."""
-        return self._totalfast.backend
+        return companion(self).backend
 
-    @property
+    @_Readable
     def tiling(self) -> Tiling:
         """How tiles are placed, mirrored and weighted, from nnU-Net's attributes."""
         return tiling(self)
@@ -186,9 +202,10 @@ class ArgmaxPredictor(nnUNetPredictor):  # type: ignore[misc] # nnU-Net is untyp
         # As in nnU-Net, the network and each fold's parameters have memory of their own, because
         # programs load the parameters into the network, and the network has the first fold's.
         *others, self.network = model.networks
-        shared = [network.state_dict() for network in others] if keeps_weights(own.backend) else []
+        can_share = keeps_weights(own.backend) and self.device.type == "cpu"
+        shared = [network.state_dict() for network in others] if can_share else []
         self.list_of_parameters = shared + [
-            {name: tensor.clone() for name, tensor in network.state_dict().items()}
+            {name: tensor.to("cpu", copy=True) for name, tensor in network.state_dict().items()}
             for network in model.networks[len(shared) :]
         ]
         first = self.list_of_parameters[0]
@@ -231,7 +248,7 @@ class ArgmaxPredictor(nnUNetPredictor):  # type: ignore[misc] # nnU-Net is untyp
         num_processes: int = 3,
     ) -> Iterable[dict[str, Any]]:
         """Yield cases for ``predict_from_data_iterator``; a thread prepares the next case."""
-        if changed_functions(PREPARING_FUNCTIONS):
+        if changed_functions(ITERATING_FUNCTIONS):
             return original(self, "get_data_iterator_from_raw_npy_data")(  # type: ignore[no-any-return]
                 image_or_list_of_images,
                 segs_from_prev_stage_or_list_of_segs_from_prev_stage,
@@ -272,7 +289,7 @@ class ArgmaxPredictor(nnUNetPredictor):  # type: ignore[misc] # nnU-Net is untyp
         output_filenames_truncated: list[str] | None,
         num_processes: int,
     ) -> Iterator[dict[str, Any]]:
-        if changed_functions(PREPARING_FUNCTIONS):
+        if changed_functions(ITERATING_FUNCTIONS):
             name = "_internal_get_data_iterator_from_lists_of_filenames"
             return original(self, name)(  # type: ignore[no-any-return]
                 input_list_of_lists,
@@ -280,14 +297,9 @@ class ArgmaxPredictor(nnUNetPredictor):  # type: ignore[misc] # nnU-Net is untyp
                 output_filenames_truncated,
                 num_processes,
             )
-        count = len(input_list_of_lists)
-        cases = zip(
-            input_list_of_lists,
-            _as_list(seg_from_prev_stage_files, count),
-            _as_list(output_filenames_truncated, count),
-            strict=True,
+        return _from_files(
+            self, input_list_of_lists, seg_from_prev_stage_files, output_filenames_truncated
         )
-        return ahead(prepared(self, cases))
 
     def predict_from_data_iterator(
         self,
@@ -321,33 +333,10 @@ class ArgmaxPredictor(nnUNetPredictor):  # type: ignore[misc] # nnU-Net is untyp
                 num_processes_segmentation_export or 1,
                 True,  # noqa: FBT003
             )
-        results: list[Result | Future[bool] | None] = []
-        with ThreadPoolExecutor(1, thread_name_prefix="totalfast-write") as writer:
-            writing: list[Future[bool]] = []
-            for case in data_iterator:
-                predicted: list[Any] = []  # stays empty if the case fails
-                with attempt(self, name_of(case["ofile"])):
-                    predicted.append(predict_case(self, case, save_probabilities))
-                if not predicted:
-                    continue
-                (result,) = predicted
-                if result is None or case["ofile"] is None:
-                    results.append(result)
-                    continue
-                writing.append(writer.submit(write_case, self, result, case))
-                results.append(writing[-1])
-                for earlier in writing[:-1]:  # at most one waits; errors are raised early
-                    earlier.result()
-            for last in writing:
-                last.result()
+        results = predict_cases(self, data_iterator, save_probabilities)
         if isinstance(data_iterator, MultiThreadedAugmenter):
             data_iterator._finish()  # ends its processes, as nnU-Net does
-        empty_cache(self.device)
-        return [
-            None if isinstance(result, Future) else result
-            for result in results
-            if not isinstance(result, Future) or result.result()
-        ]
+        return results
 
     def predict_single_npy_array(
         self,
@@ -375,7 +364,7 @@ class ArgmaxPredictor(nnUNetPredictor):  # type: ignore[misc] # nnU-Net is untyp
         )
         if use_cropped_logits_resampling:
             return original(self, "predict_single_npy_array")(*image, True)  # type: ignore[no-any-return] # noqa: FBT003
-        if changed_functions(PREPARING_FUNCTIONS):
+        if changed_functions(ITERATING_FUNCTIONS):
             return original(self, "predict_single_npy_array")(*image)  # type: ignore[no-any-return]
         case = case_from_array(
             input_image,
@@ -410,25 +399,75 @@ class ArgmaxPredictor(nnUNetPredictor):  # type: ignore[misc] # nnU-Net is untyp
                 folder_with_segs_from_prev_stage,
                 True,  # noqa: FBT003
             )
-        results = self.predict_from_files(
+        arguments = {
+            "list_of_lists_or_source_folder": list_of_lists_or_source_folder,
+            "output_folder_or_list_of_truncated_output_files": (
+                output_folder_or_list_of_truncated_output_files
+            ),
+            "save_probabilities": save_probabilities,
+            "overwrite": overwrite,
+            "folder_with_segs_from_prev_stage": folder_with_segs_from_prev_stage,
+        }
+        _write_descriptions(self, output_folder_or_list_of_truncated_output_files, arguments)
+        previous = self.configuration_manager.previous_stage_name
+        if previous is not None and folder_with_segs_from_prev_stage is None:
+            raise AssertionError(  # nnU-Net's error
+                f"the model is a cascade's second stage: folder_with_segs_from_prev_stage must be "
+                f"the folder of the segmentations of {previous}"
+            )
+        files, outputs, previous_files = self._manage_input_and_output_lists(
             list_of_lists_or_source_folder,
             output_folder_or_list_of_truncated_output_files,
-            save_probabilities,
+            folder_with_segs_from_prev_stage,
             overwrite,
-            folder_with_segs_from_prev_stage=folder_with_segs_from_prev_stage,
+            0,
+            1,
+            save_probabilities,
         )
-        return None if results is None else [result for result in results if result is not None]
+        if not files:
+            return None
+        cases = _from_files(self, files, previous_files, outputs)
+        results = predict_cases(self, cases, save_probabilities)
+        return [result for result in results if result is not None]
+
+
+def _write_descriptions(
+    predictor: Untyped, output: str | list[str] | None, arguments: dict[str, Any]
+) -> None:
+    """Write the JSON files that nnU-Net puts beside the segmentations."""
+    if output is None:
+        return
+    folder = Path(output if isinstance(output, str) else output[0])
+    folder = folder if isinstance(output, str) else folder.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    arguments = copy.deepcopy(arguments)
+    recursive_fix_for_json_export(arguments)
+    save_json(arguments, str(folder / "predict_from_raw_data_args.json"))
+    save_json(predictor.dataset_json, str(folder / "dataset.json"), sort_keys=False)
+    save_json(predictor.plans_manager.plans, str(folder / "plans.json"), sort_keys=False)
+
+
+def _from_files(
+    predictor: Untyped,
+    files: list[list[str]],
+    previous: list[str | None] | None,
+    outputs: list[str] | None,
+) -> Iterator[dict[str, Any]]:
+    """Read and prepare cases; a thread prepares the next one."""
+    count = len(files)
+    cases = zip(files, _as_list(previous, count), _as_list(outputs, count), strict=True)
+    return ahead(prepared(predictor, cases))
 
 
 def _signature() -> inspect.Signature:
     """nnU-Net's parameters and those of totalfast; programs look for names of parameters."""
-    theirs = inspect.signature(nnUNetPredictor).parameters.values()
+    theirs = inspect.signature(nnUNetPredictor.__init__).parameters.values()
     own = inspect.signature(ArgmaxPredictor.__init__).parameters.values()
     more = (parameter for parameter in own if parameter.kind is parameter.KEYWORD_ONLY)
     return inspect.Signature([*theirs, *more])
 
 
-ArgmaxPredictor.__signature__ = _signature()
+ArgmaxPredictor.__init__.__signature__ = _signature()  # type: ignore[attr-defined]
 
 
 def _as_list(one_or_more: Untyped, count: int = 1) -> list[Any]:
