@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import pickle
 import subprocess
@@ -215,6 +216,96 @@ def test_a_program_and_its_processes_are_patched(order, cropped, model, tmp_path
     trainers = next(line for line in printed.splitlines() if line.startswith("trainer"))
     assert "totalfast" not in trainers
     assert printed.count("own sitecustomize") >= 3
+
+
+def test_methods_that_a_program_has_replaced_stay(model, monkeypatch, caplog):
+    name = "predict_logits_from_preprocessed_data"
+    method = getattr(nnUNetPredictor, name)
+    unchanged = labels(new(nnUNetPredictor), model)
+
+    @functools.wraps(method)
+    def changed(self, data):
+        return method(self, data).flip(0)
+
+    monkeypatch.setattr(nnUNetPredictor, name, changed)
+    expected = labels(new(nnUNetPredictor), model)
+    totalfast.patch_nnunet()
+    try:
+        assert vars(nnUNetPredictor)[name] is changed
+        np.testing.assert_array_equal(labels(new(nnUNetPredictor), model), expected)
+    finally:
+        totalfast.unpatch_nnunet()
+    assert f"nnU-Net's {name} is not patched" in caplog.text
+    assert (unchanged != expected).any()
+
+
+def test_wrappers_made_meanwhile_work_after_the_end(model, monkeypatch):
+    name = "predict_logits_from_preprocessed_data"
+    before = vars(nnUNetPredictor)[name]
+    expected = labels(new(nnUNetPredictor), model)
+    totalfast.patch_nnunet()
+    ours = vars(nnUNetPredictor)[name]
+    monkeypatch.setattr(nnUNetPredictor, name, lambda self, data: ours(self, data))
+    totalfast.unpatch_nnunet()
+    predictor = new(nnUNetPredictor)
+    predictor.initialize_from_trained_model_folder(str(model[0]), (0,))
+    predictor.network.register_forward_hook(lambda *_: None)  # nnU-Net's loop runs
+    reader = predictor.plans_manager.image_reader_writer_class()
+    image, properties = reader.read_images((str(model[1] / "case0_0000.nii.gz"),))
+    actual = predictor.predict_single_npy_array(image, properties)
+    np.testing.assert_array_equal(actual, expected)
+    monkeypatch.setattr(nnUNetPredictor, name, before)
+
+
+SCRIPT = """\
+import atexit, os, pickle, sys, threading
+from pathlib import Path
+
+class Own:
+    pass
+
+print("file", Path(__file__).is_absolute(), __package__, sys.modules["__main__"].Own is Own)
+print("words", sys.argv[1:])
+atexit.register(lambda: print("pickled", type(pickle.loads(pickle.dumps(Own()))) is Own))
+if "child" not in sys.argv:
+    import subprocess
+    subprocess.run([sys.executable, "-c", "import in_this_folder; print('found')"], check=True)
+"""
+
+
+@pytest.mark.parametrize("call", [["-m", "main_of_test"], ["-mmain_of_test"], ["main_of_test.py"]])
+def test_programs_run_as_python_runs_them(call, tmp_path):
+    (tmp_path / "main_of_test.py").write_text(SCRIPT)
+    (tmp_path / "in_this_folder.py").write_text("")
+    folders = os.pathsep.join([os.environ.get("PYTHONPATH", ""), ""])  # "" is this folder
+    results = [
+        subprocess.run(
+            [sys.executable, *way, *call, "a", "--", "-h", "-m", "b"],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": folders},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for way in ([], ["-m", "totalfast.patch"])
+    ]
+    expected, actual = ("".join(sorted(text.splitlines(keepends=True))) for text in results)
+    if call[0].startswith("-m"):  # runpy puts the former main module back before the end
+        expected = expected.replace("pickled True\n", "")
+        actual = actual.replace("pickled True\n", "")
+    assert actual == expected
+
+
+def test_a_folder_with_the_name_of_a_command(tmp_path):
+    (tmp_path / "totalfast").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-m", "totalfast.patch", "totalfast", "--version"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert totalfast.__version__ in done.stdout, done.stderr
 
 
 def test_a_command_that_a_package_installs(tmp_path):
