@@ -250,6 +250,57 @@ def autocast_for_bfloat16(predictor):
     predictor.predict_single_npy_array = with_autocast
 
 
+def average_of_weights(predictor):
+    """Names of tied layers get tensors of their own."""
+    one, two = predictor.list_of_parameters
+    predictor.list_of_parameters = [{k: (one[k] + two[k]) / 2 for k in one}, two]
+
+
+class Shift:
+    """An object of a layer that may be changed in place."""
+
+    value = 0.0
+
+
+def object_of_a_layer(predictor):
+    block = predictor.network.encoder.stages[0]
+    forward = type(block).forward
+
+    def shifted(self, x):
+        return forward(self, x + self.shift.value)
+
+    block.shift = Shift()
+    block.__class__ = type("Shifted", (type(block),), {"forward": shifted})
+    labels_of_any_image(predictor)
+    block.shift.value = 3.0
+
+
+def eval_without_result(predictor):
+    kind = type(predictor.network)
+    predictor.network.__class__ = type("NoResult", (kind,), {"eval": lambda self: None})
+    predictor.use_mirroring = False
+
+
+def shared_memory(predictor):
+    first = predictor.network.state_dict()
+    second = {name: tensor * 0.5 for name, tensor in first.items()}
+    predictor.list_of_parameters = [first, second]
+
+
+def proxy(predictor):
+    class Proxy:
+        def __init__(self, function):
+            self.function = function
+            for name in ("__module__", "__qualname__", "__globals__"):
+                setattr(self, name, getattr(function.__func__, name))
+
+        def __call__(self, tile):
+            return self.function(tile).flip(1)
+
+    name = "_internal_maybe_mirror_and_predict"
+    setattr(predictor, name, Proxy(getattr(predictor, name)))
+
+
 def labels_of_any_image(predictor):
     image = np.random.default_rng(0).normal(size=(1, 18, 28, 24)).astype(np.float32)
     spacing = {"spacing": (2.7, 1.3, 1.1)}
@@ -282,6 +333,11 @@ CHANGES = (
     other_class,
     weights_changed_in_secret,
     autocast_for_bfloat16,
+    average_of_weights,
+    object_of_a_layer,
+    eval_without_result,
+    shared_memory,
+    proxy,
     other_label_manager,
     other_patch_size,
 )
@@ -580,6 +636,40 @@ def test_shallow_copies_do_not_share_a_model(model):
     assert (expected[0] != expected[1]).any()
     assert one.model is not two.model
     np.testing.assert_array_equal(labels(one, model), expected[0])
+
+
+def test_a_region_that_a_program_switches_off(tmp_path):
+    synthetic = SyntheticModel(regions=True)
+    folder, images = synthetic.write(tmp_path), synthetic.write_images(tmp_path / "in", cases=1)
+    reader = SimpleITKIO()
+    image, properties = reader.read_images((str(images / "case0_0000.nii.gz"),))
+    results = []
+    for kind in (nnUNetPredictor, ArgmaxPredictor):
+        predictor = loaded(kind, folder, (0,))
+        predictor.label_manager.regions_class_order = [1, 2]
+        results.append(predictor.predict_single_npy_array(image, dict(properties)))
+    np.testing.assert_array_equal(results[1], results[0])
+
+
+def test_weights_of_own_tensors_stay_in_totalfasts_loop(model, caplog):
+    predictor = loaded(ArgmaxPredictor, model[0])
+    average_of_weights(predictor)
+    labels(predictor, model)
+    assert "nnU-Net's own code" not in caplog.text
+
+
+def test_threads_that_a_program_allows(model, monkeypatch):
+    predictor, seen = loaded(ArgmaxPredictor, model[0]), []
+    monkeypatch.setattr(
+        torch.nn.LeakyReLU, "forward", lambda self, x: seen.append(torch.get_num_threads()) or x
+    )
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        labels(predictor, model)
+    finally:
+        torch.set_num_threads(before)
+    assert set(seen) == {1}
 
 
 def test_names_and_signature_of_a_subclass(model):

@@ -81,11 +81,16 @@ class _ReadOnce(list[Any]):
         return item
 
 
+LAYERS = ("dynamic_network_architectures.", "torch.nn.")
+
+
 def is_nnunets(network: nn.Module) -> bool:
-    """Whether a network is one of nnU-Net's two U-Nets, and not a subclass."""
+    """Whether a network is one of nnU-Net's two U-Nets, of nnU-Net's and torch's layers only."""
     from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
 
-    return type(network) in (PlainConvUNet, ResidualEncoderUNet)
+    return type(network) in (PlainConvUNet, ResidualEncoderUNet) and all(
+        type(part).__module__.startswith(LAYERS) for part in network.modules()
+    )
 
 
 def split_head(network: nn.Module) -> tuple[nn.Module, nn.Conv3d | None]:

@@ -16,10 +16,11 @@ if TYPE_CHECKING:
 def rebind(old: object, new: object, *, skip: tuple[str, ...] = ()) -> None:
     """In every imported module, bind each name that refers to ``old`` to ``new``.
 
-    Modules whose names start with one of ``skip`` are left alone.
+    The modules ``skip`` and those below them are left alone.
     """
     for module_name, module in list(sys.modules.items()):
-        if not isinstance(module, ModuleType) or module_name.startswith(skip):
+        inside = (module_name == room or module_name.startswith(f"{room}.") for room in skip)
+        if not isinstance(module, ModuleType) or any(inside):
             continue
         # Plain attribute access would import modules that are loaded lazily.
         names = object.__getattribute__(module, "__dict__")

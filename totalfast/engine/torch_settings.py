@@ -33,8 +33,8 @@ _shared = _Shared()
 def inference_settings(device: torch.device) -> Iterator[None]:
     """Set up torch for prediction like nnU-Net; restore it on every exit.
 
-    On the CPU it uses all usable cores, at most eight; beside a GPU it uses one thread. Autocast is
-    on for CUDA only.
+    On the CPU it uses all usable cores, at most eight, and not more threads than torch was set to;
+    beside a GPU it uses one thread. Autocast is on for CUDA only.
 
     Raises
     ------
@@ -75,7 +75,7 @@ def _begin(threads: int, *, benchmark: bool) -> int:
             before = _shared.threads
         _shared.nested.depth = depth + 1
         _shared.predictions += 1
-        torch.set_num_threads(threads)
+        torch.set_num_threads(min(threads, before))
         torch.backends.cudnn.benchmark = benchmark or torch.backends.cudnn.benchmark
     return before
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -142,7 +143,10 @@ def has_ordinary_labels(labels: Untyped) -> bool:
         function = member.fget if isinstance(member, property) else member
         if not is_known(getattr(function, "__func__", function), name):
             return False
-    return not labels.has_regions or labels.inference_nonlin is torch.sigmoid
+    if not labels.has_regions:
+        return True
+    is_complete = len(labels.regions_class_order) == labels.num_segmentation_heads
+    return is_complete and labels.inference_nonlin is torch.sigmoid
 
 
 def is_known(function: Untyped, name: str) -> bool:
@@ -174,7 +178,8 @@ def _module(function: Untyped) -> str:
         return "functools"
     if isinstance(function, type):
         return function.__module__
-    return str(getattr(function, "__globals__", {}).get("__name__", ""))
+    # Proxies pretend to be the function that they call, with its attributes and its class.
+    return str(function.__globals__.get("__name__")) if type(function) is FunctionType else ""
 
 
 def _changed_network(network: Untyped) -> str | None:
@@ -191,8 +196,9 @@ def _changed_network(network: Untyped) -> str | None:
     for part in network.modules():
         if part._forward_hooks or part._forward_pre_hooks:
             return "the network has hooks"
-        if "forward" in vars(part):
-            return "the network has its own forward method"
+        for name, value in vars(part).items():
+            if callable(value) and hasattr(type(part), name):
+                return f"the network has its own {name} method"
     return None
 
 

@@ -88,7 +88,7 @@ class Companion:
             self._model = model = None  # frees its networks before others are made
             model = _model(predictor, self.backend)
             self.keep(model, predictor)
-        predictor.network = predictor.network.to(predictor.device).eval()
+        _on_device(predictor)
         _load_again(model, predictor)
         return model
 
@@ -127,19 +127,31 @@ def description(predictor: Untyped) -> Model:
 
 def _model(predictor: Untyped, backend: Backend) -> Model:
     """Make a model whose networks share the weights of ``list_of_parameters``, but for the last."""
-    model = description(predictor)
-    copies = [
-        _with_weights(predictor.network, parameters).to(predictor.device).eval()
-        for parameters in _folds(predictor)[:-1]
-    ]
-    predictor.network = predictor.network.to(predictor.device).eval()
+    *others, _ = _folds(predictor)
+    own = {_memory(tensor) for tensor in predictor.network.state_dict().values()}
+    if any(_memory(tensor) in own for parameters in others for tensor in parameters.values()):
+        raise RuntimeError("it shares memory with list_of_parameters")
+    copies = [_with_weights(predictor.network, parameters) for parameters in others]
+    copies = [network.to(predictor.device) for network in copies]
+    for network in copies:
+        network.eval()
+    _on_device(predictor)
     networks = (*copies, predictor.network)
-    model = dataclasses.replace(model, networks=networks)
+    model = dataclasses.replace(description(predictor), networks=networks)
     _load_again(model, predictor)  # some backends copy the weights
     shape = tile_shape(model.plans, model.configuration, model.dataset)
     return dataclasses.replace(
         model, forwards=tuple(backend(network, shape) for network in networks)
     )
+
+
+def _on_device(predictor: Untyped) -> None:
+    predictor.network = predictor.network.to(predictor.device)
+    predictor.network.eval()
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _folds(predictor: Untyped) -> list[dict[str, torch.Tensor]]:
@@ -152,34 +164,60 @@ def _load_again(model: Model, predictor: Untyped) -> None:
     for network, parameters in zip(
         model.networks, predictor.list_of_parameters or (), strict=False
     ):
-        own = network.state_dict(keep_vars=True)
-        if not all(
-            name in own and own[name].data_ptr() == tensor.data_ptr()
-            for name, tensor in parameters.items()
-        ):
+        if not _shares_memory(network, parameters):
             network.load_state_dict(parameters)
+
+
+def _shares_memory(network: nn.Module, parameters: dict[str, torch.Tensor]) -> bool:
+    """Whether a network computes with these tensors.
+
+    A layer that is in a network twice, as in nnU-Net's U-Nets, has two names, of which the last
+    one's tensor counts.
+    """
+    own = network.state_dict(keep_vars=True)
+    last = {id(tensor): name for name, tensor in own.items()}
+    return own.keys() == parameters.keys() and all(
+        own[name].data_ptr() == parameters[name].data_ptr() for name in last.values()
+    )
 
 
 def _with_weights(network: nn.Module, parameters: dict[str, torch.Tensor]) -> nn.Module:
     """Return a network of the same structure with these weights, in the network's precision.
 
+    It shares everything but the weights, layers and plain data with the other network, so that it
+    has the later changes of other objects too.
+
     Raises
     ------
     RuntimeError
-        If the network has its own way of loading weights, so that it may have copied them.
+        If the weights do not fit, or the network has its own way of loading them, so that it may
+        have copied them.
     """
-    shared: Iterable[torch.Tensor] = (*network.parameters(), *network.buffers())
-    other = copy.deepcopy(network, {id(tensor): tensor for tensor in shared})
+    shared: Iterable[object] = (
+        *network.parameters(),
+        *network.buffers(),
+        *(value for part in network.modules() for value in _objects(part)),
+    )
+    other = copy.deepcopy(network, {id(value): value for value in shared})
     own = other.state_dict()
     weights = {
         name: tensor.detach().to(own[name].dtype) if name in own else tensor
         for name, tensor in parameters.items()
     }
     other.load_state_dict(weights, assign=True)
-    loaded = other.state_dict(keep_vars=True)
-    if any(loaded[name].data_ptr() != tensor.data_ptr() for name, tensor in weights.items()):
+    if not _shares_memory(other, weights):
         raise RuntimeError("it loads weights in a way of its own")
     return other
+
+
+PLAIN = (bool, int, float, str, list, tuple, dict, type(None))
+
+
+def _objects(part: nn.Module) -> Iterable[object]:
+    """Attributes of a layer that are neither plain data nor torch's own."""
+    for name, value in vars(part).items():
+        if name not in TORCHS_OWN and not isinstance(value, PLAIN):
+            yield value
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
