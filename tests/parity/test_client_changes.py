@@ -651,6 +651,14 @@ def test_a_region_that_a_program_switches_off(tmp_path):
     np.testing.assert_array_equal(results[1], results[0])
 
 
+def test_no_parameters_at_all(model):
+    for kind in (nnUNetPredictor, ArgmaxPredictor):
+        predictor = loaded(kind, model[0])
+        predictor.list_of_parameters = []
+        with pytest.raises(AttributeError):
+            labels(predictor, model)
+
+
 def test_weights_of_own_tensors_stay_in_totalfasts_loop(model, caplog):
     predictor = loaded(ArgmaxPredictor, model[0])
     average_of_weights(predictor)

@@ -155,8 +155,19 @@ def _memory(tensor: torch.Tensor) -> int:
 
 
 def _folds(predictor: Untyped) -> list[dict[str, torch.Tensor]]:
-    """Return the weights of each fold; those of the network itself if there are none."""
-    return predictor.list_of_parameters or [predictor.network.state_dict(keep_vars=True)]
+    """Return the weights of each fold; those of the network itself if none were given.
+
+    Raises
+    ------
+    RuntimeError
+        If the list is empty, with which nnU-Net can't predict either.
+    """
+    folds: list[dict[str, torch.Tensor]] | None = predictor.list_of_parameters
+    if folds is None:
+        return [predictor.network.state_dict(keep_vars=True)]
+    if not folds:
+        raise RuntimeError("list_of_parameters is empty")
+    return folds
 
 
 def _load_again(model: Model, predictor: Untyped) -> None:
