@@ -366,9 +366,10 @@ def test_a_trainer_of_the_users_own_is_found_or_named(tmp_path, predict, monkeyp
         "from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer\n"
         "class nnUNetTrainerOfTheTest(nnUNetTrainer):\n"
         "    @staticmethod\n"
-        "    def build_network_architecture(*arguments, **keywords):\n"
+        "    def build_network_architecture(plans_manager, *arguments, **keywords):\n"
         "        print('BUILT')\n"
-        "        return nnUNetTrainer.build_network_architecture(*arguments, **keywords)\n"
+        "        build = nnUNetTrainer.build_network_architecture\n"
+        "        return build(plans_manager, *arguments, **keywords)\n"
     )
     monkeypatch.setenv(
         "nnUNet_extTrainer", f"{tmp_path / 'none'}{os.pathsep}{tmp_path / 'trainers'}"
