@@ -15,6 +15,7 @@ import differences_table
 from readme import RESULTS, write_table
 
 RESULTS_OF = {
+    "benchmark_clients": "clients",
     "benchmark_export": "export",
     "benchmark_nnunet": "nnunet",
     "benchmark_scaling": "scaling",
