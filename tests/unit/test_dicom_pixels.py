@@ -346,6 +346,31 @@ def test_slices_that_the_header_counts_but_nobody_has(tmp_path):
         opened(folder)
 
 
+@pytest.mark.parametrize("comment", ["Image {} of 5", "{}/5", "slice {} OF 5, axial"])
+def test_slices_that_comments_number_but_nobody_has(tmp_path, comment):
+    folder = write_series(tmp_path / "ct", HU)
+    for number, path in enumerate(sorted(folder.iterdir()), 1):
+        header = dcmread(path)
+        header.ImageComments = comment.format(number)
+        header.save_as(path)
+    np.testing.assert_array_equal(opened(folder)[0], IMAGE)
+    (folder / "slice004.dcm").unlink()
+    with pytest.raises(InputError, match=r"number 5 \(ImageComments\); missing: 5\."):
+        opened(folder)
+
+
+@pytest.mark.parametrize(
+    "comment", ["phase 1 of 5", "no contrast", "2 mm, 3 of 4", "{}/900 mAs of 7"]
+)
+def test_other_comments_mean_nothing(tmp_path, comment):
+    folder = write_series(tmp_path / "ct", HU)
+    for number, path in enumerate(sorted(folder.iterdir()), 1):
+        header = dcmread(path)
+        header.ImageComments = comment.format(number)
+        header.save_as(path)
+    np.testing.assert_array_equal(opened(folder)[0], IMAGE)
+
+
 def test_lossy_jpeg_of_12_bits_is_decoded(tmp_path):
     smooth = np.broadcast_to(np.arange(7) * 100, HU.shape)
     folder = write_series(tmp_path / "ct", smooth, BitsStored=12, HighBit=11, PixelRepresentation=0)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import struct
 import zlib
 from dataclasses import dataclass
@@ -57,6 +58,7 @@ VALUES = (
     "NumberOfFrames",
     "NumberOfSlices",
     "ImagesInAcquisition",
+    "ImageComments",
     "Rows",
     "Columns",
     "SamplesPerPixel",
@@ -134,6 +136,8 @@ class Slice:
         Values of ``PHASES`` that the header has, as text.
     expected
         Number of slices that the header promises for the volume, and for the acquisition.
+    counted
+        The image's number and the number of all images, if ImageComments has them ("3 of 40").
     """
 
     file: DicomFile
@@ -156,6 +160,7 @@ class Slice:
     rescaled: bool
     phase: dict[str, str]
     expected: tuple[int | None, int | None]
+    counted: tuple[int, int] | None
 
     @property
     def distance(self) -> float:
@@ -332,7 +337,17 @@ def _slices(file: DicomFile, header: Dataset, pixel_bytes: int | None) -> Iterat
                 _number(header.get("NumberOfSlices")),
                 _number(header.get("ImagesInAcquisition")),
             ),
+            counted=_counted(header.get("ImageComments")) if frames == 1 else None,
         )
+
+
+COUNT = re.compile(r"\D{0,64}(\d{1,6})\s{0,8}(?:/|of)\s{0,8}(\d{1,6})\D{0,64}", re.IGNORECASE)
+"""A comment with exactly two numbers: which image of how many."""
+
+
+def _counted(comment: object) -> tuple[int, int] | None:
+    match = COUNT.fullmatch(comment) if isinstance(comment, str) else None
+    return None if match is None else (int(match[1]), int(match[2]))
 
 
 def _frames(header: Dataset) -> int:

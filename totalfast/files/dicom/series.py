@@ -378,8 +378,8 @@ def _refuse_uneven(source: Path, slices: Sequence[Slice]) -> None:
 def _tell_incomplete(source: Path, slices: Sequence[Slice], *, found: int) -> None:
     """Compare the number of slices with the header's.
 
-    NumberOfSlices counts the slices of a volume (PET). ImagesInAcquisition may count images of
-    other series, too, so that it can't be refused.
+    NumberOfSlices counts the slices of a volume (PET), and ImageComments may number them.
+    ImagesInAcquisition may count images of other series, too, so that it can't be refused.
     """
     for_volume, for_acquisition = slices[0].expected
     if for_volume is not None and for_volume > len(slices):
@@ -387,6 +387,17 @@ def _tell_incomplete(source: Path, slices: Sequence[Slice], *, found: int) -> No
             f"{source} can't be converted: slices are missing; it has {len(slices)}, and its "
             f"header promises {for_volume} (NumberOfSlices)."
         )
+    counted = [each.counted for each in slices if each.counted is not None]
+    numbers, totals = {number for number, _ in counted}, {total for _, total in counted}
+    if len(totals) == 1 and len(numbers) == len(slices):  # all of them, and each another one
+        (total,) = totals
+        if max(numbers) <= total and total > len(slices):
+            missing = sorted(set(range(1, total + 1)) - numbers)
+            some = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")  # noqa: PLR2004
+            raise InputError(
+                f"{source} can't be converted: slices are missing; it has {len(slices)}, and its "
+                f"comments number {total} (ImageComments); missing: {some}."
+            )
     if for_acquisition is not None and for_acquisition > found:
         logger.warning(
             "WARNING: %s has %d slices, and its header counts %d images in the acquisition "
