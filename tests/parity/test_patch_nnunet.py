@@ -108,6 +108,16 @@ def test_functions_are_replaced_where_programs_have_imported_them(monkeypatch):
             assert getattr(module, name) is before[name]
 
 
+def test_a_wrapper_of_a_replaced_function(model, patched, monkeypatch):
+    expected = labels(new(nnUNetPredictor), model, probabilities=True)
+    with monkeypatch.context() as program:
+        for module in (export_prediction, predict_from_raw_data):
+            ours = getattr(module, FUNCTIONS[1])
+            program.setattr(module, FUNCTIONS[1], lambda *a, ours=ours, **k: ours(*a, **k))
+        actual = labels(new(nnUNetPredictor), model, probabilities=True)
+    np.testing.assert_equal(actual, expected)
+
+
 def test_replaced_functions_return_nnunets_results(model, patched):
     predictor = new(nnUNetPredictor)
     labels(predictor, model)

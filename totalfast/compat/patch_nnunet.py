@@ -25,11 +25,6 @@ LEFT_ALONE = ("nnunetv2.training", "totalfast", "totalsegmentator.nnunet_runtime
 TOTALSEGMENTATORS_PATCH = "totalsegmentator.nnunet_runtime_patches"
 """Module with a function that replaces some of the same methods and functions."""
 
-EXPORTS = (
-    "export_prediction_from_logits",
-    "convert_predicted_logits_to_segmentation_with_correct_shape",
-)
-
 TRAINER = "nnunetv2.training.nnUNetTrainer.nnUNetTrainer"
 
 _ours: dict[str, Callable[..., Any]] = {}
@@ -90,6 +85,7 @@ def _install() -> None:
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
     from totalfast.nnunet import export
+    from totalfast.nnunet.client_changes import EXPORT_FUNCTIONS, PREDICTOR
     from totalfast.nnunet.originals import replaced
     from totalfast.nnunet.predictor import METHODS, ArgmaxPredictor
 
@@ -98,7 +94,7 @@ def _install() -> None:
         if theirs is not None and theirs is not ours and _is_replaceable(theirs, name):
             replaced[name] = theirs
             setattr(nnUNetPredictor, name, ours)
-    for name in EXPORTS:
+    for name in EXPORT_FUNCTIONS[PREDICTOR]:
         theirs = getattr(export_prediction, name)
         if theirs is not _ours.get(name) and _is_replaceable(theirs, name):
             replaced[name] = theirs

@@ -20,7 +20,7 @@ from totalfast.models.nnunet_versions import prepare
 from totalfast.nnunet.client_changes import (
     PREPARING_FUNCTIONS,
     changed_functions,
-    has_own_method,
+    changed_methods,
 )
 from totalfast.nnunet.file_checks import check_voxels, is_utf8
 
@@ -138,7 +138,7 @@ def case_from_files(
         of channels or of dimensions.
     """
     kind = model.configuration.preprocessor_class
-    if has_own_method(kind, "run_case"):
+    if changed_methods(kind, ("run_case",)):
         data, labels, properties = kind(verbose=False).run_case(
             list(files), previous_stage, model.plans, model.configuration, model.dataset
         )
@@ -266,7 +266,7 @@ def _is_default(model: Model) -> bool:
     kind = model.configuration.preprocessor_class
     return (
         kind is DefaultPreprocessor
-        and not has_own_method(kind, "run_case_npy", "_normalize")
+        and changed_methods(kind, ("run_case_npy", "_normalize")) is None
         and changed_functions(PREPARING_FUNCTIONS) is None
     )
 

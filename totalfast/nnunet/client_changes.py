@@ -100,11 +100,12 @@ def changed_loop(predictor: Untyped) -> str | None:
     )
 
 
-def changed_methods(predictor: Untyped, names: tuple[str, ...]) -> str | None:
-    """Return the first of nnU-Net's methods that is another one in this predictor, or None."""
+def changed_methods(owner: Untyped, names: tuple[str, ...]) -> str | None:
+    """Return the first of nnU-Net's methods that is another one in an object or class, or None."""
     for name in names:
-        if not is_known(inspect.getattr_static(predictor, name), name):
-            return f"{type(predictor).__name__} has its own {name}"
+        if not is_known(inspect.getattr_static(owner, name), name):
+            kind = owner if isinstance(owner, type) else type(owner)
+            return f"{kind.__name__} has its own {name}"
     return None
 
 
@@ -117,11 +118,6 @@ def changed_functions(names: Mapping[str, tuple[str, ...]]) -> str | None:
             if own is not None and not is_known(own, name):
                 return f"the program has replaced nnU-Net's {name}"
     return None
-
-
-def has_own_method(kind: type, *names: str) -> bool:
-    """Whether one of these methods of a preprocessor is not that of nnU-Net's default one."""
-    return not all(is_known(inspect.getattr_static(kind, name), name) for name in names)
 
 
 def has_own_writer(writer: type) -> bool:

@@ -84,12 +84,13 @@ class Companion:
         fold's weights, is in eval mode and on the predictor's device.
         """
         model = self._model
-        if model is None or self._state != _state(predictor):
-            self._model = model = None  # frees its networks before others are made
-            model = _model(predictor, self.backend)
-            self.keep(model, predictor)
-        _on_device(predictor)
-        _load_again(model, predictor)
+        if model is not None and self._state == _state(predictor):
+            _on_device(predictor)
+            _load_again(model, predictor)
+            return model
+        self._model = model = None  # frees its networks before others are made
+        model = _model(predictor, self.backend)
+        self.keep(model, predictor)
         return model
 
 

@@ -34,7 +34,8 @@ def original(predictor: Untyped, name: str) -> Callable[..., Any]:
 def convert_logits(*arguments: Untyped, **keywords: Untyped) -> Untyped:
     """Call nnU-Net's ``convert_predicted_logits_to_segmentation_with_correct_shape``."""
     name = "convert_predicted_logits_to_segmentation_with_correct_shape"
-    return nnunets_function(name)(*arguments, **keywords)
+    # While it is replaced, a program may have wrapped the replacement, which calls this function.
+    return (replaced.get(name) or nnunets_function(name))(*arguments, **keywords)
 
 
 def nnunets_function(name: str) -> Callable[..., Any]:

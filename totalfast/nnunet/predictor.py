@@ -90,8 +90,8 @@ class ArgmaxPredictor(nnUNetPredictor):  # type: ignore[misc] # nnU-Net is untyp
 
     Has nnU-Net's constructor, attributes, methods and results. Threads prepare and write the cases;
     numbers of processes are accepted and ignored. What a program changes on the predictor or in a
-    subclass changes the results as it changes nnU-Net's; where totalfast can't follow, nnU-Net's
-    own code runs and a warning says so once.
+    subclass changes the results as it changes nnU-Net's. Where totalfast can't follow, nnU-Net's
+    own code runs, and one warning gives the reason.
 
     Parameters
     ----------

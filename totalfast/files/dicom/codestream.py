@@ -25,7 +25,7 @@ BOXES = b"\x00\x00\x00\x0cjP  "
 """First box of a JP2 file, which some scanners store instead of the codestream alone."""
 
 RLE_GROWTH = 4
-"""An RLE plane is at most so many times larger than its pixels; the worst encoder doubles them."""
+"""Largest ratio of an RLE plane to its pixels. The worst encoder doubles the pixels."""
 
 RLE_HEADER = 64
 """Bytes."""
