@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tests.dicom_series import (  # noqa: E402 - of this repository
     AXIAL,
     ENHANCED_MR,
+    in_syntax,
     new_file,
     write_multi_frame,
     write_series,
@@ -122,15 +123,6 @@ def change(folder: Path, edit: Callable[[Dataset, int], Dataset | None]) -> None
         header = dcmread(path)
         edited = edit(header, number)
         (header if edited is None else edited).save_as(path, enforce_file_format=True)
-
-
-def in_syntax(header: Dataset, syntax: str) -> Dataset:
-    """Copy a data set, because pydicom keeps the encoding of one that was read."""
-    new = Dataset()
-    new.update({element.tag: element for element in header})
-    new.file_meta = header.file_meta
-    new.file_meta.TransferSyntaxUID = syntax
-    return new
 
 
 def with_attributes(folder: Path, **values: Callable[[int], Any]) -> None:
@@ -629,13 +621,7 @@ def deflated(folder: Path) -> list[Volume]:
 def big_endian(folder: Path) -> list[Volume]:
     """Big endian."""
     answer = series(folder)
-
-    def edit(header: Dataset, _: int) -> Dataset:
-        new = in_syntax(header, ExplicitVRBigEndian)
-        new.PixelData = np.frombuffer(header.PixelData, "<i2").astype(">i2").tobytes()
-        return new
-
-    change(folder, edit)
+    change(folder, lambda header, _: in_syntax(header, ExplicitVRBigEndian))
     return [answer]
 
 

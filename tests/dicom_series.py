@@ -9,12 +9,26 @@ import numpy as np
 import pydicom
 from pydicom.datadict import tag_for_keyword
 from pydicom.dataset import FileMetaDataset
-from pydicom.uid import ExplicitVRLittleEndian, generate_uid
+from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, generate_uid
 
 CT_IMAGE = "1.2.840.10008.5.1.4.1.1.2"
 ENHANCED_CT = "1.2.840.10008.5.1.4.1.1.2.1"
 ENHANCED_MR = "1.2.840.10008.5.1.4.1.1.4.1"
 AXIAL = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
+
+
+def in_syntax(header: pydicom.Dataset, syntax: str) -> pydicom.Dataset:
+    """Return an uncompressed data set of 16 bits in another uncompressed transfer syntax.
+
+    It is a new data set, because pydicom keeps the encoding of one that was read.
+    """
+    new = pydicom.Dataset()
+    new.update({element.tag: element for element in header})
+    new.file_meta = header.file_meta
+    new.file_meta.TransferSyntaxUID = syntax
+    if syntax == ExplicitVRBigEndian:
+        new.PixelData = np.frombuffer(header.PixelData, "<i2").astype(">i2").tobytes()
+    return new
 
 
 def new_file(**attributes) -> pydicom.Dataset:

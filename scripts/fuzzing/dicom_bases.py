@@ -25,7 +25,7 @@ from pydicom.uid import (
 )
 
 from fuzzing.case import PATIENT
-from tests.dicom_series import write_multi_frame, write_series
+from tests.dicom_series import in_syntax, write_multi_frame, write_series
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -119,23 +119,12 @@ def _converted(path: Path, name: str) -> bytes:
     if name == "RLE":
         header.compress(RLELossless, generate_instance_uid=False)
     elif name in PLAIN:
-        header = _with_syntax(header, PLAIN[name])
+        header = in_syntax(header, PLAIN[name])
     else:
         _compress(header, *COMPRESSED[name])
     buffer = BytesIO()
     header.save_as(buffer, enforce_file_format=True)
     return buffer.getvalue()
-
-
-def _with_syntax(header: Dataset, syntax: str) -> Dataset:
-    # A new data set, because pydicom keeps the encoding of one that was read.
-    new = Dataset()
-    new.update({element.tag: element for element in header})
-    new.file_meta = header.file_meta
-    new.file_meta.TransferSyntaxUID = syntax
-    if syntax == ExplicitVRBigEndian:
-        new.PixelData = np.frombuffer(header.PixelData, "<i2").astype(">i2").tobytes()
-    return new
 
 
 def _compress(header: Dataset, syntax: str, encode: Callable[[Any], Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import itertools
 import os
 import shutil
 import subprocess
@@ -29,7 +30,7 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from tests.dicom_series import write_multi_frame, write_series
+from tests.dicom_series import in_syntax, write_multi_frame, write_series
 from totalfast import InputError
 from totalfast.files.dicom.codestream import compressed_sizes
 from totalfast.files.dicom.decoders import decoder_of
@@ -115,22 +116,6 @@ def test_run_length_encoded_planes(tmp_path):
     np.testing.assert_array_equal(opened(folder)[0], IMAGE)
 
 
-def in_syntax(syntax):
-    """Change of an uncompressed file."""
-
-    def change(header):
-        # A new data set, because pydicom keeps the encoding of one that was read.
-        new = Dataset()
-        new.update({element.tag: element for element in header})
-        new.file_meta = header.file_meta
-        new.file_meta.TransferSyntaxUID = syntax
-        if syntax == ExplicitVRBigEndian:
-            new.PixelData = np.frombuffer(header.PixelData, "<i2").astype(">i2").tobytes()
-        return new
-
-    return change
-
-
 @pytest.mark.parametrize(
     "syntax",
     [
@@ -142,7 +127,7 @@ def in_syntax(syntax):
 )
 @pytest.mark.parametrize("start", ["whole", "no preamble", "no meta information"])
 def test_byte_orders_deflation_and_files_without_their_start(tmp_path, syntax, start):
-    folder = rewritten(write_series(tmp_path / "ct", HU), in_syntax(syntax))
+    folder = rewritten(write_series(tmp_path / "ct", HU), lambda header: in_syntax(header, syntax))
     for path in folder.iterdir():
         content = path.read_bytes()
         length = int.from_bytes(content[140:144], "little")
@@ -346,13 +331,18 @@ def test_slices_that_the_header_counts_but_nobody_has(tmp_path):
         opened(folder)
 
 
+def commented(folder, comment):
+    numbers = itertools.count(1)
+
+    def change(header):
+        header.ImageComments = comment.format(next(numbers))
+
+    return rewritten(folder, change)
+
+
 @pytest.mark.parametrize("comment", ["Image {} of 5", "{}/5", "slice {} OF 5, axial"])
 def test_slices_that_comments_number_but_nobody_has(tmp_path, comment):
-    folder = write_series(tmp_path / "ct", HU)
-    for number, path in enumerate(sorted(folder.iterdir()), 1):
-        header = dcmread(path)
-        header.ImageComments = comment.format(number)
-        header.save_as(path)
+    folder = commented(write_series(tmp_path / "ct", HU), comment)
     np.testing.assert_array_equal(opened(folder)[0], IMAGE)
     (folder / "slice004.dcm").unlink()
     with pytest.raises(InputError, match=r"number 5 \(ImageComments\); missing: 5\."):
@@ -363,11 +353,7 @@ def test_slices_that_comments_number_but_nobody_has(tmp_path, comment):
     "comment", ["phase 1 of 5", "no contrast", "2 mm, 3 of 4", "{}/900 mAs of 7"]
 )
 def test_other_comments_mean_nothing(tmp_path, comment):
-    folder = write_series(tmp_path / "ct", HU)
-    for number, path in enumerate(sorted(folder.iterdir()), 1):
-        header = dcmread(path)
-        header.ImageComments = comment.format(number)
-        header.save_as(path)
+    folder = commented(write_series(tmp_path / "ct", HU), comment)
     np.testing.assert_array_equal(opened(folder)[0], IMAGE)
 
 
