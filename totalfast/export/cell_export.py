@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from totalfast.export.cell_data import Layer, Plane, Regions, Rounding
-from totalfast.export.linear_base import LinearExport
+from totalfast.export.cell_data import Layer, Plane, Regions
+from totalfast.export.linear_base import LinearExport, runs
 from totalfast.geometry import CENTERS, linear_weights
 from totalfast.system.cores import usable_cores
 
@@ -63,9 +63,8 @@ class CellExport(LinearExport):
 
         self._cells, self._summaries = cells, summaries
         self._threads = max(threads, 1)
-        self._runs_y, self._runs_x = (_runs(axis) for axis in axes[1:])
+        self._runs_z, self._runs_y, self._runs_x = (runs(axis) for axis in axes)
         self._weights = [np.stack([n.lower_weight, n.upper_weight]) for n in axes]
-        self._rounding = Rounding(self._bits, self._low)
         self._planes: list[Plane] = []
         """Memory for two slices: the n-th is at ``n % 2``."""
         self._pool = ThreadPoolExecutor(max_workers=self._threads)
@@ -74,7 +73,22 @@ class CellExport(LinearExport):
         """End the threads."""
         self._pool.shutdown()
 
+    def add(self, first: int, slab: torch.Tensor) -> None:
+        """Take slices; see ``LinearExport``. Each completed target slice is filled."""
+        if self._out.size == 0:
+            return
+        used = set(self._runs_z[:, 2:].flat)
+        completed_by = self._runs_z[:, 2:].max(axis=1)
+        for offset in range(slab.shape[1]):
+            index = first + offset
+            if index not in used:
+                continue
+            self._take(index, slab[:, offset])
+            for start, stop, lower, upper in self._runs_z[completed_by == index]:
+                self._fill(slice(start, stop), lower, upper)
+
     def _take(self, index: int, logits: torch.Tensor) -> None:
+        """Keep a slice (classes, y, x) until the slice after the next is taken."""
         import torch
 
         logits = logits.to("cpu")
@@ -100,13 +114,14 @@ class CellExport(LinearExport):
 
         list(self._pool.map(summarise, _parts(voxels, self._threads)))
 
-    def _fill(self, rows: list[int], lower: int, upper: int) -> None:
+    def _fill(self, rows: slice, lower: int, upper: int) -> None:
+        """Fill neighbouring target slices, all of which lie between the same two source slices."""
         planes = self._planes[lower % 2], self._planes[upper % 2]
         z, y, x = self._axes
         corners = z.corners, y.corners, x.corners
         weights_z, weights_y, weights_x = self._weights
-        weights_z = np.ascontiguousarray(weights_z[:, rows[0] : rows[-1] + 1])
-        out = self._out[rows[0] : rows[-1] + 1]
+        weights_z = np.ascontiguousarray(weights_z[:, rows])
+        out = self._out[rows]
         regions = None if self._regions is None else Regions(self._regions, self._threshold)
 
         def fill(part: slice) -> None:
@@ -118,15 +133,6 @@ class CellExport(LinearExport):
                 self._cells.fill_regions(*planes, regions, layer, self._rounding, out)
 
         list(self._pool.map(fill, _parts(len(self._runs_y), 2 * self._threads)))
-
-
-def _runs(axis: LinearWeights) -> NDArray[np.intp]:
-    """Split an axis into runs of target voxels with the same neighbours; see ``Layer.runs_y``."""
-    same = (np.diff(axis.lower) == 0) & (np.diff(axis.upper) == 0)
-    first = np.concatenate([[0], np.flatnonzero(~same) + 1])
-    stop = np.append(first[1:], len(axis.lower))
-    upper = axis.upper if axis.corners == 2 else axis.lower
-    return np.stack([first, stop, axis.lower[first], upper[first]], axis=1).astype(np.intp)
 
 
 def _parts(count: int, parts: int) -> Iterator[slice]:

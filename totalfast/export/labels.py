@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from totalfast.errors import OptionError
+from totalfast.export.host_labels import empty_labels
 from totalfast.export.methods import METHODS, choose_method, resampling_axes, separate_axis
 from totalfast.export.nearest import first_maximum, gather, label_dtype
 from totalfast.geometry import CENTERS, CORNERS, nearest_weights
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from totalfast.geometry import LinearWeights
 
 SLICES_PER_BATCH = 8
-"""Source slices that are worked on at a time."""
+"""Source slices whose labels are computed at a time on the CPU: a fit for its cache."""
 
 
 def export_labels(
@@ -98,20 +99,20 @@ def export_labels(
     if 0 in shape:
         return np.empty(shape, dtype=dtype)
     if method == "nearest" or (method != "plans" and source == shape):
-        nearest = argmax(tensor, dtype=dtype, regions=regions)
-        if source == shape:
-            return nearest
         axes = [
             nearest_weights(n, m, coordinates).lower for n, m in zip(source, shape, strict=True)
         ]
-        return gather(nearest, axes, threads=threads)
+        if tensor.device.type == "cuda":
+            return _nearest_on_device(tensor, axes, dtype=dtype, regions=regions)
+        nearest = argmax(tensor, dtype=dtype, regions=regions)
+        return nearest if source == shape else gather(nearest, axes, threads=threads)
     if method == "linear":
         separate = None
         if coordinates == CENTERS:
             separate = separate_axis(
                 spacing, new_spacing, resampling=resampling, force_separate_z=force_separate_z
             )
-        out = np.empty(shape, dtype=dtype)
+        out = empty_labels(shape, dtype, tensor.device)
         linear_axes = resampling_axes(source, shape, coordinates, separate)
         _fill_linear(out, tensor, linear_axes, regions=regions, threads=threads)
         return out
@@ -166,8 +167,21 @@ def _fill_linear(
         device=logits.device,
         threads=threads,
     ) as export:
-        for start in range(0, logits.shape[1], SLICES_PER_BATCH):
-            export.add(start, logits[:, start : start + SLICES_PER_BATCH])
+        export.add(0, logits)
+
+
+def _nearest_on_device(
+    logits: torch.Tensor,
+    axes: Sequence[NDArray[np.intp]],
+    *,
+    dtype: type[np.unsignedinteger],
+    regions: Sequence[int] | None,
+) -> NDArray[np.unsignedinteger]:
+    from totalfast.export.nearest_on_device import fill_nearest
+
+    out = empty_labels([len(axis) for axis in axes], dtype, logits.device)
+    fill_nearest(out, logits, axes, regions=regions)
+    return out
 
 
 def argmax(

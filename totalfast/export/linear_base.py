@@ -1,4 +1,4 @@
-"""The order in which source slices are taken and target slices are filled."""
+"""What both linear exports have in common: arguments, rounding, and cells along an axis."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
+from totalfast.export.cell_data import Rounding
+
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     import torch
     from numpy.typing import NDArray
@@ -51,57 +53,34 @@ class LinearExport(ABC):
     ) -> None:
         self._axes = axes
         self._out = out
-        self._bits, self._low = MANTISSA_BITS[rounded_to]
+        self._rounding = Rounding(*MANTISSA_BITS[rounded_to])
         self._regions: NDArray[np.uint16] | None = None
         if regions is not None:
             self._regions = np.asarray(regions, dtype=np.uint16)
             self._threshold = region_threshold(rounded_to)
-        needed: dict[int, list[int]] = {}
-        for row, last in enumerate(np.maximum(axes[0].lower, axes[0].upper)):
-            needed.setdefault(int(last), []).append(row)
-        self._rows_of = needed
-        self._used = {int(k) for axis in (axes[0].lower, axes[0].upper) for k in axis}
 
     def __enter__(self: AnyExport) -> AnyExport:
         return self
 
     @abstractmethod
     def __exit__(self, *_: object) -> None:
-        """End the threads, if there are any."""
+        """End the threads, or wait for the device."""
 
+    @abstractmethod
     def add(self, first: int, slab: torch.Tensor) -> None:
-        """Take slices ``first, first + 1, ...``: logits (classes, slices, y, x), any device."""
-        if self._out.size == 0:
-            return
-        for offset in range(slab.shape[1]):
-            index = first + offset
-            if index not in self._used:
-                continue
-            self._take(index, slab[:, offset])
-            z = self._axes[0]
-            for rows in _groups(self._rows_of.get(index, []), z):
-                lower = int(z.lower[rows[0]])
-                self._fill(rows, lower, int(z.upper[rows[0]]) if z.corners == 2 else lower)
+        """Take slices ``first, first + 1, ...``: logits (classes, slices, y, x), any device.
 
-    @abstractmethod
-    def _take(self, index: int, logits: torch.Tensor) -> None:
-        """Keep a slice (classes, y, x) until the slice after the next is taken."""
-
-    @abstractmethod
-    def _fill(self, rows: list[int], lower: int, upper: int) -> None:
-        """Fill neighbouring target slices, all of which lie between the same two source slices."""
+        The memory of ``slab`` may be used again afterwards.
+        """
 
 
-def _groups(rows: list[int], axis: LinearWeights) -> Iterator[list[int]]:
-    """Split target slices into neighbours that lie between the same source slices."""
-    group: list[int] = []
-    for row in rows:
-        if group and (row != group[-1] + 1 or axis.lower[row] != axis.lower[group[-1]]):
-            yield group
-            group = []
-        group.append(row)
-    if group:
-        yield group
+def runs(axis: LinearWeights) -> NDArray[np.intp]:
+    """Split an axis into runs of target voxels with the same neighbours; see ``Layer.runs_y``."""
+    changes = (np.diff(axis.lower) != 0) | (np.diff(axis.upper) != 0)
+    first = np.flatnonzero(np.append(True, changes)[: len(axis.lower)])
+    stop = np.append(first, len(axis.lower))[1:]
+    upper = axis.upper if axis.corners == 2 else axis.lower
+    return np.stack([first, stop, axis.lower[first], upper[first]], axis=1).astype(np.intp)
 
 
 @functools.cache

@@ -1,16 +1,20 @@
-"""Linear export that interpolates all classes, in torch, for CUDA devices.
+"""Linear export on a CUDA device, in torch operations on all source slices of a slab at a time.
 
-The arithmetic is that of ``cells``, operation by operation, so the result is equal.
+The labels are those of ``CellExport``. A slab is worked on in parts of bounded memory. Per part the
+host waits for the device at most four times, however many slices it has: for the number of cells
+that no label fills, for the number of cells per number of candidates, and for the two numbers of
+target voxels to compare exactly. The labels are copied once per part; the host waits for the copy
+only if ``out`` is not page-locked.
 """
 
 from __future__ import annotations
 
-import itertools
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from totalfast.export.linear_base import LinearExport
+from totalfast.export.host_labels import signed
+from totalfast.export.linear_base import LinearExport, runs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -18,14 +22,20 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
+    from totalfast.export.device_slab import DeviceAxis
     from totalfast.geometry import LinearWeights
 
-CLASSES_AT_A_TIME = 8
-"""Classes per batch: its memory is small compared with a network's activations."""
+SOURCE_BYTES = 2**28
+"""Logits of one part; a part has at least one layer of cells."""
+TARGET_VOXELS = 2**26
+"""Target voxels of one part: two bytes each on the device, for the label and a mark."""
 
 
 class DeviceExport(LinearExport):
-    """Interpolates every class on the device of the logits, which must support float64."""
+    """Compares only the classes that can win in a cell, on the device of the logits.
+
+    The device must support float64. The logits' dtype must not be less exact than ``rounded_to``.
+    """
 
     def __init__(
         self,
@@ -36,95 +46,71 @@ class DeviceExport(LinearExport):
         regions: Sequence[int] | None = None,
     ) -> None:
         super().__init__(axes, out, rounded_to=rounded_to, regions=regions)
-        self._planes: dict[int, torch.Tensor] = {}
-        """The last two slices."""
-        self._in_plane: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
-        """Corners along y and x, on the device."""
+        self._runs = [runs(axis) for axis in axes]
+        self._completed_by = self._runs[0][:, 2:].max(axis=1)
+        """The last source slice of each layer of cells."""
+        self._on_device: tuple[DeviceAxis, ...] = ()
+        self._region_labels: torch.Tensor | None = None
+        self._last: torch.Tensor | None = None
+        """The last slice of the slab before, (classes, 1, y, x)."""
 
     def __exit__(self, *_: object) -> None:
-        """There are no threads to end."""
-
-    def _take(self, index: int, logits: torch.Tensor) -> None:
-        if not self._in_plane:
-            self._in_plane = [_corners(self._axes[k], k, logits.device) for k in (1, 2)]
-        # A copy, because the sliding window reuses the memory of ``logits``.
-        self._planes = {k: plane for k, plane in self._planes.items() if k == index - 1}
-        self._planes[index] = logits.clone()
-
-    def _fill(self, rows: list[int], lower: int, upper: int) -> None:
+        """Wait until the last labels are in ``out``."""
         import torch
 
-        planes = self._planes
-        shape = (len(rows), *self._out.shape[1:])
-        device = planes[lower].device
-        labels = torch.zeros(shape, dtype=torch.int32, device=device)
-        best: torch.Tensor | None = None
-        for k, value in enumerate(self._interpolated(planes[lower], planes[upper], rows)):
+        if self._last is not None and self._last.device.type == "cuda":
+            torch.cuda.current_stream(self._last.device).synchronize()
+
+    def add(self, first: int, slab: torch.Tensor) -> None:
+        """Take slices; see ``LinearExport``. The layers of cells that they complete are filled."""
+        import torch
+
+        from totalfast.export.device_slab import DeviceAxis
+
+        if self._out.size == 0:
+            return
+        if not self._on_device:
+            self._on_device = tuple(
+                DeviceAxis.of(axis, cells, slab.device)
+                for axis, cells in zip(self._axes, self._runs, strict=True)
+            )
             if self._regions is not None:
-                labels.masked_fill_(value >= self._threshold, int(self._regions[k]))
-            elif best is None:
-                best = value
-            else:
-                # The first of equals wins, and the first NaN over all.
-                ahead = (value > best) | (value.isnan() & ~best.isnan())
-                labels.masked_fill_(ahead, k)
-                best = torch.where(ahead, value, best)
-        self._out[rows[0] : rows[-1] + 1] = labels.cpu().numpy().astype(self._out.dtype)
+                labels = torch.from_numpy(np.append(0, self._regions).astype(np.int64))
+                self._region_labels = labels.to(slab.device)
+        for layers in self._parts(first, slab):
+            lower = int(self._runs[0][layers.start, 2])
+            upper = int(self._completed_by[layers.stop - 1])
+            logits = slab[:, max(lower - first, 0) : upper - first + 1]
+            if lower < first and self._last is not None:
+                logits = torch.cat([self._last, logits], dim=1)
+            self._fill(layers, lower, logits.contiguous())
+        self._last = slab[:, -1:].clone()
 
-    def _interpolated(
-        self, lower: torch.Tensor, upper: torch.Tensor, rows: list[int]
-    ) -> Iterator[torch.Tensor]:
-        """Each class at the target voxels of some slices, float64 (slices, y, x), rounded.
+    def _parts(self, first: int, slab: torch.Tensor) -> Iterator[slice]:
+        """Layers of cells that a slab completes, as many at a time as memory allows."""
+        start, stop = np.searchsorted(self._completed_by, [first, first + slab.shape[1]])
+        slice_bytes = slab[:, 0].numel() * slab.element_size()
+        row_voxels = self._out[0].size
+        first_row, stop_row, lower, _ = self._runs[0].T
+        while start < stop:
+            size = slice_bytes * (self._completed_by[start:stop] - lower[start] + 1)
+            voxels = row_voxels * (stop_row[start:stop] - first_row[start])
+            fitting = np.count_nonzero((size <= SOURCE_BYTES) & (voxels <= TARGET_VOXELS))
+            yield slice(int(start), int(start + max(fitting, 1)))
+            start += max(fitting, 1)
 
-        Scipy's sum: each corner times its three weights one by one, x fastest.
-        """
-        axes = [_corners(self._axes[0], 0, lower.device, rows), *self._in_plane]
-        for start in range(0, len(lower), CLASSES_AT_A_TIME):
-            stop = start + CLASSES_AT_A_TIME
-            total: torch.Tensor | None = None
-            for plane, (_, weight_z) in zip((lower, upper), axes[0], strict=False):
-                for (y, weight_y), (x, weight_x) in itertools.product(*axes[1:]):
-                    corner = plane[start:stop].index_select(1, y).index_select(2, x)
-                    term = corner.double()[:, None]
-                    for corners, weight in zip(axes, (weight_z, weight_y, weight_x), strict=True):
-                        if len(corners) == 2:
-                            term = term * weight
-                    total = term if total is None else total + term
-            if total is not None:
-                yield from self._rounded(total.expand(-1, len(rows), -1, -1))
+    def _fill(self, layers: slice, first_source: int, logits: torch.Tensor) -> None:
+        from totalfast.export.device_labels import winners
+        from totalfast.export.device_regions import painted
+        from totalfast.export.device_slab import DeviceSlab
 
-    def _rounded(self, values: torch.Tensor) -> torch.Tensor:
-        """``cells.rounded`` of all values."""
-        import torch
-
-        if self._bits == 52:
-            return values
-        exponent = ((values.contiguous().view(torch.int64) >> 52) & 0x7FF) - 1023
-        exponent = exponent.clamp(self._low, 900)
-        big = ((exponent + (52 - self._bits + 1023)) << 52).view(torch.float64) * 1.5
-        result = (values + big) - big
-        if self._bits == 10:
-            infinite = torch.copysign(torch.full_like(values, torch.inf), values)
-            result = torch.where(result.abs() > 65504.0, infinite, result)
-        return torch.where(values.isfinite() & (values != 0), result, values)
-
-
-def _corners(
-    axis: LinearWeights, number: int, device: torch.device, rows: list[int] | None = None
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Index and weight of one or both neighbours along an axis of a (z, y, x) grid.
-
-    Of all target voxels or of some ``rows``; the weights are shaped to multiply a volume.
-    """
-    import torch
-
-    part = slice(None) if rows is None else rows
-    shape = [-1 if number == k else 1 for k in range(3)]
-    both = [(axis.lower, axis.lower_weight), (axis.upper, axis.upper_weight)]
-    return [
-        (
-            torch.from_numpy(index[part].astype(np.int64)).to(device),
-            torch.from_numpy(weight[part]).to(device).reshape(shape),
-        )
-        for index, weight in both[: axis.corners]
-    ]
+        z, y, x = self._on_device
+        rows = slice(int(self._runs[0][layers.start, 0]), int(self._runs[0][layers.stop - 1, 1]))
+        axes = z.part(layers, rows, first_source), y, x
+        part = DeviceSlab(logits=logits, axes=axes, rounding=self._rounding)
+        out = signed(self._out[rows])
+        if self._region_labels is None:
+            labels = winners(part, out.dtype)
+        else:
+            labels = painted(part, self._region_labels, self._threshold, out.dtype)
+        out.copy_(labels, non_blocking=True)
