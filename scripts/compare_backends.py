@@ -131,7 +131,7 @@ def make_image(model: Model, shape_xyz: tuple[int, int, int]) -> torch.Tensor:
     spacing = [float(mm) for mm in model.configuration.spacing]
     phantom = make_phantom(SEED, shape_xyz=shape_xyz, spacing_mm=spacing[0])
     voxels = np.ascontiguousarray(phantom.ct.transpose(2, 1, 0), np.float32)[None]
-    return torch.from_numpy(to_network_image(voxels, spacing_mm=spacing, model=model).voxels)
+    return to_network_image(voxels, spacing_mm=spacing, model=model).voxels
 
 
 def cpu_s() -> float:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from totalfast.about import version as _version
 from totalfast.errors import (
+    DeviceMemoryError,
     ForkError,
     InputError,
     LicenseError,
@@ -40,6 +41,7 @@ __all__ = [
     "ForkError",
     "InputError",
     "LicenseError",
+    "DeviceMemoryError",
     "MemoryLimitError",
     "OptionError",
     "OutputError",

@@ -66,6 +66,7 @@ def segment(
     offline: bool = False,
     trust_model: bool = False,
     series: str | int | None = None,
+    deterministic: bool = False,
 ) -> nib.Nifti1Image | tuple[nib.Nifti1Image, Statistics]:
     """Segment one scan with one of TotalSegmentator's tasks.
 
@@ -167,8 +168,8 @@ def segment(
         0.8 for the total tasks and 0.5 for others. A larger step means fewer tiles, less time and
         other labels. Rough models keep their own step.
     max_memory_gb
-        Not upstream's. Raise an error before the scan is read if the run needs more main memory
-        than this, in 10**9 bytes. None warns if the run needs more than the free memory.
+        Not upstream's. Raise an error before networks run if the run needs more main memory than
+        this, in 10**9 bytes. None warns if the run needs more than the free memory.
     completion_marker
         Not upstream's. Also write a file that appears after all other files of the run: in a folder
         of masks ``totalfast-complete.json``, beside a label map ``{name}.complete.json``. It is for
@@ -181,6 +182,9 @@ def segment(
     series
         Not upstream's. DICOM input of several series: the SeriesInstanceUID or the SeriesNumber of
         the one to segment. Without it several series are an error, which lists them.
+    deterministic
+        Not upstream's. Give the same labels in every run on one GPU. The rough pass that finds a
+        region always does. On a CPU all runs do.
 
     ``test`` other than 0, for upstream's own tests, raises ``UnsupportedError``.
 
@@ -245,4 +249,5 @@ def segment(
         offline=offline,
         trust_model=trust_model,
         series=series,
+        deterministic=deterministic,
     )

@@ -11,6 +11,7 @@ The tree::
     ├── WeightsError          a model is missing or damaged, or holds what could run code
     │   └── MissingModelError a file of it is missing (a FileNotFoundError)
     ├── MemoryLimitError      the run needs more memory than the user allows
+    ├── DeviceMemoryError     the GPU's memory is too small
     ├── PredictionError       the network's output can't be used
     ├── SessionError          the session is closed
     └── ForkError             the process was forked after a network had run; use "spawn"
@@ -56,6 +57,10 @@ class MissingModelError(WeightsError, FileNotFoundError):
 
 class MemoryLimitError(TotalfastError):
     """The run needs more memory than ``max_memory_gb`` allows; it was not started."""
+
+
+class DeviceMemoryError(TotalfastError):
+    """The GPU's memory is too small for the model, with everything else on the CPU."""
 
 
 class PredictionError(TotalfastError):

@@ -52,10 +52,10 @@ def parse_output_types(value: str | Sequence[str]) -> tuple[str, ...]:
 class Options:
     """Options of a run; names, meanings and defaults are those of ``totalsegmentator()``.
 
-    Eight are not upstream's: ``export``, one of ``EXPORTS``; ``backend``, one of
+    Nine are not upstream's: ``export``, one of ``EXPORTS``; ``backend``, one of
     ``totalfast.backends.BACKENDS``; ``tile_step_size``, None for the task's own;
     ``max_memory_gb``, None for the free memory; ``completion_marker``, ``offline``,
-    ``trust_model`` and ``series``, as in ``totalfast.segment``.
+    ``trust_model``, ``series`` and ``deterministic``, as in ``totalfast.segment``.
     """
 
     ml: bool = False
@@ -105,6 +105,7 @@ class Options:
     offline: bool = False
     trust_model: bool = False
     series: str | None = None
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         validate_device(self.device)
@@ -361,6 +362,7 @@ class SegmentKeywords(TypedDict, total=False):
     offline: bool
     trust_model: bool
     series: str | int | None
+    deterministic: bool
 
 
 def check_radiomics(source: object, output: Path | None, options: Options) -> None:

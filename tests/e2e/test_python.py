@@ -102,9 +102,9 @@ def test_session_with_keep_models_false_has_two_models_at_a_time(scan, monkeypat
             future.result()  # the next model is ready before this one is done
         return predict(*arguments, **keywords)
 
-    predict = prediction.predict_part
+    predict = prediction.queue_part
     monkeypatch.setattr(store, "load_model", counted)
-    monkeypatch.setattr(prediction, "predict_part", predicted)
+    monkeypatch.setattr(prediction, "queue_part", predicted)
     results = []
     for keep in (False, True):
         most.clear()
@@ -275,8 +275,8 @@ def test_linear_export_equals_the_argmax_of_interpolated_logits(scan):
         read_image(open_scan(scan)), spacing_mm=task.spacing_mm, order=1, threads=1
     )
     network = to_network_image(image.voxels[None], spacing_mm=(6.0, 6.0, 6.0), model=model)
-    assert network.cropped_shape == network.full_shape == network.voxels.shape[1:]
-    logits = predict_logits(model, torch.from_numpy(network.voxels), Tiling(step=task.tile_step))
+    assert network.cropped_shape == network.full_shape == tuple(network.voxels.shape[1:])
+    logits = predict_logits(model, network.voxels, Tiling(step=task.tile_step))
     target = image.canonical.shape[::-1]
     zoom = [m / n for n, m in zip(logits.shape[1:], target, strict=True)]
     resampled = np.stack(

@@ -23,6 +23,7 @@ OUR_FLAGS = {
     "offline": "--offline",
     "trust_model": "--trust-model",
     "series": "--series",
+    "deterministic": "--deterministic",
 }
 """Keywords and flags that only totalfast has: keyword to flag."""
 

@@ -12,7 +12,8 @@ from unittest import mock
 import numpy as np
 import torch
 
-from totalfast.engine.predict import predict_part
+from totalfast.engine.predict import queue_part
+from totalfast.engine.source_image import SourceImage
 from totalfast.engine.tiles import Tiling
 from totalfast.geometry import Grid
 from totalfast.models.loading import load_model
@@ -174,13 +175,12 @@ def predict(folder: Path) -> np.ndarray | None:
         return None
     axes = tuple(model.mirroring_axes or ())
     voxels = np.random.default_rng(0).normal(0, 300, (9, 10, 8)).astype(np.float32)
-    labels = predict_part(
-        voxels,
-        spacing_mm=(3.0, 3.0, 2.0),
+    labels = queue_part(
+        SourceImage(voxels[None], spacing_mm=(3.0, 3.0, 2.0)),
         model=model,
         tiling=Tiling(step=0.5, mirror_axes=axes),
         memory=None,
         on_tile=lambda: None,
-    )
+    )()
     assert labels.shape == voxels.shape
     return labels

@@ -87,17 +87,31 @@ def test_overlapping_predictions_restore_the_settings_from_before_the_first(
     assert threads_of_a_new_thread() == process_threads
 
 
-def test_benchmark_stays_on_until_the_last_prediction_ends(monkeypatch):
-    cuda = torch.device("cuda")
+def test_cudnn_is_deterministic_until_the_last_such_prediction_ends(monkeypatch):
+    cuda, cudnn = torch.device("cuda"), torch.backends.cudnn
     monkeypatch.setattr(torch, "autocast", lambda kind: torch.no_grad())
-    assert not torch.backends.cudnn.benchmark
-    outer, inner = inference_settings(cuda), inference_settings(cuda)
-    outer.__enter__()
-    with pytest.raises(ZeroDivisionError), inner:
-        raise ZeroDivisionError
-    assert torch.backends.cudnn.benchmark
-    outer.__exit__(None, None, None)
-    assert not torch.backends.cudnn.benchmark
+    monkeypatch.setenv(torch_settings.SEARCH_VARIABLE, "1")
+    before = (cudnn.benchmark, cudnn.deterministic)
+    assert before == (False, False)
+    ordinary, exact = inference_settings(cuda), inference_settings(cuda, deterministic=True)
+    with ordinary:
+        assert (cudnn.benchmark, cudnn.deterministic) == (True, False)
+        with pytest.raises(ZeroDivisionError), exact:
+            assert (cudnn.benchmark, cudnn.deterministic) == (False, True)
+            raise ZeroDivisionError
+        assert (cudnn.benchmark, cudnn.deterministic) == (True, False)
+    assert (cudnn.benchmark, cudnn.deterministic) == before
+
+
+def test_cudnn_does_not_search_unless_the_program_or_the_user_wants_it(monkeypatch):
+    cuda, cudnn = torch.device("cuda"), torch.backends.cudnn
+    monkeypatch.setattr(torch, "autocast", lambda kind: torch.no_grad())
+    with inference_settings(cuda):
+        assert not cudnn.benchmark
+    with monkeypatch.context() as changed:
+        changed.setattr(cudnn, "benchmark", True)  # as nnU-Net's predictor sets it
+        with inference_settings(cuda):
+            assert cudnn.benchmark
 
 
 def test_nested_settings_stay_set_until_the_outer_context_ends(process_threads, monkeypatch):

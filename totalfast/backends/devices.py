@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 from typing import TYPE_CHECKING
 
-from totalfast.errors import OptionError
+from totalfast.errors import DeviceMemoryError, OptionError
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +45,31 @@ def select_device(name: str) -> torch.device:
         logger.info("Invalid GPU config, running on the CPU")
         return torch.device("cpu")
     return torch.device("cuda", index)
+
+
+def start_device(device: torch.device) -> None:
+    """Start a CUDA device, which takes a few tenths of a second."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.mem_get_info(device)
+
+
+def release_device_memory() -> None:
+    """Return the memory that torch keeps for later to the CUDA devices, if it uses any."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def too_small(message: str) -> DeviceMemoryError:
+    """Return the error for a CUDA device whose memory is too small; ``message`` is torch's."""
+    first = message.partition("\n")[0].partition(". ")[0].rstrip(".")
+    return DeviceMemoryError(
+        "the GPU's memory is too small for one tile of the network, with everything else on the "
+        f"CPU ({first}). Close other programs that use the GPU, choose another one "
+        "(--device gpu:1), or use --device cpu."
+    )
 
 
 def validate_device(value: str) -> str:

@@ -309,6 +309,12 @@ def add_hardware_flags(parser: argparse.ArgumentParser) -> None:
         "torch.",
     )
     add(
+        "--deterministic",
+        action="store_true",
+        help="Give the same labels in every run on one GPU. Always on for the rough pass that finds "
+        "a region. On a CPU all runs are deterministic.",
+    )
+    add(
         "--tile_step_size",
         type=float,
         metavar="0-1",
@@ -327,8 +333,8 @@ def add_hardware_flags(parser: argparse.ArgumentParser) -> None:
         dest="max_memory_gb",
         type=float,
         metavar="GB",
-        help="Stop, before the scan is read, if the run needs more memory than this. Default: "
-        "only warn if the run needs more than the free memory.",
+        help="Stop, before networks run, if the run needs more memory than this. Default: only "
+        "warn if the run needs more than the free memory.",
     )
     add(
         "-ns",

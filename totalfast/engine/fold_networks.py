@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from totalfast.engine.device_queue import FiniteCheck
 from totalfast.engine.tiles import Tiles, Tiling, gaussian_weights, mirrorings
-from totalfast.errors import PredictionError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -49,6 +49,7 @@ class FoldNetworks:
 
         self.model = model
         self.count = len(model.forwards)
+        self.finite = FiniteCheck(model.folder.parent.name)
         plain = model.device.type == "cpu" and not tiling.mirror_axes and len(model.patch_size) == 3
         self._networks = [
             (forward.body, forward.head) if plain else (forward, None) for forward in model.forwards
@@ -96,24 +97,21 @@ class FoldNetworks:
     def mean(self, sums: Iterable[torch.Tensor], weight: torch.Tensor) -> torch.Tensor:
         """Divide each fold's sums by the weights and average the folds, all in float16.
 
+        On a device the sums are overwritten, so that no memory is needed. On the CPU they are few,
+        and new memory stays in its cache.
+
         Raises
         ------
         PredictionError
-            If a logit is infinite or NaN.
+            If a logit is infinite or NaN, on the CPU; a device is asked at the end (``finite``).
         """
         import torch
 
         folds = []
         for total in sums:
-            logits = torch.div(total, weight)
-            # A finite sum means that all logits are finite, and takes a tenth of the time.
-            finite = torch.isfinite(logits.sum(dtype=torch.float32))
-            if not finite and not torch.all(torch.isfinite(logits)):
-                raise PredictionError(
-                    f"a logit of {self.model.folder.parent.name} is infinite or NaN. The image's "
-                    "intensities may be NaN or far outside of the range that the model was trained "
-                    "on, or the model may be damaged."
-                )
+            on_cpu = total.device.type == "cpu"
+            logits = torch.div(total, weight) if on_cpu else total.div_(weight)
+            self.finite.add(logits)
             folds.append(logits)
         mean = folds[0]
         for logits in folds[1:]:

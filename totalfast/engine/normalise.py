@@ -7,6 +7,7 @@ normalise inside a mask, because filled holes do not change the box.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,9 +18,10 @@ from totalfast.geometry import CENTERS, nearest_indices
 from totalfast.system.cores import usable_cores
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from typing import TypeAlias
 
+    import torch
     from numpy.typing import NDArray
 
     from totalfast.models.model import Model
@@ -40,7 +42,7 @@ class NetworkImage:
     Parameters
     ----------
     voxels
-        float32, (channels, z, y, x), C order.
+        float32, (channels, z, y, x), C order; perhaps on a CUDA device.
     box
         Its box in the model image.
     cropped_shape
@@ -54,7 +56,7 @@ class NetworkImage:
         rounding to whole voxels.
     """
 
-    voxels: NDArray[np.float32]
+    voxels: torch.Tensor
     box: tuple[slice, slice, slice]
     cropped_shape: tuple[int, ...]
     full_shape: tuple[int, ...]
@@ -64,7 +66,7 @@ class NetworkImage:
     @property
     def was_resampled(self) -> bool:
         """Whether resampling to the plans' spacing changed the shape."""
-        return self.voxels.shape[1:] != self.cropped_shape
+        return tuple(self.voxels.shape[1:]) != self.cropped_shape
 
 
 def nonzero_box(voxels: NDArray[np.float32]) -> tuple[slice, slice, slice]:
@@ -99,6 +101,8 @@ def to_network_image(
     InputError
         If the model needs another number of channels, or the image is too thin for its spacing.
     """
+    import torch
+
     forward = list(model.plans.transpose_forward)
     spacing = [float(spacing_mm[axis]) for axis in forward]
     # The last bits of nnU-Net's mean and standard deviation depend on the memory layout, because
@@ -109,16 +113,16 @@ def to_network_image(
     cropped = image[:, box[0], box[1], box[2]]
     _normalise(cropped, model)
     cropped_shape = cropped.shape[1:]
-    network_shape, target = _network_shape(cropped_shape, spacing, model)
-    if network_shape != cropped_shape:
+    resampled, target = network_shape(cropped_shape, spacing, model)
+    if resampled != cropped_shape:
         resampling = model.configuration.resampling_fn_data
         if is_default_resampling(resampling, order=CUBIC) and np.isfinite(cropped.sum()):
             separate = separate_axis(spacing, target, resampling=resampling)
-            cropped = resample_image(cropped, network_shape, separate)
+            cropped = resample_image(cropped, resampled, separate)
         else:
-            cropped = np.asarray(resampling(cropped, network_shape, spacing, target))
+            cropped = np.asarray(resampling(cropped, resampled, spacing, target))
     return NetworkImage(
-        voxels=np.ascontiguousarray(cropped, dtype=np.float32),
+        voxels=torch.from_numpy(np.ascontiguousarray(cropped, dtype=np.float32)),
         box=box,
         cropped_shape=cropped_shape,
         full_shape=image.shape[1:],
@@ -184,6 +188,44 @@ def _normalise(image: NDArray[np.float32], model: Model) -> None:
         channel[...] = scheme.run(channel, mask)
 
 
+def pointwise_schemes(model: Model) -> list[Callable[[torch.Tensor], None]] | None:
+    """Return what normalises each channel in place, on any device, with nnU-Net's bits.
+
+    None if a channel's normalisation looks at more than one voxel, or is unknown. The bits are the
+    same because each operation is one rounded float32 operation in both numpy and torch.
+    """
+    from nnunetv2.preprocessing.normalization import default_normalization_schemes as known
+
+    configuration = model.configuration
+    if any(configuration.use_mask_for_norm):
+        return None
+    schemes: list[Callable[[torch.Tensor], None]] = []
+    for number, name in enumerate(configuration.normalization_schemes):
+        scheme = _normalization_class(name)
+        if scheme is known.CTNormalization:
+            properties = model.plans.foreground_intensity_properties_per_channel[str(number)]
+            schemes.append(partial(_normalise_ct, properties=properties))
+        elif scheme is known.NoNormalization:
+            schemes.append(_leave)
+        else:
+            return None
+    return schemes
+
+
+def _normalise_ct(channel: torch.Tensor, *, properties: Mapping[str, float]) -> None:
+    """nnU-Net's CTNormalization (2.8.1)."""
+    import torch
+
+    channel.clamp_(properties["percentile_00_5"], properties["percentile_99_5"])
+    channel.sub_(properties["mean"])
+    # By a tensor: CUDA multiplies by the reciprocal of a number, which has other last bits.
+    channel.div_(torch.full((), max(properties["std"], 1e-8), device=channel.device))
+
+
+def _leave(channel: torch.Tensor) -> None:
+    """nnU-Net's NoNormalization."""
+
+
 def _normalization_class(name: str) -> Untyped:
     """Look up a normalisation scheme, first in nnU-Net's main module, then in its whole package."""
     import nnunetv2
@@ -204,7 +246,7 @@ def _normalization_class(name: str) -> Untyped:
     return scheme
 
 
-def _network_shape(
+def network_shape(
     shape: tuple[int, ...], spacing: Sequence[float], model: Model
 ) -> tuple[tuple[int, ...], list[float]]:
     """Shape at the plans' spacing, and this spacing (default_resampling.py).

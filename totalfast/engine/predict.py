@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from totalfast.engine.normalise import to_network_image
 from totalfast.engine.sliding_window import (
     final_logits,
     inference_settings,
     predict_labels,
     predict_logits,
+    queue_labels,
+    summing_device,
 )
 from totalfast.engine.tiles import Tiling
 from totalfast.export import (
@@ -35,30 +36,28 @@ if TYPE_CHECKING:
 
     from totalfast.engine.normalise import NetworkImage
     from totalfast.engine.sliding_window import WindowMemory
+    from totalfast.engine.source_image import SourceImage
     from totalfast.geometry import LinearWeights
     from totalfast.models.model import Model
 
 logger = logging.getLogger(__name__)
 
 
-def predict_part(
-    voxels: NDArray[np.float32],
+def queue_part(
+    source: SourceImage,
     *,
-    spacing_mm: Sequence[float],
     model: Model,
     tiling: Tiling,
     memory: WindowMemory | None,
     on_tile: Callable[[], None],
     linear_to: tuple[int, int, int] | None = None,
-) -> NDArray[np.unsignedinteger]:
-    """Label every voxel of a model image with one model.
+) -> Callable[[], NDArray[np.unsignedinteger]]:
+    """Start to label every voxel of a model image with one model.
 
     Parameters
     ----------
-    voxels
-        float32, (z, y, x), model grid, not normalised.
-    spacing_mm
-        Spacing along (z, y, x).
+    source
+        The model image, of one channel.
     model
         A loaded model.
     tiling
@@ -74,10 +73,12 @@ def predict_part(
 
     Returns
     -------
-        uint8 (uint16 for 255 or more labels), (z, y, x), with the model's label numbers.
+        Function that waits for the labels: uint8 (uint16 for 255 or more labels), (z, y, x), with
+        the model's label numbers. On a CUDA device, all work is then in its queue; elsewhere it is
+        done.
     """
-    image = to_network_image(voxels[None], spacing_mm=spacing_mm, model=model)
-    return predict_network_image(
+    image = _prepared(source, model, tiling)
+    return _queue_network_image(
         image, model, tiling, memory=memory, on_tile=on_tile, linear_to=linear_to
     )
 
@@ -87,10 +88,8 @@ def predict_network_image(
     model: Model,
     tiling: Tiling,
     *,
-    memory: WindowMemory | None = None,
     on_tile: Callable[[], None],
     method: str = "auto",
-    linear_to: tuple[int, int, int] | None = None,
 ) -> NDArray[np.unsignedinteger]:
     """Label every voxel of the image before cropping and before nnU-Net's resampling.
 
@@ -98,34 +97,61 @@ def predict_network_image(
     ----------
     image
         Prepared for the model.
-    model, tiling, memory, on_tile, linear_to
-        As for ``predict_part``.
+    model, tiling, on_tile
+        As for ``queue_part``.
     method
         How logits on another grid become labels, as in ``export_labels``.
 
     Returns
     -------
-        As ``predict_part``.
+        uint8 (uint16 for 255 or more labels), (z, y, x), with the model's label numbers.
     """
+    return _queue_network_image(image, model, tiling, on_tile=on_tile, method=method)()
+
+
+def _prepared(source: SourceImage, model: Model, tiling: Tiling) -> NetworkImage:
+    """Prepare the image where its tiles are cut."""
     import torch
 
-    tensor = torch.from_numpy(image.voxels)
+    place = summing_device(model, tiling)
+    if not tiling.image_on_device:
+        source.leave_device()
+        place = torch.device("cpu")
+    return source.prepared(model, device=place)
+
+
+def _queue_network_image(
+    image: NetworkImage,
+    model: Model,
+    tiling: Tiling,
+    *,
+    memory: WindowMemory | None = None,
+    on_tile: Callable[[], None],
+    method: str = "auto",
+    linear_to: tuple[int, int, int] | None = None,
+) -> Callable[[], NDArray[np.unsignedinteger]]:
+    """``predict_network_image``, or with ``linear_to``; returns a function as ``queue_part``."""
+    cropped: NDArray[np.unsignedinteger] | None = None
     shape: tuple[int, ...] = image.full_shape
     box: tuple[slice, ...] = image.box
     if linear_to is not None:
         shape = tuple(linear_to[axis] for axis in model.plans.transpose_forward)
         box, axes = _axes_to(shape, image)
-        cropped = _linear(model, tensor, axes, tiling=tiling, memory=memory, on_tile=on_tile)
+        cropped = _linear(model, image.voxels, axes, tiling=tiling, memory=memory, on_tile=on_tile)
     elif image.was_resampled:
-        cropped = _resampled(
-            image, tensor, model, method, tiling=tiling, memory=memory, on_tile=on_tile
-        )
+        cropped = _resampled(image, model, method, tiling=tiling, memory=memory, on_tile=on_tile)
     else:
-        cropped = predict_labels(model, tensor, tiling, memory=memory, on_tile=on_tile).numpy()
-    labels = np.zeros(shape, dtype=cropped.dtype)
-    labels[box] = cropped
-    restored: NDArray[np.unsignedinteger] = labels.transpose(model.plans.transpose_backward)
-    return restored
+        wait = queue_labels(model, image.voxels, tiling, memory=memory, on_tile=on_tile)
+    backward = model.plans.transpose_backward  # the model may be freed before the labels are there
+
+    def finish() -> NDArray[np.unsignedinteger]:
+        inner = wait().numpy() if cropped is None else cropped
+        labels = np.zeros(shape, dtype=inner.dtype)
+        labels[box] = inner
+        restored: NDArray[np.unsignedinteger] = labels.transpose(backward)
+        return restored
+
+    return finish
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,9 +172,8 @@ class Probabilities:
 
 
 def predict_probabilities(
-    voxels: NDArray[np.float32],
+    source: SourceImage,
     *,
-    spacing_mm: Sequence[float],
     model: Model,
     tiling: Tiling,
     memory: WindowMemory | None,
@@ -159,17 +184,14 @@ def predict_probabilities(
     The labels are the argmax of the probabilities, which have other ties than the logits. Needs as
     much memory as nnU-Net: several float32 copies of all classes on the model grid.
 
-    The parameters are those of ``predict_part``.
+    The parameters are those of ``queue_part``.
     """
-    import torch
     from nnunetv2.inference.export_prediction import (
         convert_predicted_logits_to_segmentation_with_correct_shape,
     )
 
-    image = to_network_image(voxels[None], spacing_mm=spacing_mm, model=model)
-    logits = predict_logits(
-        model, torch.from_numpy(image.voxels), tiling, memory=memory, on_tile=on_tile
-    )
+    image = _prepared(source, model, tiling)
+    logits = predict_logits(model, image.voxels, tiling, memory=memory, on_tile=on_tile)
     backward = model.plans.transpose_backward
     cropping = {
         "shape_before_cropping": image.full_shape,
@@ -244,7 +266,6 @@ def _linear(
 
 def _resampled(
     image: NetworkImage,
-    tensor: torch.Tensor,
     model: Model,
     method: str,
     *,
@@ -258,7 +279,7 @@ def _resampled(
         method = choose_method(resampling, coordinates=CENTERS)
         logger.debug("  logits are resampled by the plans' rule: export '%s'", method)
     if method == "nearest":
-        labels = predict_labels(model, tensor, tiling, memory=memory, on_tile=on_tile).numpy()
+        labels = predict_labels(model, image.voxels, tiling, memory=memory, on_tile=on_tile).numpy()
         indices = [
             nearest_indices(n, m, CENTERS)
             for n, m in zip(labels.shape, image.cropped_shape, strict=True)
@@ -266,9 +287,9 @@ def _resampled(
         return gather(labels, indices, threads=usable_cores())
     if method == "linear":
         separate = separate_axis(image.network_spacing_mm, image.spacing_mm, resampling=resampling)
-        axes = resampling_axes(tensor.shape[1:], image.cropped_shape, CENTERS, separate)
-        return _linear(model, tensor, axes, tiling=tiling, memory=memory, on_tile=on_tile)
-    logits = predict_logits(model, tensor, tiling, memory=memory, on_tile=on_tile)
+        axes = resampling_axes(image.voxels.shape[1:], image.cropped_shape, CENTERS, separate)
+        return _linear(model, image.voxels, axes, tiling=tiling, memory=memory, on_tile=on_tile)
+    logits = predict_logits(model, image.voxels, tiling, memory=memory, on_tile=on_tile)
     with inference_settings(model.device):
         return export_labels(
             logits,

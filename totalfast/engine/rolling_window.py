@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from totalfast.engine.tiles import Tiles
 
 SLICES_PER_MEAN = 2
-"""Number of slices that are averaged at a time: some megabytes for 118 classes."""
+"""Number of slices that the CPU averages at a time: some megabytes for 118 classes. A device
+averages all slices that leave the window at a time."""
 
 
 class WindowMemory:
@@ -79,11 +80,11 @@ class RollingWindow:
         weights = self.networks.weights
         for fold_logits, total in zip(self.networks.run(tile), self.sums, strict=True):
             for slices, logits in fold_logits:
-                if logits.device.type == "cpu":
-                    self._add_up(total[place][:, slices], logits, weights[slices])
-                    continue
                 logits = logits.to(total.device)
-                total[place][:, slices].add_(logits.mul_(weights[slices]))
+                if total.device.type == "cpu":
+                    self._add_up(total[place][:, slices], logits, weights[slices])
+                else:
+                    total[place][:, slices].add_(logits.mul_(weights[slices]))
         self.weight[place[1:]] += weights
 
     def _add_up(self, total: torch.Tensor, logits: torch.Tensor, weight: torch.Tensor) -> None:
@@ -99,15 +100,17 @@ class RollingWindow:
     def advance(self, start: int) -> Iterator[tuple[int, torch.Tensor]]:
         """Move the window to padded slice ``start``; yield the slices that it leaves.
 
-        Yields (first slice, float16 logits (classes, slices, y, x)).
+        Yields (first slice, float16 logits (classes, slices, y, x)), which are valid until the next
+        slices are taken.
         """
         done = min(start - self.first, self.tiles.patch[0])
         if done <= 0:
             return
         rows, inside = self.tiles.inside
         start_row, stop_row = max(rows.start - self.first, 0), min(rows.stop - self.first, done)
-        for row in range(start_row, stop_row, SLICES_PER_MEAN):
-            some = slice(row, min(row + SLICES_PER_MEAN, stop_row))
+        step = SLICES_PER_MEAN if self.weight.device.type == "cpu" else self.tiles.patch[0]
+        for row in range(start_row, stop_row, step):
+            some = slice(row, min(row + step, stop_row))
             part, place = (some, *inside), (slice(None), slice(None), some, *inside)
             mean = self.networks.mean(self.sums[place], self.weight[part])
             yield self.first + row - rows.start, mean

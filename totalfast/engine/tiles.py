@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -27,12 +27,35 @@ class Tiling:
         combination of these axes, and averaged. TotalSegmentator uses none.
     on_device
         Whether logits are summed up on the network's CUDA device; else on the CPU.
+    image_on_device
+        Whether the whole image is on that device, too; else tile by tile. An image is with the sums
+        if those are on the CPU.
+    deterministic
+        Whether a CUDA device must give the same bits in every run.
     """
 
     step: float
     gaussian: bool = True
     mirror_axes: tuple[int, ...] = ()
     on_device: bool = True
+    image_on_device: bool = True
+    deterministic: bool = False
+
+    def smaller(self) -> Tiling | None:
+        """Return the next way that takes less of a CUDA device's memory; None if there is none."""
+        if self.on_device and self.image_on_device:
+            return replace(self, image_on_device=False)
+        if self.on_device:
+            return replace(self, on_device=False)
+        return None
+
+    def __str__(self) -> str:
+        """Where the large arrays are."""
+        if not self.on_device:
+            return "logits are summed up on the CPU"
+        if not self.image_on_device:
+            return "logits are summed up on the GPU, which gets the image tile by tile"
+        return "the image and the sums of logits are on the GPU"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

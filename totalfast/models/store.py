@@ -7,11 +7,12 @@ import traceback
 from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from totalfast.backends import choose_backend, resolve_backend
-from totalfast.backends.devices import select_device
+from totalfast.backends.devices import release_device_memory, select_device, start_device, too_small
 from totalfast.errors import OptionError, SessionError
 from totalfast.models.loading import load_model
 from totalfast.models.weights import find_part
@@ -19,7 +20,7 @@ from totalfast.system.forks import check_process, threads_started, working
 from totalfast.system.process_memory import release_free_memory
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection, Iterable
 
     import torch
 
@@ -122,11 +123,41 @@ class ModelStore:
         The parameters and errors are those of ``select_device`` and ``choose_backend``.
         """
         self.check()
+        backend = resolve_backend(backend)
         with self._placing:
             if (device, backend) not in self._places:
                 place = select_device(device)
+                start_device(place)
                 self._places[device, backend] = place, choose_backend(backend, place)
             return self._places[device, backend]
+
+    def is_loaded(
+        self,
+        task: Task,
+        part: Part,
+        *,
+        device: str,
+        backend: str = "auto",
+        trust_model: bool = False,
+    ) -> bool:
+        """Whether one of a task's models is in memory."""
+        key = _model_key(task, part, device, backend, trust_model)
+        with self._lock:
+            future = self._models.get(key)
+        return future is not None and future.done() and future.exception() is None
+
+    def drop_others(
+        self,
+        models: Iterable[tuple[Task, Part]],
+        *,
+        device: str,
+        backend: str = "auto",
+        trust_model: bool = False,
+    ) -> None:
+        """Free all loaded models but these."""
+        self._drop_all_but(
+            {_model_key(task, part, device, backend, trust_model) for task, part in models}
+        )
 
     def check(self) -> None:
         """Check that models can be loaded and run.
@@ -149,6 +180,7 @@ class ModelStore:
             self._closed = True
             self._models.clear()
         release_free_memory()
+        release_device_memory()
 
     def _start(self, key: _ModelKey) -> Future[Model]:
         self.check()
@@ -164,19 +196,52 @@ class ModelStore:
             place, backend = self.place(key.device, key.backend)
             if place.type != "cpu":
                 threads_started()
+            load = partial(
+                load_model,
+                key.folder,
+                folds=key.folds,
+                device=place,
+                backend=backend,
+                trust_model=key.trust_model,
+            )
             try:
-                model = load_model(
-                    key.folder,
-                    folds=key.folds,
-                    device=place,
-                    backend=backend,
-                    trust_model=key.trust_model,
-                )
+                model = self._with_memory(key, load, place)
             except Exception as error:
                 _free_locals(error)
                 raise
         # The forwards hold all weights that they need; the rest of the networks is freed.
         return replace(model, networks=())
+
+    def _with_memory(self, key: _ModelKey, load: Callable[[], Model], place: torch.device) -> Model:
+        """Load a model; if the device's memory is too small, free the other models and try again.
+
+        Raises
+        ------
+        DeviceMemoryError
+            If it is too small for this model.
+        """
+        import torch
+
+        for is_last in (False, True):
+            try:
+                return load()
+            except torch.OutOfMemoryError as error:
+                _free_locals(error)
+                if place.type == "cpu":
+                    raise
+                if is_last:
+                    raise too_small(str(error)) from None
+            self._drop_all_but({key})
+        raise AssertionError  # the last attempt returns or raises
+
+    def _drop_all_but(self, keys: Collection[_ModelKey]) -> None:
+        """Free the loaded models with other keys; a run that uses one keeps it."""
+        with self._lock:
+            others = [k for k, model in self._models.items() if k not in keys and model.done()]
+            for key in others:
+                del self._models[key]
+        release_free_memory()
+        release_device_memory()
 
     def _keep_or_drop(self, key: _ModelKey) -> None:
         """Note that a model is in use now; drop those that are too many."""
@@ -193,6 +258,7 @@ class ModelStore:
         if dropped:
             dropped.clear()
             release_free_memory()
+            release_device_memory()
 
 
 def _model_key(task: Task, part: Part, device: str, backend: str, trust_model: bool) -> _ModelKey:

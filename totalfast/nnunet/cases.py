@@ -240,7 +240,7 @@ def case_from_array(
         properties["shape_before_cropping"] = prepared.full_shape
         properties["bbox_used_for_cropping"] = [[part.start, part.stop] for part in prepared.box]
         properties["shape_after_cropping_and_before_resampling"] = prepared.cropped_shape
-        return _case(prepared.voxels, properties, output)
+        return _case(prepared.voxels.numpy(), properties, output)
     preprocessor = model.configuration.preprocessor_class(verbose=False)
     data, labels, properties = prepare(preprocessor, image, previous_stage, properties, model)
     return _case(_stacked(data, labels, previous_stage, model), properties, output)
@@ -285,6 +285,8 @@ def _stacked(
 
 def network_image(case: dict[str, Any], model: Model) -> NetworkImage:
     """Convert a case and its nnU-Net properties to a ``NetworkImage``."""
+    import torch
+
     properties = case["data_properties"]
     spacing = [float(properties["spacing"][axis]) for axis in model.plans.transpose_forward]
     plans_mm = [float(mm) for mm in model.configuration.spacing]
@@ -292,7 +294,7 @@ def network_image(case: dict[str, Any], model: Model) -> NetworkImage:
         plans_mm = [spacing[0], *plans_mm]
     z, y, x = (slice(int(start), int(stop)) for start, stop in properties["bbox_used_for_cropping"])
     return NetworkImage(
-        voxels=np.asarray(case["data"], dtype=np.float32),
+        voxels=torch.from_numpy(np.asarray(case["data"], dtype=np.float32)),
         box=(z, y, x),
         cropped_shape=tuple(properties["shape_after_cropping_and_before_resampling"]),
         full_shape=tuple(properties["shape_before_cropping"]),

@@ -20,6 +20,7 @@ import torch
 from nnunetv2.utilities.helpers import empty_cache
 from tqdm import tqdm
 
+from totalfast.engine.ladder import Ladder
 from totalfast.engine.predict import predict_network_image
 from totalfast.engine.sliding_window import inference_settings, predict_logits
 from totalfast.engine.tiles import Tiling, plan_tiles
@@ -280,23 +281,15 @@ def _tile_by_tile(
     name: str,
     predict: Callable[[Tiling, Callable[[], Any]], Output],
 ) -> Output:
-    """Predict with a progress bar; if the device's memory is too small, sum on the CPU."""
+    """Predict with a progress bar; if the device's memory is too small, with less on it."""
     choice = tiling(predictor)
     count = plan_tiles(shape, predictor.configuration_manager.patch_size, choice.step).count
 
-    def bar() -> Untyped:
-        return tqdm(total=count, desc=name, leave=False, disable=not predictor.allow_tqdm)
-
-    try:
-        with bar() as shown:
+    def attempted(choice: Tiling) -> Output:
+        with tqdm(total=count, desc=name, leave=False, disable=not predictor.allow_tqdm) as shown:
             return predict(choice, shown.update)
-    except torch.OutOfMemoryError:
-        if predictor.device.type == "cpu" or not choice.on_device:
-            raise
-    # Outside of the except clause, which keeps the failed call's tensors alive.
-    logger.warning("WARNING: the GPU's memory is too small; the logits are summed on the CPU.")
-    with bar() as shown:
-        return predict(replace(choice, on_device=False), shown.update)
+
+    return Ladder(choice, predictor.device).run(attempted)
 
 
 def _by_nnunets_export(

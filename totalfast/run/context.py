@@ -9,6 +9,10 @@ from totalfast.run.empty_classes import EmptyClasses
 from totalfast.run.memory_plan import plan_memory
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+    import torch
+
     from totalfast.geometry import Grid
     from totalfast.models.model import Model
     from totalfast.models.store import ModelStore
@@ -59,16 +63,15 @@ class RunContext:
         """Whether a step after the resampling needs the scan's intensities."""
         return self.scan.kept
 
-    def start_loading(self, number: int) -> None:
-        """Start loading one of ``models``, if there are that many."""
-        if number < len(self.models):
-            options = self.options
-            self.store.load(
-                *self.models[number],
-                device=options.device,
-                backend=options.backend,
-                trust_model=options.trust_model,
-            )
+    def start_loading(self, number: int) -> Future[Model]:
+        """Start loading one of ``models``, unless it is loaded."""
+        options = self.options
+        return self.store.load(
+            *self.models[number],
+            device=options.device,
+            backend=options.backend,
+            trust_model=options.trust_model,
+        )
 
     def take(self, task: Task, part: Part) -> Model:
         """Wait until a model of a task is loaded, and start loading the next one."""
@@ -81,25 +84,61 @@ class RunContext:
             trust_model=options.trust_model,
         )
         for number, (other_task, other_part) in enumerate(self.models, start=1):
-            if other_task is task and other_part is part:
+            if other_task is task and other_part is part and number < len(self.models):
                 self.start_loading(number)
         return model
 
-    def plan_memory(self, region: Grid, task: Task) -> MemoryPlan:
-        """Estimate the memory for labelling a region of the scan."""
+    def is_loaded(self, task: Task, part: Part) -> bool:
+        """Whether a model of a task is loaded."""
+        options = self.options
+        return self.store.is_loaded(
+            task,
+            part,
+            device=options.device,
+            backend=options.backend,
+            trust_model=options.trust_model,
+        )
+
+    def drop_other_models(self) -> None:
+        """Free the models that a session keeps and this run does not need."""
+        options = self.options
+        self.store.drop_others(
+            self.models,
+            device=options.device,
+            backend=options.backend,
+            trust_model=options.trust_model,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where networks run; waits until torch is imported and the device has started."""
+        return self.store.place(self.options.device, self.options.backend)[0]
+
+    def plan_memory(
+        self, region: Grid, task: Task, *, on_gpu: bool | None = None, sums_on_host: bool = False
+    ) -> MemoryPlan:
+        """Estimate the memory for labelling a region of the scan.
+
+        ``on_gpu`` is whether networks run on a CUDA device; None looks, which may have to wait.
+        """
         return plan_memory(
             self.scan,
             region,
             task=task,
             options=self.options,
-            budget=self.budget,
+            on_gpu=self.device.type == "cuda" if on_gpu is None else on_gpu,
+            sums_on_host=sums_on_host,
             keeps_models=self.store.keep,
         )
 
     def rough(self) -> RunContext:
-        """Return the context of a pass that only finds a region: basic options, no report."""
+        """Return the context of a pass that only finds a region: basic options, no report.
+
+        It is deterministic, because one other voxel can move the region.
+        """
         options = replace(
             self.options,
+            deterministic=True,
             export="auto",
             force_split=False,
             save_probabilities=None,

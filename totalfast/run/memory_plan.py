@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from totalfast.errors import MemoryLimitError
 from totalfast.models.model_summary import ModelSummary
 from totalfast.system.cores import usable_cores
-from totalfast.system.memory import GB, free_device_bytes, free_host_bytes, total_host_bytes
+from totalfast.system.memory import GB, free_host_bytes, total_host_bytes
 
 if TYPE_CHECKING:
     from totalfast.geometry import Grid
@@ -41,15 +41,15 @@ SPLINE_SLICES = 160
 """Most slices that a thread holds three times, for splines of orders 2, 4 and 5."""
 
 
+ADVICE = "Use a coarser model (--fast, --fastest), or crop the scan"
+"""What to do if the memory is too small."""
+
 MARGIN = 1.05
 """Factor on the estimate, for memory that allocators keep."""
 
 LOWEST_SHARE = 0.5
 """Share of the estimate that a run takes at least. Measured runs took 0.69 to 0.96 of it
 (scripts/results/scaling.json); the estimate is higher for OpenVINO, whose networks need less."""
-
-DEVICE_SHARE = 0.9
-"""Share of a device's free memory that a plan may use; the allocator loses the rest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,54 +73,59 @@ class StoredScan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPlan:
-    """Memory of a run at most, in bytes, and whether the GPU holds the sums of logits."""
+    """Main memory of a run at most, in bytes."""
 
     host: float
-    device: float
-    on_device: bool
 
-    def check(self, budget: Budget) -> None:
-        """Log the plan, and compare it with the budget.
+    def refuse(self, budget: Budget) -> None:
+        """Compare the plan with what the run may take at most.
 
         Raises
         ------
         MemoryLimitError
             If the user's limit is lower, or without a limit all memory of the machine or of the
-            container is certainly too small. Too little free memory is only a warning, because the
-            plan is an upper estimate and other programs start and end.
+            container is certainly too small.
         """
-        text = f"about {self.host / GB:.1f} GB"
-        if budget.device is not None:
-            where = "GPU" if self.on_device else "CPU"
-            logger.info(
-                "Memory: %s; GPU: about %.1f of %.1f GB; logits are summed up on the %s",
-                text,
-                self.device / GB,
-                budget.device / GB,
-                where,
-            )
-        elif budget.host is not None:
-            logger.info("Memory: %s of %.1f GB", text, budget.host / GB)
         if budget.host is None or self.host <= budget.host:
             return
-        advice = "Use a coarser model (--fast, --fastest), or crop the scan"
         if budget.is_limit:
             raise MemoryLimitError(
-                f"this run needs {text} of memory; max_memory allows {budget.host / GB:.1f} GB. "
-                f"{advice}, or allow more."
+                f"this run needs {self._text} of memory; max_memory allows "
+                f"{budget.host / GB:.1f} GB. {ADVICE}, or allow more."
             )
         if budget.total is not None and LOWEST_SHARE * self.host > budget.total:
             raise MemoryLimitError(
-                f"this run needs {text} of memory; the machine or container has "
-                f"{budget.total / GB:.1f} GB. {advice}, or run it where there is more memory. "
+                f"this run needs {self._text} of memory; the machine or container has "
+                f"{budget.total / GB:.1f} GB. {ADVICE}, or run it where there is more memory. "
                 "--max-memory takes its place as the limit."
             )
-        logger.warning(
-            "WARNING: this run needs %s of memory, and %.1f GB are free. %s, if it fails.",
-            text,
-            budget.host / GB,
-            advice,
-        )
+
+    def check(self, budget: Budget) -> None:
+        """Log the plan, and compare it with the budget.
+
+        Too little free memory is only a warning, because the plan is an upper estimate and other
+        programs start and end.
+
+        Raises
+        ------
+        MemoryLimitError
+            As ``refuse``.
+        """
+        if budget.host is None:
+            return
+        logger.info("Memory: %s of %.1f GB", self._text, budget.host / GB)
+        self.refuse(budget)
+        if self.host > budget.host:
+            logger.warning(
+                "WARNING: this run needs %s of memory, and %.1f GB are free. %s, if it fails.",
+                self._text,
+                budget.host / GB,
+                ADVICE,
+            )
+
+    @property
+    def _text(self) -> str:
+        return f"about {self.host / GB:.1f} GB"
 
 
 def plan_memory(
@@ -129,10 +134,11 @@ def plan_memory(
     *,
     task: Task,
     options: Options,
-    budget: Budget,
+    on_gpu: bool = False,
+    sums_on_host: bool = False,
     keeps_models: bool = True,
 ) -> MemoryPlan:
-    """Estimate the memory for labelling a region of a scan, and decide where logits are summed up.
+    """Estimate the memory for labelling a region of a scan.
 
     Parameters
     ----------
@@ -144,8 +150,10 @@ def plan_memory(
         The task; its crop is not counted.
     options
         The run's options.
-    budget
-        The memory that the run may take.
+    on_gpu
+        Whether the networks run on a CUDA device.
+    sums_on_host
+        Whether logits are summed up in main memory, beside a CUDA device.
     keeps_models
         Whether all of the task's models stay in memory, or two at a time.
     """
@@ -155,9 +163,6 @@ def plan_memory(
     networks = [ModelSummary.of(task, part) for part in task.parts]
     files = [network.weights for network in networks]
     weights = sum(files) if keeps_models else sum(sorted(files)[-2:])
-    device = weights + max(net.forward + net.answer + net.image(grid) for net in networks)
-    window = max(net.window(grid) for net in networks)
-    on_device = budget.device is not None and device + window <= DEVICE_SHARE * budget.device
 
     smooth = options.export == "linear"
     stored, image = scan.itemsize * native, 4 * math.prod(grid.shape)
@@ -168,8 +173,8 @@ def plan_memory(
     preparing = image + max(net.image(grid) for net in networks) + threads * SLAB_BYTES
     predicting = max(
         (1 + net.pads(grid)) * net.image(grid)
-        + (net.summing(grid) if budget.device is None else net.answer)
-        + (net.window(grid) if budget.device is not None and not on_device else 0)
+        + (net.summing(grid) if not on_gpu else 0)
+        + (net.answer + net.window(grid) if on_gpu and sums_on_host else 0)
         + (net.logits(grid) if options.save_probabilities else 0)
         for net in networks
     )
@@ -182,7 +187,7 @@ def plan_memory(
     compiles = smooth or options.resampling_order == 3
     program = PROGRAM_BYTES + LIBRARY_BYTES + compiles * COMPILER_BYTES
     host = program + weights + max(stages.values())
-    return MemoryPlan(host=MARGIN * host, device=device + on_device * window, on_device=on_device)
+    return MemoryPlan(host=MARGIN * host)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,8 +198,6 @@ class Budget:
     ----------
     host
         Bytes of main memory; None if unknown.
-    device
-        Free bytes of the CUDA device that networks run on; None if they run on the CPU.
     is_limit
         Whether the user set ``host``; needing more is then an error.
     total
@@ -202,7 +205,6 @@ class Budget:
     """
 
     host: float | None
-    device: float | None
     is_limit: bool
     total: float | None = None
 
@@ -212,7 +214,6 @@ class Budget:
         limit = options.max_memory_gb
         return cls(
             host=free_host_bytes() if limit is None else limit * GB,
-            device=free_device_bytes(options.device),
             is_limit=limit is not None,
             total=total_host_bytes(),
         )

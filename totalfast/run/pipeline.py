@@ -37,6 +37,7 @@ from totalfast.run.results import (
     save_report,
     write_results,
 )
+from totalfast.run.warm_up import warm_up
 from totalfast.run.work import Work
 from totalfast.system.cores import usable_cores
 from totalfast.system.progress import Progress, timed
@@ -104,8 +105,7 @@ def run(
         ensure_part(needed, part, offline=options.offline, quiet=options.quiet)
     with Progress(disable=options.quiet) as progress:
         context = _context(scan, task, options=options, store=store, progress=progress, files=files)
-        plan = _first_plan(context, Grid(shape=scan.shape[:3], affine=scan.affine), task)
-        plan.check(context.budget)
+        _refuse_too_large(context, Grid(shape=scan.shape[:3], affine=scan.affine), task)
         _prepare_models(context)
         progress.expect(context.work.total)
         progress.stage("Reading")
@@ -118,7 +118,7 @@ def run(
         )
         progress.advance(context.work.read)
 
-        label_map = label(context, image, task, plan)
+        label_map = label(context, image, task)
         if task.refined_by is not None:
             bodies = _vertebral_bodies(context, image, task.refined_by)
             refine(context, label_map, bodies, image, task)
@@ -155,23 +155,20 @@ def run(
     return segmentation
 
 
-def label(context: RunContext, image: ScannerImage, task: Task, plan: MemoryPlan) -> LabelMap:
-    """Label an image on its own grid: all of it, or the region that the task looks at.
-
-    ``plan`` is for the first pass over the whole image: the rough task's, if there is one.
-    """
+def label(context: RunContext, image: ScannerImage, task: Task) -> LabelMap:
+    """Label an image on its own grid: all of it, or the region that the task looks at."""
     if task.crop is None:
-        return label_whole(context, image, task, plan)
-    return label_region(context, image, task, task.crop, plan)
+        return label_whole(context, image, task)
+    return label_region(context, image, task, task.crop)
 
 
-def label_whole(context: RunContext, image: ScannerImage, task: Task, plan: MemoryPlan) -> LabelMap:
+def label_whole(context: RunContext, image: ScannerImage, task: Task) -> LabelMap:
     """Label all of an image: to the model grid, predict, clean up, and back."""
     model_image = resample(image, task, context.options)
     context.progress.advance(context.work.resample)
     if not context.keeps_scan:
         image.drop_voxels()
-    labels = predict(context, model_image, task, on_device=plan.on_device)
+    labels = predict(context, model_image, task)
     labels = clean(context, labels, model_image, task)
     statistics = None
     if context.options.measures_model_grid:
@@ -182,21 +179,17 @@ def label_whole(context: RunContext, image: ScannerImage, task: Task, plan: Memo
     return LabelMap(image=restored, statistics=statistics)
 
 
-def label_region(
-    context: RunContext, image: ScannerImage, task: Task, crop: Crop, plan: MemoryPlan
-) -> LabelMap:
+def label_region(context: RunContext, image: ScannerImage, task: Task, crop: Crop) -> LabelMap:
     """Find a region with a rough task, label it, and put its labels into the whole scan."""
-    rough_labels = _rough_labels(context, image, crop, plan)
+    rough_labels = _rough_labels(context, image, crop)
     box = find_region(rough_labels, crop, image)
     if box is None:
         context.empty_classes.note_all(NO_REGION)
         return empty_result(image, task)
     region = image.cropped(box)
-    plan = context.plan_memory(region.grid, task)
-    plan.check(context.budget)
     if not context.keeps_scan:
         image.drop_voxels()
-    label_map = label_whole(context, region, task, plan)
+    label_map = label_whole(context, region, task)
     label_map = uncrop(label_map, image, box, task.classes)
     if crop.outside is not None:
         keep_near(label_map, box, rough_labels, crop, image)
@@ -215,28 +208,25 @@ def resample(image: ScannerImage, task: Task, options: Options) -> ModelImage:
     return model_image
 
 
-def _rough_labels(
-    context: RunContext, image: ScannerImage, crop: Crop, plan: MemoryPlan
-) -> NDArray[np.uint8]:
+def _rough_labels(context: RunContext, image: ScannerImage, crop: Crop) -> NDArray[np.uint8]:
     """Run the rough task: labels (z, y, x), RAS+ axes."""
     logger.info(crop.announced)
     if crop.robust:
         logger.info("  (Using more robust (but slower) 3mm model for cropping.)")
     rough, task = context.rough(), crop.rough
     if task.crop is not None:
-        label_map = label(rough, image, task, plan)
+        label_map = label(rough, image, task)
         canonical = to_canonical(label_map.voxels, image.grid)
         return np.asarray(canonical.transpose(2, 1, 0), dtype=np.uint8)
     model_image = resample(image, task, rough.options)
-    labels = predict(rough, model_image, task, on_device=plan.on_device)
+    labels = predict(rough, model_image, task)
     return clean(rough, labels, model_image, task)
 
 
 def _vertebral_bodies(context: RunContext, image: ScannerImage, task: Task) -> LabelMap:
     """Run the task whose first class the vertebrae are cut to."""
     logger.info("Generating vertebrae body mask for refinement...")
-    rough = context.rough()
-    return label(rough, image, task, rough.plan_memory(image.grid, task))
+    return label(context.rough(), image, task)
 
 
 def _context(
@@ -275,8 +265,11 @@ def _check_license(task: Task, options: Options) -> None:
 
 
 def _prepare_models(context: RunContext) -> None:
-    """Start loading the first model."""
-    context.start_loading(0)
+    """Start loading the first model, and let a GPU compute a first tile while the scan is read."""
+    loading = context.start_loading(0)
+    if context.options.device.startswith("gpu"):
+        arguments = (context, loading)
+        Thread(target=warm_up, args=arguments, name="totalfast-warm-up", daemon=True).start()
     if context.options.export == "linear":
         Thread(target=prepare_linear, name="totalfast-compile", daemon=True).start()
 
@@ -299,11 +292,16 @@ def _keeps_scan(task: Task, options: Options) -> bool:
     )
 
 
-def _first_plan(context: RunContext, whole: Grid, task: Task) -> MemoryPlan:
-    """Plan the memory of the first pass over the whole scan."""
+def _refuse_too_large(context: RunContext, whole: Grid, task: Task) -> None:
+    """Refuse a scan that is too large for the first pass over it, before it is read.
+
+    Whether there is a GPU is known after torch's import, and the scan is read meanwhile. So the
+    plan for a GPU is compared, which is the smaller one.
+    """
     while task.crop is not None:
         context, task = context.rough(), task.crop.rough
-    return context.plan_memory(whole, task)
+    on_gpu = context.options.device.startswith("gpu")
+    context.plan_memory(whole, task, on_gpu=on_gpu).refuse(context.budget)
 
 
 def _log_task(task: Task, options: Options) -> None:

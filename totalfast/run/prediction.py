@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import logging
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from totalfast.engine.predict import predict_part, predict_probabilities
+from totalfast.engine.predict import predict_probabilities, queue_part
 from totalfast.engine.sliding_window import WindowMemory, prepare_tiles
+from totalfast.engine.source_image import SourceImage
 from totalfast.engine.tiles import Tiling, plan_tiles
 from totalfast.files.write import write_probabilities
 from totalfast.labels.merge import merge_part, thirds, wants_split, whole
 from totalfast.models.model_summary import ModelSummary
+from totalfast.run.device_plan import choose_ladder
 from totalfast.system.progress import timed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
+    from concurrent.futures import Future
     from pathlib import Path
+    from typing import TypeAlias
 
     from numpy.typing import NDArray
 
+    from totalfast.engine.ladder import Ladder
     from totalfast.geometry import Grid
     from totalfast.labels.merge import Piece
     from totalfast.models.model import Model
@@ -30,15 +35,18 @@ if TYPE_CHECKING:
     from totalfast.scan import ModelImage
     from totalfast.tasks import Part, Task
 
+    Waiting: TypeAlias = Callable[[], NDArray[np.unsignedinteger]]
+    """A function that waits for labels, (z, y, x)."""
+
 logger = logging.getLogger(__name__)
 
 
 class _Layout(NamedTuple):
     """How the models of one task are run on one image."""
 
-    pieces: tuple[Piece, ...]
-    """Ranges of slices that are predicted one after the other."""
-    tiling: Tiling
+    pieces: tuple[tuple[Piece, SourceImage], ...]
+    """Ranges of slices that are predicted one after the other, and their voxels."""
+    ladder: Ladder
     memory: WindowMemory
     """Sums of logits on the CPU, reused by one model after another."""
 
@@ -51,10 +59,10 @@ def label_grid(model_image: ModelImage, options: Options) -> Grid:
     return model_image.canonical if options.export == "linear" else model_image.grid
 
 
-def predict(
-    context: RunContext, model_image: ModelImage, task: Task, *, on_device: bool
-) -> NDArray[np.uint8]:
+def predict(context: RunContext, model_image: ModelImage, task: Task) -> NDArray[np.uint8]:
     """Run all of a task's models and merge their labels.
+
+    A thread waits for a model's labels and merges them while the next model runs.
 
     Parameters
     ----------
@@ -64,98 +72,101 @@ def predict(
         The scan on the model grid.
     task
         Whose models.
-    on_device
-        Whether logits are summed up on the GPU.
 
     Returns
     -------
         uint8, (z, y, x), RAS+ axes, of ``label_grid``.
     """
+    context.plan_memory(model_image.canonical, task).check(context.budget)
     shape_x, shape_y, shape_z = label_grid(model_image, context.options).shape
     labels = np.zeros((shape_z, shape_y, shape_x), dtype=np.uint8)
+    tiling = Tiling(step=task.tile_step, deterministic=context.options.deterministic)
     layout = _Layout(
         pieces=_pieces(model_image, task, context.options, labelled=shape_z),
-        tiling=Tiling(step=task.tile_step, on_device=on_device),
+        ladder=choose_ladder(context, model_image, task, tiling),
         memory=WindowMemory(),
     )
-    with timed(None if task.several_models else "Predicting...", "  Predicted in"):
+    merging: list[Future[None]] = []
+    with (
+        timed(None if task.several_models else "Predicting...", "  Predicted in"),
+        ThreadPoolExecutor(1, thread_name_prefix="totalfast-merge") as merger,
+    ):
         for index, part in enumerate(task.parts):
             if task.several_models:
                 logger.info("Predicting part %d of %d ...", index + 1, len(task.parts))
             context.progress.stage("Loading model")
-            if not on_device:
+            if context.device.type != "cuda":
                 prepare_tiles(ModelSummary.of(task, part).patch)  # while it loads
             # The model is no local variable here, so that it is freed before the next is loaded.
-            _predict_model(context, model_image, task, part, layout, labels)
+            for piece, part_labels in _queue_model(context, model_image, task, part, layout):
+                merging.append(merger.submit(_merge, labels, piece, part_labels, part))
+            for done in [future for future in merging if future.done()]:
+                done.result()  # errors end the run early
+        for future in merging:
+            future.result()
     return labels
 
 
-def _predict_model(
-    context: RunContext,
-    model_image: ModelImage,
-    task: Task,
-    part: Part,
-    layout: _Layout,
-    labels: NDArray[np.uint8],
-) -> None:
-    """Run one model on all pieces and merge its labels into the task's, in place."""
+def _queue_model(
+    context: RunContext, model_image: ModelImage, task: Task, part: Part, layout: _Layout
+) -> Iterator[tuple[Piece, Waiting]]:
+    """Run one model on all pieces; yield functions that wait for its labels."""
     model = context.take(task, part)
     context.progress.stage(f"Predicting {task.parts.index(part) + 1}/{len(task.parts)}")
+    step = layout.ladder.tiling.step
     tile_count = sum(
-        plan_tiles(
-            model_image.voxels[piece.predicted].shape, model.patch_size, layout.tiling.step
-        ).count
-        for piece in layout.pieces
+        plan_tiles(source.shape, model.patch_size, step).count for _, source in layout.pieces
     )
-    on_tile = partial(context.progress.advance, context.work.part / tile_count)
-    for piece in layout.pieces:
+    for index, (piece, source) in enumerate(layout.pieces):
         # Like upstream's, the file of probabilities is the last model's, of the first piece.
         archive = context.options.save_probabilities
-        if part is not task.parts[-1] or piece is not layout.pieces[0]:
+        if part is not task.parts[-1] or index > 0:
             archive = None
-        part_labels = _predict_piece(
-            context, model_image, model, piece, layout, on_tile=on_tile, archive=archive
-        )
-        if part.labels is None:
-            labels[piece.kept] = part_labels[piece.inside]
-        else:
-            merge_part(labels[piece.kept], part_labels[piece.inside], part.labels)
+        tiles = _TileProgress(context, context.work.part / tile_count)
+
+        def queue(tiling: Tiling) -> Waiting:
+            tiles.start()  # noqa: B023 - called in this round
+            return _queue_piece(
+                context,
+                model_image,
+                model,
+                source,  # noqa: B023
+                tiling,
+                layout,
+                on_tile=tiles.advance,  # noqa: B023
+                archive=archive,  # noqa: B023
+            )
+
+        yield piece, layout.ladder.run(queue)
 
 
-def _predict_piece(
+def _queue_piece(
     context: RunContext,
     model_image: ModelImage,
     model: Model,
-    piece: Piece,
+    source: SourceImage,
+    tiling: Tiling,
     layout: _Layout,
     *,
     on_tile: Callable[[], None],
     archive: Path | None,
-) -> NDArray[np.unsignedinteger]:
-    """Run one model on a range of slices: its own labels, (z, y, x)."""
+) -> Waiting:
+    """Run one model on a range of slices; wait for its own labels, (z, y, x)."""
     options = context.options
-    voxels = model_image.voxels[piece.predicted]
-    spacing_zyx = [float(mm) for mm in model_image.grid.spacing_mm[::-1]]
     if options.save_probabilities is None:
         linear_to = model_image.canonical.shape[::-1] if options.export == "linear" else None
         with context.store.predicting:
-            return predict_part(
-                voxels,
-                spacing_mm=spacing_zyx,
+            return queue_part(
+                source,
                 model=model,
-                tiling=layout.tiling,
+                tiling=tiling,
                 memory=layout.memory,
                 on_tile=on_tile,
                 linear_to=linear_to,
             )
     with context.store.predicting:
         part_labels, probabilities = predict_probabilities(
-            voxels,
-            spacing_mm=spacing_zyx,
-            model=model,
-            tiling=layout.tiling,
-            memory=layout.memory,
-            on_tile=on_tile,
+            source, model=model, tiling=tiling, memory=layout.memory, on_tile=on_tile
         )
     if archive is not None:
         context.progress.stage("Saving probabilities")
@@ -166,18 +177,50 @@ def _predict_piece(
             reader=model.plans.image_reader_writer_class(),
             files=context.files,
         )
-    return part_labels
+    return lambda: part_labels
+
+
+def _merge(labels: NDArray[np.uint8], piece: Piece, part_labels: Waiting, part: Part) -> None:
+    """Wait for the labels of a piece, and merge them into the task's, in place."""
+    own = part_labels()[piece.inside]
+    if part.labels is None:
+        labels[piece.kept] = own
+    else:
+        merge_part(labels[piece.kept], own, part.labels)
+
+
+class _TileProgress:
+    """Counts each tile once, also if the tiles are run again with less on the device."""
+
+    def __init__(self, context: RunContext, work: float) -> None:
+        self._progress, self._work = context.progress, work
+        self._done = self._shown = 0
+
+    def start(self) -> None:
+        self._done = 0
+
+    def advance(self) -> None:
+        self._done += 1
+        if self._done > self._shown:
+            self._shown = self._done
+            self._progress.advance(self._work)
 
 
 def _pieces(
     model_image: ModelImage, task: Task, options: Options, *, labelled: int
-) -> tuple[Piece, ...]:
+) -> tuple[tuple[Piece, SourceImage], ...]:
     """All slices at once, or upstream's thirds of a very large image."""
     slices = model_image.voxels.shape[0]
     split = options.force_split or wants_split(
         model_image.grid.shape, several_models=task.several_models
     )
     if options.export == "linear" or not split:
-        return whole(slices, labelled=labelled)
-    logger.info("Splitting into subparts...")
-    return thirds(slices)
+        pieces = whole(slices, labelled=labelled)
+    else:
+        logger.info("Splitting into subparts...")
+        pieces = thirds(slices)
+    spacing_zyx = [float(mm) for mm in model_image.grid.spacing_mm[::-1]]
+    return tuple(
+        (piece, SourceImage(model_image.voxels[None, piece.predicted], spacing_mm=spacing_zyx))
+        for piece in pieces
+    )

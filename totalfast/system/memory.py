@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    import torch
+
 
 GB = 1e9
 
@@ -63,14 +65,16 @@ def _number(path: Path, *, field: str = "") -> int | None:
     return None
 
 
-def free_device_bytes(device: str) -> float | None:
-    """Free bytes of the CUDA device with this name; None for other devices."""
-    if not device.startswith("gpu"):
-        return None
+def free_device_bytes(device: torch.device) -> float:
+    """Bytes that torch can still allocate on a CUDA device.
+
+    The driver counts blocks that torch keeps for later as used; they are free for torch. Less may
+    be left of what ``torch.cuda.set_per_process_memory_fraction`` allows.
+    """
     import torch
 
-    index = int(device.partition(":")[2] or 0)
-    if not torch.cuda.is_available() or index >= torch.cuda.device_count():
-        return None
-    free, _ = torch.cuda.mem_get_info(index)
-    return float(free)
+    free, total = torch.cuda.mem_get_info(device)
+    allocated = torch.cuda.memory_allocated(device)
+    kept = torch.cuda.memory_reserved(device) - allocated
+    allowed = torch.cuda.get_per_process_memory_fraction(device) * total - allocated
+    return float(min(free + kept, allowed))
