@@ -40,6 +40,7 @@ from totalfast.run.results import (
 from totalfast.run.warm_up import warm_up
 from totalfast.run.work import Work
 from totalfast.system.cores import usable_cores
+from totalfast.system.gpus import may_have_gpu
 from totalfast.system.progress import Progress, timed
 from totalfast.upstream import check_license, store_license, warn_of_untested_version
 
@@ -54,7 +55,6 @@ if TYPE_CHECKING:
     from totalfast.files.targets import OutputPlan
     from totalfast.models.store import ModelStore
     from totalfast.options import Options
-    from totalfast.run.memory_plan import MemoryPlan
     from totalfast.run.results import Segmentation
     from totalfast.scan import ModelImage, ScannerImage
     from totalfast.system.pending_files import PendingFiles
@@ -242,7 +242,7 @@ def _context(
         options=options,
         store=store,
         progress=progress,
-        work=Work.of(scan, task, device=options.device),
+        work=Work.of(scan, task, on_gpu=may_have_gpu(options.device)),
         scan=StoredScan(
             shape=scan.shape[:3],
             itemsize=scan.get_data_dtype().itemsize,
@@ -267,7 +267,7 @@ def _check_license(task: Task, options: Options) -> None:
 def _prepare_models(context: RunContext) -> None:
     """Start loading the first model, and let a GPU compute a first tile while the scan is read."""
     loading = context.start_loading(0)
-    if context.options.device.startswith("gpu"):
+    if may_have_gpu(context.options.device):
         arguments = (context, loading)
         Thread(target=warm_up, args=arguments, name="totalfast-warm-up", daemon=True).start()
     if context.options.export == "linear":
@@ -293,14 +293,11 @@ def _keeps_scan(task: Task, options: Options) -> bool:
 
 
 def _refuse_too_large(context: RunContext, whole: Grid, task: Task) -> None:
-    """Refuse a scan that is too large for the first pass over it, before it is read.
-
-    Whether there is a GPU is known after torch's import, and the scan is read meanwhile. So the
-    plan for a GPU is compared, which is the smaller one.
-    """
+    """Refuse a scan that is too large for the first pass over it, before it is read."""
     while task.crop is not None:
         context, task = context.rough(), task.crop.rough
-    on_gpu = context.options.device.startswith("gpu")
+    # Torch, which knows, is imported while the scan is read.
+    on_gpu = may_have_gpu(context.options.device)
     context.plan_memory(whole, task, on_gpu=on_gpu).refuse(context.budget)
 
 

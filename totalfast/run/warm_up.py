@@ -40,9 +40,7 @@ def warm_up(context: RunContext, loading: Future[Model]) -> None:
     # A rough pass comes first, and is always deterministic.
     has_rough_pass = context.options.resolved_task().crop is not None
     try:
-        _run_tile(
-            loading.result(), deterministic=context.options.deterministic or has_rough_pass
-        )
+        _run_tile(loading.result(), deterministic=context.options.deterministic or has_rough_pass)
     except RuntimeError as error:  # torch's and CUDA's
         logger.debug("the first tile failed: %s", error)
     finally:

@@ -31,11 +31,11 @@ class Work:
     total: float
 
     @classmethod
-    def of(cls, scan: nib.Nifti1Image, task: Task, *, device: str) -> Work:
+    def of(cls, scan: nib.Nifti1Image, task: Task, *, on_gpu: bool) -> Work:
         """Estimate from the scan's size; rates measured with the official architectures."""
         native = int(math.prod(scan.shape[:3]))
         native_mm = Grid(shape=scan.shape[:3], affine=scan.affine).spacing_mm
-        network_s_per_voxel = 5e-6 if device == "cpu" else 1e-7
+        network_s_per_voxel = GPU_S_PER_VOXEL if on_gpu else CPU_S_PER_VOXEL
 
         def voxels(spacing_mm: tuple[float, ...] | None) -> float:
             if spacing_mm is None:
@@ -64,6 +64,9 @@ class Work:
             total=total,
         )
 
+
+CPU_S_PER_VOXEL, GPU_S_PER_VOXEL = 5e-6, 2e-8
+"""Of the network. An H200 took 6e-9 (scripts/results/gpu.json); smaller GPUs take more."""
 
 TYPICAL_REGION = 0.2
 """Share of a scan that a task with a region segments; an estimate for the progress bar."""
