@@ -26,6 +26,7 @@ from typing import Any
 
 from benchmark_command import (
     WEIGHTS,
+    add_device,
     compare_folders,
     machine,
     make_scan,
@@ -298,7 +299,7 @@ def ablate(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     for repeat in range(options.repeats + 1):  # round 0 fills numba's and the disk's caches
         for row in order(repeat, list(runs) if repeat else list(ABLATIONS)):
             target = scratch / row / name
-            words = ["-i", scan, "-o", target, "-d", "cpu", "-q", *options.flags]
+            words = ["-i", scan, "-o", target, "-d", options.device, "-q", *options.flags]
             measured = run_once(ABLATIONS[row], words, environment, scratch / "report")
             if measured is None:
                 continue
@@ -318,7 +319,7 @@ def ablate(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         "scan": options.scan,
         "flags": options.flags,
         "weights": WEIGHTS,
-        "machine": machine(),
+        "machine": machine(options.device),
         "runs": runs,
         "median": medians,
     }
@@ -372,6 +373,7 @@ def main() -> int:
     parser.add_argument("scan", help="a NIfTI file, or phantom:NXxNYxNZ:SXxSYxSZ")
     parser.add_argument("--json", type=Path, required=True, help="write the results to this file")
     parser.add_argument("--repeats", type=int, default=3)
+    add_device(parser)
     parser.add_argument("--name", required=True, help="name of the case in the table")
     parser.add_argument(
         "--readme",

@@ -1,7 +1,7 @@
 """Time the TotalSegmentator command and totalfast on one input, as whole processes.
 
     python scripts/benchmark_command.py HOME SCAN --json FILE [--repeats N]
-        [--backends torch openvino] [-- FLAGS ...]
+        [--backends torch openvino] [--device gpu] [-- FLAGS ...]
 
 Both commands, totalfast with each backend, run in turn on the same scan with the same weights
 (HOME: stand-in weights from scripts/make_standin_weights.py). SCAN may be
@@ -17,7 +17,8 @@ mm. For each program the results are:
 - the number of differing voxels.
 
 In the first run of totalfast with each backend, the caches of numba and of converted networks are
-empty.
+empty. On a GPU upstream runs without cucim (scripts/gpu/upstream.py), and the hooks wait for the
+device after each call.
 """
 
 from __future__ import annotations
@@ -57,6 +58,8 @@ which would slow down the next one."""
 
 PROGRAMS = {"upstream": "totalsegmentator.bin.TotalSegmentator", "totalfast": "totalfast"}
 
+UPSTREAM_ON_GPU = Path(__file__).parent / "gpu" / "upstream.py"
+
 BACKENDS = ("torch", "openvino")
 """Backends that the hook can time. ``compile`` is not one: torch would compile the hook too."""
 
@@ -81,6 +84,9 @@ def timed(function, *, begins):
             return function(*arguments, **keywords)
         finally:
             here.busy = False
+            torch = sys.modules.get("torch")
+            if torch is not None and torch.cuda.is_initialized():
+                torch.cuda.synchronize()
             seconds = time.perf_counter() - began
             if begins:
                 spent.append(seconds)
@@ -202,10 +208,19 @@ class Watch:
             time.sleep(max(SAMPLE_S, (time.perf_counter() - began) / self.share))
 
 
-def command(program: str, scan: Path, target: Path, flags: list[str]) -> list[str | Path]:
+def command(
+    program: str, scan: Path, target: Path, flags: list[str], *, device: str = "cpu"
+) -> list[str | Path]:
     """Return the command line of one of ``PROGRAMS``."""
-    module = PROGRAMS[program]
-    return [sys.executable, "-m", module, "-i", scan, "-o", target, "-d", "cpu", *flags]
+    start: list[str | Path] = ["-m", PROGRAMS[program]]
+    if program == "upstream" and device != "cpu":
+        start = [UPSTREAM_ON_GPU]
+    return [sys.executable, *start, "-i", scan, "-o", target, "-d", device, *flags]
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add --device, in totalfast's words."""
+    parser.add_argument("--device", default="cpu", help="cpu, gpu or gpu:X; default: %(default)s")
 
 
 def parse_with_flags(parser: argparse.ArgumentParser) -> argparse.Namespace:
@@ -271,15 +286,20 @@ def forward_seconds(log: Path) -> dict[str, float]:
     }
 
 
-def machine() -> dict[str, Any]:
-    """Return the hardware and the versions."""
+def machine(device: str = "cpu") -> dict[str, Any]:
+    """Return the hardware and the versions; the card too, unless the device is the CPU."""
     processor = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
         names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
         processor = names[0].partition(":")[2].strip() if names else processor
     packages = ("totalfast", "TotalSegmentator", "nnunetv2", "torch", "numpy", "nibabel")
-    return {
+    card = {}
+    if device != "cpu":
+        import torch
+
+        card = {"gpu": torch.cuda.get_device_name()}
+    return card | {
         "processor": processor,
         "cores": len(os.sched_getaffinity(0))
         if hasattr(os, "sched_getaffinity")
@@ -367,7 +387,7 @@ def benchmark(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
             "spacing_mm": [round(float(mm), 4) for mm in image.header.get_zooms()[:3]],
         },
         "weights": WEIGHTS,
-        "machine": machine(),
+        "machine": machine(options.device),
         "runs": {label: [] for label in runs},
         "watched_while_timed": options.watch_timed,
         "peak_bytes": dict.fromkeys(runs, 0),
@@ -378,7 +398,7 @@ def benchmark(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
             log.unlink(missing_ok=True)
             target = scratch / label / str(repeat) / name
             target.parent.mkdir(parents=True)  # upstream does not create it with --fast -s
-            words = command(label.split()[0], scan, target, options.flags)
+            words = command(label.split()[0], scan, target, options.flags, device=options.device)
             measured = run(words, environment, timed=True, watched=options.watch_timed)
             measured |= forward_seconds(log)
             if options.watch_timed:
@@ -392,7 +412,7 @@ def benchmark(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         if not options.watch_timed:
             target = scratch / label / "watched" / name
             target.parent.mkdir(parents=True)
-            words = command(label.split()[0], scan, target, options.flags)
+            words = command(label.split()[0], scan, target, options.flags, device=options.device)
             watched = run(words, environment, timed=False, watched=True)
             result["peak_bytes"][label] = watched["peak_bytes"]
         if label != "upstream":
@@ -432,6 +452,7 @@ def main() -> int:
         help="measure memory in the timed runs; only for long runs",
     )
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=["torch"])
+    add_device(parser)
     options = parse_with_flags(parser)
     with tempfile.TemporaryDirectory(prefix="totalfast-benchmark-") as scratch:
         result = benchmark(options, Path(scratch))

@@ -29,7 +29,7 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
-from benchmark_command import WEIGHTS, machine, make_scan, run
+from benchmark_command import WEIGHTS, add_device, machine, make_scan, run
 from compare_resampling import TORCH_OPTIONS, TORCH_RESAMPLING
 from label_map_facts import label_map_facts
 from readme import write_table
@@ -56,9 +56,11 @@ def write_cases(folder: Path, shape_zyx: tuple[int, int, int], count: int) -> li
     return paths
 
 
-def command(program: str, model: Path, images: Path, target: Path) -> list[str | Path]:
+def command(program: str, model: Path, images: Path, target: Path, device: str) -> list[str | Path]:
     """Return the command line of one of ``PROGRAMS`` for a folder."""
-    flags = ["-i", images, "-o", target, "-m", model, *FOLDS, "-device", "cpu"]
+    # nnU-Net's word for a GPU is "cuda".
+    flags = ["-i", images, "-o", target, "-m", model, *FOLDS]
+    flags += ["-device", "cuda" if device.startswith("gpu") else device]
     return [sys.executable, *PROGRAMS[program], *flags]
 
 
@@ -98,12 +100,12 @@ def with_torch_resampling(model: Path, folder: Path) -> Path:
     return copy
 
 
-def measure(program: str, model: Path, images: Path, target: Path) -> dict[str, Any]:
+def measure(program: str, model: Path, images: Path, target: Path, device: str) -> dict[str, Any]:
     """Run a program on a folder; return seconds and peak bytes, or the error."""
     count = len(list(images.iterdir()))
     try:
         seconds: dict[str, Any] = run(
-            command(program, model, images, target),
+            command(program, model, images, target, device),
             {**os.environ, "TOTALFAST_BACKEND": "torch"},
             timed=True,
             watched=True,
@@ -132,7 +134,11 @@ def benchmark(options: argparse.Namespace, scratch: Path) -> Iterator[dict[str, 
         for folder in folders:
             target = scratch / program / folder.name
             target.parent.mkdir(exist_ok=True)
-            yield common | {"program": program} | measure(program, model, folder, target)
+            yield (
+                common
+                | {"program": program}
+                | measure(program, model, folder, target, options.device)
+            )
     both = [scratch / program / "first" for program in ("nnU-Net", "totalfast")]
     if all(folder.exists() and any(folder.glob("*.nii.gz")) for folder in both):
         yield common | {"program": "compared", "cases": 1} | compare(*both)
@@ -181,6 +187,7 @@ def main() -> int:
     )
     parser.add_argument("--shape", type=int, nargs=3, required=True, metavar="N")
     parser.add_argument("--cases", type=int, default=10)
+    add_device(parser)
     parser.add_argument("--programs", nargs="+", choices=PROGRAMS, default=list(PROGRAMS))
     parser.add_argument(
         "--torch-plans", action="store_true", help="use plans with nnU-Net's torch resampling"
@@ -189,7 +196,7 @@ def main() -> int:
         "--readme", action="store_true", help="also write the table in scripts/results"
     )
     options = parser.parse_args()
-    result = {"weights": WEIGHTS, "machine": machine(), "runs": []}
+    result = {"weights": WEIGHTS, "machine": machine(options.device), "runs": []}
     if options.json.exists():
         result["runs"] = json.loads(options.json.read_text())["runs"]
     options.json.parent.mkdir(parents=True, exist_ok=True)

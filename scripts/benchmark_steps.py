@@ -5,7 +5,8 @@
 - 117 masks of a 512x512x300 label map: ``write_masks``, and upstream's pool of six processes, each
   of which reads the label map once per mask.
 - Statistics of a 488x404x336 scan: ``measure`` and upstream's ``get_basic_statistics``.
-- A second call of one session with ``fast``: seconds outside the network, only totalfast.
+- A second call of one session with ``fast``: seconds outside the network, only totalfast. Only this
+  step uses --device.
 
 The label maps are resampled from the demonstration's phantom. HOME: stand-in weights of official
 size from scripts/make_standin_weights.py. The files and statistics of both programs must be equal.
@@ -14,6 +15,7 @@ size from scripts/make_standin_weights.py. The files and statistics of both prog
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -26,7 +28,7 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
-from benchmark_command import FORWARD_HOOK, compare_folders, machine, make_scan
+from benchmark_command import FORWARD_HOOK, add_device, compare_folders, machine, make_scan
 from readme import write_table
 
 MASKS_SHAPE, STATISTICS_SHAPE = (512, 512, 300), (488, 404, 336)
@@ -137,7 +139,7 @@ def statistics_of_both(repeats: int, scratch: Path) -> dict[str, Any]:
     }
 
 
-def second_call(repeats: int, scratch: Path) -> dict[str, Any]:
+def second_call(repeats: int, scratch: Path, device: str = "cpu") -> dict[str, Any]:
     """Time the calls of a session, in total and outside the network."""
     import totalfast
 
@@ -145,7 +147,7 @@ def second_call(repeats: int, scratch: Path) -> dict[str, Any]:
     exec(FORWARD_HOOK, hook)  # noqa: S102 - our own code
     size = size_text(STATISTICS_SHAPE)
     scan = make_scan(f"phantom:{size}:{'x'.join(map(str, SPACING_MM))}", scratch)
-    session = totalfast.Session(device="cpu")
+    session = totalfast.Session(device=device)
     rows = []
     for repeat in range(1 + repeats):
         hook["spent"].clear()
@@ -184,17 +186,18 @@ def main() -> int:
     parser.add_argument("home", type=Path, help="TOTALSEG_HOME_DIR with stand-in 297")
     parser.add_argument("--json", type=Path, required=True, help="write the results to this file")
     parser.add_argument("--repeats", type=int, default=3)
+    add_device(parser)
     parser.add_argument(
         "--readme", action="store_true", help="also write the table in scripts/results"
     )
     options = parser.parse_args()
     os.environ["TOTALSEG_HOME_DIR"] = str(options.home.absolute())
     os.environ["TOTALFAST_BACKEND"] = "torch"
-    result: dict[str, Any] = {"machine": machine(), "steps": {}}
+    result: dict[str, Any] = {"machine": machine(options.device), "steps": {}}
     for name, step in (
         ("masks", masks),
         ("statistics", statistics_of_both),
-        ("second call", second_call),
+        ("second call", functools.partial(second_call, device=options.device)),
     ):
         with tempfile.TemporaryDirectory(prefix="totalfast-steps-") as scratch:
             step_result = result["steps"][name] = step(options.repeats, Path(scratch))

@@ -27,7 +27,7 @@ programs=(nnunetv2==2.8.1 TotalSegmentator==2.18.0 acvl_utils==0.2.6 batchgenera
 # Installed only where the machine does not have them.
 pure=(pydicom==3.0.2 xmltodict==1.0.4 yacs==0.1.8 graphviz==0.21 unittest2==1.1.0 einops platformdirs
     filelock requests urllib3 certifi idna tqdm pytest pluggy iniconfig packaging sortedcontainers
-    attrs typing_extensions)
+    attrs typing_extensions seaborn timm==1.0.22 pygments httpx httpcore h11 anyio six)
 compiled=(blosc2==4.14.1 ndindex==1.10.1 numexpr==2.14.2 connected-components-3d==4.1.1 isal==1.9.1
     blosc==1.11.4 cucim-cu13==26.10.0 psutil charset-normalizer pyyaml msgpack
     hypothesis)

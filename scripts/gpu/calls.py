@@ -51,7 +51,7 @@ def step_network() -> None:
     script = SCRIPTS / "gpu/measure_network.py"
     children = {setting: [script, setting, DEVICE, folder] for setting in SETTINGS}
     rows: dict[str, Any] = {}
-    for setting, row in in_turn(children, limit_s=45.0):
+    for setting, row in in_turn(children, limit_s=60.0):
         rows[setting] = row
         record.keep("network", rows)
     record.keep("network", rows | {"break_even_tiles": break_even(rows)})

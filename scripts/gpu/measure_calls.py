@@ -11,9 +11,7 @@ calls, written to the file TEXT.
 
 from __future__ import annotations
 
-import contextlib
 import cProfile
-import io
 import logging
 import pstats
 import sys
@@ -38,7 +36,7 @@ class Kept(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Keep one line."""
         text = record.getMessage()
-        if record.levelno >= logging.WARNING or text.startswith("Memory"):
+        if record.levelno >= logging.WARNING or text.startswith("Memory") or "GPU" in text:
             self.lines.append(f"{record.levelname}: {text}")
 
 
@@ -52,6 +50,7 @@ def session(device: str, scan: str) -> dict[str, Any]:
             began = synchronised()
             opened.segment(scan, None, fast=fast, ml=True, quiet=True, skip_saving=True)
             rows.append({"fast": fast, "s": round(synchronised() - began, 3), "peak_mb": peak_mb()})
+            answer({"calls": rows})
     return {"calls": rows}
 
 
@@ -109,9 +108,7 @@ def main() -> None:
     """Command line."""
     measure = {"session": session, "memory": memory, "profile": profile}[sys.argv[1]]
     my_turn()
-    with contextlib.redirect_stdout(io.StringIO()):
-        result = measure(*sys.argv[2:])
-    answer(result)
+    answer(measure(*sys.argv[2:]))
 
 
 if __name__ == "__main__":

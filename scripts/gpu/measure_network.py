@@ -130,10 +130,10 @@ def main() -> None:
             torch.nn.Conv3d(1, 1, 1).to(device)(torch.zeros(1, 1, 8, 8, 8, device=device))
         for name, number in MODELS.items():
             rows[name] = measure(setting, number, device, stored)
+            answer(rows)
             if device.type == "cuda":
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
-    answer(rows)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ def my_turn() -> None:
 
 
 def answer(result: dict[str, Any]) -> None:
-    """Give the result to the benchmark."""
+    """Give the result to the benchmark; a later answer replaces it."""
     print("\n" + json.dumps(result, default=str), flush=True)
 
 

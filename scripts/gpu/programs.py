@@ -27,7 +27,7 @@ AHEAD = 4
 """Processes that import their modules while one of them measures."""
 
 SHOWN = re.compile(
-    r"(?:Resampled|Predicted|Saved) in|Done in|^Memory:|^WARNING|^ERROR|summed up|labels saved"
+    r"(?:Resampled|Predicted|Saved) in|Done in|^Memory:|^WARNING|^ERROR|GPU|labels saved"
 )
 """Lines of the programs that are kept."""
 
@@ -198,13 +198,15 @@ def _start(words: Sequence[Any]) -> subprocess.Popen[str]:
 
 def _answer(process: subprocess.Popen[str], limit_s: float) -> dict[str, Any]:
     """Let a measuring script begin, and return its result."""
+    failure: dict[str, Any] = {}
     try:
         text, _ = process.communicate("\n", timeout=limit_s)
     except subprocess.TimeoutExpired:
         end(process)
-        return {"killed_after_s": round(limit_s, 1)}
-    found = [line for line in text.splitlines() if line.startswith("{")]
-    if process.returncode or not found:
-        return {"rc": process.returncode, "tail": text[-1200:]}
-    result: dict[str, Any] = json.loads(found[-1])
-    return result
+        text, _ = process.communicate()
+        failure = {"killed_after_s": round(limit_s, 1)}
+    if process.returncode and not failure:
+        failure = {"rc": process.returncode, "tail": text[-1200:]}
+    found = [line for line in text.splitlines() if line.startswith("{") and line.endswith("}")]
+    result: dict[str, Any] = json.loads(found[-1]) if found else {}
+    return result | failure

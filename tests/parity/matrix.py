@@ -1,6 +1,6 @@
 """Inputs, flags and comparison of the parity pairs.
 
-Each pair runs the installed ``TotalSegmentator`` command and totalfast, on the CPU and offline,
+Each pair runs the installed ``TotalSegmentator`` command and totalfast, on one device and offline,
 with tiny stand-in weights, and compares all files. The tests run some pairs,
 scripts/parity_matrix.py runs all.
 """
@@ -459,7 +459,9 @@ class Comparison:
     totalfast_stdout: str = ""
 
 
-def run_pair(case: Case, scan: Path, home: Path, folder: Path) -> Comparison:
+def run_pair(
+    case: Case, scan: Path, home: Path, folder: Path, *, device: str = "cpu"
+) -> Comparison:
     """Run both commands on one input and compare all files."""
     if case.needs_head_weights and (home / "head").exists():
         home = home / "head"
@@ -477,9 +479,11 @@ def run_pair(case: Case, scan: Path, home: Path, folder: Path) -> Comparison:
             output.mkdir(parents=True)  # upstream does not create it for DICOM or fast statistics
             target = output / case.target
             command = [sys.executable, "-m", program]
+            if program != "totalfast" and device != "cpu":
+                command = [sys.executable, SCRIPTS / "gpu" / "upstream.py"]  # without cucim
             if TASK_CONFIGS[case.task].keys() & {"commercial", "crop_model"}:
                 command = [sys.executable, "-c", WITH_DOUBLES, program]
-            command += ["-i", scan, "-o", target, "-d", "cpu"]
+            command += ["-i", scan, "-o", target, "-d", device]
             began = time.perf_counter()
             done = subprocess.run(
                 [*command, *case.flags, *workers],

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from totalfast.export.cell_data import Rounding
     from totalfast.geometry import LinearWeights
 
-BYTES_AT_A_TIME = 2**27
-"""Memory of one batch of cells or voxels on the device; an operation may need twice as much."""
+BYTES_AT_A_TIME = 2**28
+"""Memory of one batch of cells or voxels on the device. Smaller batches take more calls of torch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

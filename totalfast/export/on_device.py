@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from totalfast.export.device_slab import DeviceAxis
     from totalfast.geometry import LinearWeights
 
-SOURCE_BYTES = 2**28
+SOURCE_BYTES = 2**27
 """Logits of one part; a part has at least one layer of cells."""
-TARGET_VOXELS = 2**26
+TARGET_VOXELS = 2**25
 """Target voxels of one part: two bytes each on the device, for the label and a mark."""
 
 
