@@ -4,6 +4,7 @@ The model folder must have the official size, as from scripts/make_standin_weigh
 a phantom at the spacing of the model.
 
     python scripts/compare_backends.py HOME/nnunet/results/Dataset297*/* --json FILE [--readme]
+        [--device gpu --backends torch compile]
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from benchmark_command import WEIGHTS, lowest_dice, machine, pairs_of_labels
+from benchmark_command import WEIGHTS, add_device, lowest_dice, machine, pairs_of_labels
 from readme import write_table
 
 from totalfast.backends import choose_backend
@@ -32,7 +33,6 @@ from totalfast.engine.tiles import Tiling
 from totalfast.models.loading import load_model
 from totalfast.models.model import Model
 
-CPU = torch.device("cpu")
 SEED = 3
 
 
@@ -47,22 +47,26 @@ def main() -> None:
     parser.add_argument(
         "--readme", action="store_true", help="also write the table in scripts/results"
     )
+    add_device(parser)
     options = parser.parse_args()
+    device = torch.device(options.device.replace("gpu", "cuda"))
     x, y, z = map(int, options.shape.split("x"))
     result: dict[str, Any] = {
         "shape_xyz": [x, y, z],
         "model": options.model.parent.name,
         "weights": WEIGHTS,
-        "machine": machine(),
+        "machine": machine(options.device),
         "instructions": torch.backends.cpu.get_cpu_capability(),
-        "openvino": importlib.metadata.version("openvino"),
+        "openvino": "not used",
         "backends": {},
     }
+    if "openvino" in options.backends:
+        result["openvino"] = importlib.metadata.version("openvino")
     reference = None
     with tempfile.TemporaryDirectory(prefix="totalfast-backends-") as caches:
         os.environ["TOTALFAST_CACHE_DIR"] = os.environ["TORCHINDUCTOR_CACHE_DIR"] = caches
         for backend in options.backends:
-            row, labels = measure(options.model, (x, y, z), backend, options.repeats)
+            row, labels = measure(options.model, (x, y, z), backend, options.repeats, device)
             if reference is None:
                 reference = labels
             else:
@@ -102,28 +106,36 @@ def table(result: dict[str, Any]) -> str:
 
 
 def measure(
-    folder: Path, shape_xyz: tuple[int, int, int], backend: str, repeats: int
+    folder: Path,
+    shape_xyz: tuple[int, int, int],
+    backend: str,
+    repeats: int,
+    device: torch.device,
 ) -> tuple[dict[str, Any], np.ndarray]:
     """Return the seconds of one backend, and its labels, (z, y, x)."""
     began = time.perf_counter()
-    model = load_model(folder, folds=(0,), device=CPU, backend=choose_backend(backend, CPU))
+    chosen = choose_backend(backend, device)
+    model = load_model(folder, folds=(0,), device=device, backend=chosen)
     row: dict[str, Any] = {"load_s": round(time.perf_counter() - began, 2)}
     image = make_image(model, shape_xyz)
     tile = image[None, :, : model.patch_size[0], : model.patch_size[1], : model.patch_size[2]]
     missing = [n - have for n, have in zip(model.patch_size, tile.shape[2:], strict=True)]
     pads = [n for size in missing[::-1] for n in (0, size)]
-    tile = torch.nn.functional.pad(tile, pads).contiguous()
+    tile = torch.nn.functional.pad(tile, pads).contiguous().to(device)
     wall, cpu = [], []
-    with inference_settings(CPU):
+    digits = 2 if device.type == "cpu" else 4
+    with inference_settings(device):
         for _ in range(1 + repeats):
             began, before = time.perf_counter(), cpu_s()
             model.forwards[0].body(tile)
-            wall.append(round(time.perf_counter() - began, 2))
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            wall.append(round(time.perf_counter() - began, digits))
             cpu.append(round(cpu_s() - before, 2))
     row |= {"first_tile_s": wall[0], "tile_s": wall[1:], "tile_cpu_s": cpu[1:]}
     row |= {"median_tile_s": statistics.median(wall[1:])}
     row |= {"median_tile_cpu_s": statistics.median(cpu[1:])}
-    return row, predict_labels(model, image, Tiling(step=0.8)).numpy()
+    return row, predict_labels(model, image, Tiling(step=0.8)).cpu().numpy()
 
 
 def make_image(model: Model, shape_xyz: tuple[int, int, int]) -> torch.Tensor:
