@@ -26,6 +26,7 @@ from benchmark_command import WEIGHTS, add_device, lowest_dice, machine, pairs_o
 from readme import write_table
 
 from totalfast.backends import choose_backend
+from totalfast.backends.devices import select_device
 from totalfast.demo.phantom import make_phantom
 from totalfast.engine.normalise import to_network_image
 from totalfast.engine.sliding_window import inference_settings, predict_labels
@@ -49,7 +50,7 @@ def main() -> None:
     )
     add_device(parser)
     options = parser.parse_args()
-    device = torch.device(options.device.replace("gpu", "cuda"))
+    device = select_device(options.device)
     x, y, z = map(int, options.shape.split("x"))
     result: dict[str, Any] = {
         "shape_xyz": [x, y, z],
