@@ -5,24 +5,34 @@ from __future__ import annotations
 import functools
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 from totalfast.backends.devices import validate_device
 from totalfast.errors import OptionError
 from totalfast.files.targets import OutputPlan
 from totalfast.models.store import MAX_MODELS, ModelStore
 from totalfast.options import Options, check_radiomics
+from totalfast.system.cores import usable_cores
 from totalfast.system.forks import working
+from totalfast.system.gpus import may_have_gpu
 from totalfast.system.pending_files import PendingFiles
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from typing import TypeAlias
+
     import nibabel as nib
     from typing_extensions import Unpack
 
     from totalfast.files.dicom.read import SeriesSource
     from totalfast.labels.statistics import Statistics
     from totalfast.options import SegmentKeywords
+    from totalfast.run.many import Outcome, Running
+    from totalfast.run.pipeline import Source
+    from totalfast.system.progress import Progress
 
+    Result: TypeAlias = nib.Nifti1Image | tuple[nib.Nifti1Image, Statistics]
+    """Label map, or label map and statistics."""
 
 logger = logging.getLogger(__name__)
 
@@ -87,30 +97,80 @@ class Session:
 
     def segment(
         self,
-        input: str | Path | nib.Nifti1Image | BinaryIO,  # noqa: A002 - upstream's name
+        input: Source,  # noqa: A002 - upstream's name
         output: str | Path | None = None,
         **keywords: Unpack[SegmentKeywords],
-    ) -> nib.Nifti1Image | tuple[nib.Nifti1Image, Statistics]:
+    ) -> Result:
         """Segment one scan; arguments and result are those of ``totalfast.segment``."""
+        return self.segment_shown(input, output, keywords, None)
+
+    def segment_many(
+        self,
+        cases: Iterable[tuple[Source, str | Path | None]],
+        *,
+        at_a_time: int | None = None,
+        running: Running[tuple[Source, str | Path | None]] | None = None,
+        **keywords: Unpack[SegmentKeywords],
+    ) -> Iterator[Outcome[tuple[Source, str | Path | None], Result]]:
+        """Segment scans in a few threads; yield an ``Outcome`` as each ends.
+
+        While the networks of one scan run, others are read, restored and written. An error of one
+        scan does not stop the others.
+
+        Parameters
+        ----------
+        cases
+            Pairs of input and output, as in ``segment``. They are taken one by one.
+        at_a_time
+            Number of scans in work. Fewer are, if the free memory is too small. None chooses.
+        running
+            Filled with the runs that have begun, for a progress bar.
+        keywords
+            As in ``segment``.
+
+        Examples
+        --------
+        >>> for outcome in session.segment_many([("a.nii.gz", "a"), ("b.nii.gz", "b")], fast=True):
+        ...     scan, folder = outcome.key
+        ...     print(scan, "failed" if outcome.error else f"done in {outcome.total_s:.1f} s")
+        """
+        from totalfast.run.many import run_many
+
+        def segment(case: tuple[Source, str | Path | None], progress: Progress) -> Result:
+            return self.segment_shown(*case, keywords, progress)
+
+        self.models.check()
+        threads = at_a_time or runs_at_a_time(keywords.get("device", self.device))
+        yield from run_many(cases, segment, threads=threads, running=running)
+
+    def segment_shown(
+        self,
+        source: Source,
+        output: str | Path | None,
+        keywords: SegmentKeywords,
+        progress: Progress | None,
+    ) -> Result:
+        """``segment``, with a place where progress is shown; None shows a bar unless quiet."""
         from totalfast.files.dicom.read import SeriesSource
         from totalfast.files.read import is_dicom
 
         self.models.check()
         keywords = {"device": self.device, **keywords}
-        if not is_dicom(input):
-            return self._segment(input, output, keywords)
-        with SeriesSource(Path(input), wanted=keywords.get("series")) as opened:
+        if not is_dicom(source):
+            return self._segment(source, output, keywords, progress)
+        with SeriesSource(Path(source), wanted=keywords.get("series")) as opened:
             if self.follow_modality:
                 keywords["task"] = _task_of_modality(keywords.get("task", "total"), opened)
-            return self._segment(input, output, keywords, opened)
+            return self._segment(source, output, keywords, progress, opened)
 
     def _segment(
         self,
-        source: str | Path | nib.Nifti1Image | BinaryIO,
+        source: Source,
         output: str | Path | None,
         keywords: SegmentKeywords,
+        progress: Progress | None,
         opened: SeriesSource | None = None,
-    ) -> nib.Nifti1Image | tuple[nib.Nifti1Image, Statistics]:
+    ) -> Result:
         """Check everything that can be checked before the network runs, then run."""
         from totalfast.files.dicom.read import refuse_slices
         from totalfast.files.dicom.write import check_packages, check_series
@@ -144,10 +204,22 @@ class Session:
                 store=self.models,
                 files=files,
                 series=series,
+                progress=progress,
             )
         if segmentation.statistics is None:
             return segmentation.image
         return segmentation.image, segmentation.statistics
+
+
+def runs_at_a_time(device: str) -> int:
+    """Number of scans that are worth being in work at a time.
+
+    On a CPU one is read and one is written while a third one's networks take all cores. A GPU is so
+    fast that the cores must work on several scans to keep it busy.
+    """
+    if may_have_gpu(device):
+        return min(max(usable_cores() // 2, 3), 8)
+    return 3
 
 
 def _task_of_modality(task: str, opened: SeriesSource) -> str:

@@ -18,6 +18,7 @@ from totalfast.models.loading import load_model
 from totalfast.models.weights import find_part
 from totalfast.system.forks import check_process, threads_started, working
 from totalfast.system.process_memory import release_free_memory
+from totalfast.system.turns import MemoryGate, Turns
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable
@@ -62,8 +63,9 @@ class ModelStore:
 
     Notes
     -----
-    Thread-safe. ``predicting`` is a lock that is held while a network runs, so that only one
-    network runs at a time.
+    Thread-safe. ``predicting`` is a lock that a run holds while a task's networks run, so that the
+    networks of one run run at a time, in the order in which the runs asked for it. A run passes
+    ``gate`` before it takes memory.
     """
 
     def __init__(self, *, keep: bool, max_models: int | None = MAX_MODELS) -> None:
@@ -74,7 +76,8 @@ class ModelStore:
             )
         self.keep = keep
         self.max_models = max_models
-        self.predicting = threading.Lock()
+        self.predicting = Turns()
+        self.gate = MemoryGate()
         self._models: OrderedDict[_ModelKey, Future[Model]] = OrderedDict()
         self._closed = False
         self._lock = threading.Lock()

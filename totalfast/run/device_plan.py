@@ -38,11 +38,10 @@ def choose_ladder(
     device = context.device
     if device.type != "cuda":
         return Ladder(tiling, device)
-    with context.store.predicting:  # other predictions have given back what they took
+    free = _free(device)
+    if _need(context, model_image, task, tiling) > free:
+        context.drop_other_models()
         free = _free(device)
-        if _need(context, model_image, task, tiling) > free:
-            context.drop_other_models()
-            free = _free(device)
     smaller: Tiling | None = tiling
     while smaller is not None:
         tiling, need = smaller, _need(context, model_image, task, smaller)

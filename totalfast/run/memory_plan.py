@@ -73,9 +73,23 @@ class StoredScan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPlan:
-    """Main memory of a run at most, in bytes."""
+    """Main memory of a run at most, in bytes.
 
-    host: float
+    Parameters
+    ----------
+    own
+        What each run takes: the scan, and what is made of it.
+    shared
+        What runs in one process share: the program, libraries, and models.
+    """
+
+    own: float
+    shared: float
+
+    @property
+    def host(self) -> float:
+        """Bytes of a single run."""
+        return self.own + self.shared
 
     def refuse(self, budget: Budget) -> None:
         """Compare the plan with what the run may take at most.
@@ -86,7 +100,7 @@ class MemoryPlan:
             If the user's limit is lower, or without a limit all memory of the machine or of the
             container is certainly too small.
         """
-        if budget.host is None or self.host <= budget.host:
+        if self.host <= budget.host:
             return
         if budget.is_limit:
             raise MemoryLimitError(
@@ -111,8 +125,6 @@ class MemoryPlan:
         MemoryLimitError
             As ``refuse``.
         """
-        if budget.host is None:
-            return
         logger.info("Memory: %s of %.1f GB", self._text, budget.host / GB)
         self.refuse(budget)
         if self.host > budget.host:
@@ -186,8 +198,7 @@ def plan_memory(
     }
     compiles = smooth or options.resampling_order == 3
     program = PROGRAM_BYTES + LIBRARY_BYTES + compiles * COMPILER_BYTES
-    host = program + weights + max(stages.values())
-    return MemoryPlan(host=MARGIN * host)
+    return MemoryPlan(own=MARGIN * max(stages.values()), shared=MARGIN * (program + weights))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -197,14 +208,14 @@ class Budget:
     Parameters
     ----------
     host
-        Bytes of main memory; None if unknown.
+        Bytes of main memory.
     is_limit
         Whether the user set ``host``; needing more is then an error.
     total
         All memory of the machine or of the container, with its swap; None if unknown.
     """
 
-    host: float | None
+    host: float
     is_limit: bool
     total: float | None = None
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from dataclasses import replace
 from threading import Thread
 from typing import TYPE_CHECKING
 
@@ -46,7 +47,7 @@ from totalfast.upstream import check_license, store_license, warn_of_untested_ve
 
 if TYPE_CHECKING:
     from pathlib import Path
-    from typing import BinaryIO
+    from typing import BinaryIO, TypeAlias
 
     import nibabel as nib
     from numpy.typing import NDArray
@@ -55,22 +56,27 @@ if TYPE_CHECKING:
     from totalfast.files.targets import OutputPlan
     from totalfast.models.store import ModelStore
     from totalfast.options import Options
+    from totalfast.run.memory_plan import MemoryPlan
     from totalfast.run.results import Segmentation
     from totalfast.scan import ModelImage, ScannerImage
     from totalfast.system.pending_files import PendingFiles
     from totalfast.tasks import Crop, Task
 
+    Source: TypeAlias = str | Path | nib.Nifti1Image | BinaryIO
+    """Path of an image file, an image, or an open file."""
+
 logger = logging.getLogger(__name__)
 
 
 def run(
-    source: str | Path | nib.Nifti1Image | BinaryIO,
+    source: Source,
     outputs: OutputPlan,
     *,
     options: Options,
     store: ModelStore,
     files: PendingFiles,
     series: Series | None = None,
+    progress: Progress | None = None,
 ) -> Segmentation:
     """Segment one scan and write what was asked for.
 
@@ -88,6 +94,8 @@ def run(
         Collects the files; they get their names at the end of the run.
     series
         The DICOM series that ``source`` was converted from, if it was.
+    progress
+        Where progress is shown; None shows a bar unless the options are quiet.
 
     Returns
     -------
@@ -103,40 +111,18 @@ def run(
     _log_task(task, options)
     for needed, part in parts_of(task):  # before the memory plan, which reads the models' plans
         ensure_part(needed, part, offline=options.offline, quiet=options.quiet)
-    with Progress(disable=options.quiet) as progress:
+    with progress or Progress(disable=options.quiet) as progress:
         context = _context(scan, task, options=options, store=store, progress=progress, files=files)
-        _refuse_too_large(context, Grid(shape=scan.shape[:3], affine=scan.affine), task)
+        plan = _first_plan(context, Grid(shape=scan.shape[:3], affine=scan.affine), task)
+        plan.refuse(context.budget)
         _prepare_models(context)
         progress.expect(context.work.total)
-        progress.stage("Reading")
-        image = replace_non_finite(read_image(scan), modality=task.modality)
-        warn_of_unusual(
-            image,
-            spacing_mm=task.spacing_mm,
-            crops=task.crop is not None,
-            modality=task.modality,
-        )
-        progress.advance(context.work.read)
-
-        label_map = label(context, image, task)
-        if task.refined_by is not None:
-            bodies = _vertebral_bodies(context, image, task.refined_by)
-            refine(context, label_map, bodies, image, task)
-        progress.advance(context.work.restore)
-
-        results = Results(
-            label_map=label_map,
-            image=image,
-            source=_name_of(source, scan, series),
-            series=series,
-            output=outputs.output,
-            task=task,
-            options=options,
-            files=files,
-            failures=Failures(),
-        )
-        segmentation = write_results(results, progress)
-        progress.advance(context.work.save)
+        progress.stage("Waiting")
+        with store.gate.passed(plan.own, free=context.budget.host - plan.shared) as free:
+            budget = replace(context.budget, host=free + plan.shared)
+            results = _label(replace(context, budget=budget), scan, task, outputs, source, series)
+            segmentation = write_results(results, progress)
+            progress.advance(context.work.save)
     context.empty_classes.log()
     elapsed_s = time.perf_counter() - began
     if options.report is not None:
@@ -153,6 +139,43 @@ def run(
         "Done in %.1f s: %s", elapsed_s, ", ".join(segmentation.saved) or "nothing was saved"
     )
     return segmentation
+
+
+def _label(
+    context: RunContext,
+    scan: nib.Nifti1Image,
+    task: Task,
+    outputs: OutputPlan,
+    source: Source,
+    series: Series | None,
+) -> Results:
+    """Read a scan and label it; nothing is written yet."""
+    progress = context.progress
+    progress.stage("Reading")
+    image = replace_non_finite(read_image(scan), modality=task.modality)
+    warn_of_unusual(
+        image,
+        spacing_mm=task.spacing_mm,
+        crops=task.crop is not None,
+        modality=task.modality,
+    )
+    progress.advance(context.work.read)
+    label_map = label(context, image, task)
+    if task.refined_by is not None:
+        bodies = _vertebral_bodies(context, image, task.refined_by)
+        refine(context, label_map, bodies, image, task)
+    progress.advance(context.work.restore)
+    return Results(
+        label_map=label_map,
+        image=image,
+        source=_name_of(source, scan, series),
+        series=series,
+        output=outputs.output,
+        task=task,
+        options=context.options,
+        files=context.files,
+        failures=Failures(),
+    )
 
 
 def label(context: RunContext, image: ScannerImage, task: Task) -> LabelMap:
@@ -275,7 +298,7 @@ def _prepare_models(context: RunContext) -> None:
 
 
 def _name_of(
-    source: str | Path | nib.Nifti1Image | BinaryIO, scan: nib.Nifti1Image, series: Series | None
+    source: Source, scan: nib.Nifti1Image, series: Series | None
 ) -> str | Path | nib.Nifti1Image:
     """The path that the user gave, or the image, where no path was given."""
     if series is not None:
@@ -292,13 +315,12 @@ def _keeps_scan(task: Task, options: Options) -> bool:
     )
 
 
-def _refuse_too_large(context: RunContext, whole: Grid, task: Task) -> None:
-    """Refuse a scan that is too large for the first pass over it, before it is read."""
+def _first_plan(context: RunContext, whole: Grid, task: Task) -> MemoryPlan:
+    """Plan the memory of the first pass over a scan, before it is read."""
     while task.crop is not None:
         context, task = context.rough(), task.crop.rough
     # Torch, which knows, is imported while the scan is read.
-    on_gpu = may_have_gpu(context.options.device)
-    context.plan_memory(whole, task, on_gpu=on_gpu).refuse(context.budget)
+    return context.plan_memory(whole, task, on_gpu=may_have_gpu(context.options.device))
 
 
 def _log_task(task: Task, options: Options) -> None:

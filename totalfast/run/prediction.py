@@ -60,9 +60,7 @@ def label_grid(model_image: ModelImage, options: Options) -> Grid:
 
 
 def predict(context: RunContext, model_image: ModelImage, task: Task) -> NDArray[np.uint8]:
-    """Run all of a task's models and merge their labels.
-
-    A thread waits for a model's labels and merges them while the next model runs.
+    """Run all of a task's models and merge their labels, when it is this run's turn.
 
     Parameters
     ----------
@@ -77,6 +75,14 @@ def predict(context: RunContext, model_image: ModelImage, task: Task) -> NDArray
     -------
         uint8, (z, y, x), RAS+ axes, of ``label_grid``.
     """
+    if context.store.predicting.taken:
+        context.progress.stage("Waiting")
+    with context.store.predicting:
+        return _predict(context, model_image, task)
+
+
+def _predict(context: RunContext, model_image: ModelImage, task: Task) -> NDArray[np.uint8]:
+    """``predict``; a thread waits for a model's labels and merges them while the next one runs."""
     context.plan_memory(model_image.canonical, task).check(context.budget)
     shape_x, shape_y, shape_z = label_grid(model_image, context.options).shape
     labels = np.zeros((shape_z, shape_y, shape_x), dtype=np.uint8)
@@ -155,19 +161,17 @@ def _queue_piece(
     options = context.options
     if options.save_probabilities is None:
         linear_to = model_image.canonical.shape[::-1] if options.export == "linear" else None
-        with context.store.predicting:
-            return queue_part(
-                source,
-                model=model,
-                tiling=tiling,
-                memory=layout.memory,
-                on_tile=on_tile,
-                linear_to=linear_to,
-            )
-    with context.store.predicting:
-        part_labels, probabilities = predict_probabilities(
-            source, model=model, tiling=tiling, memory=layout.memory, on_tile=on_tile
+        return queue_part(
+            source,
+            model=model,
+            tiling=tiling,
+            memory=layout.memory,
+            on_tile=on_tile,
+            linear_to=linear_to,
         )
+    part_labels, probabilities = predict_probabilities(
+        source, model=model, tiling=tiling, memory=layout.memory, on_tile=on_tile
+    )
     if archive is not None:
         context.progress.stage("Saving probabilities")
         write_probabilities(

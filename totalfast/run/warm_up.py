@@ -35,7 +35,7 @@ def warm_up(context: RunContext, loading: Future[Model]) -> None:
     """
     if loading.exception() is not None or loading.result().device.type != "cuda":
         return
-    if not context.store.predicting.acquire(blocking=False):
+    if not context.store.predicting.take_if_free():
         return
     # A rough pass comes first, and is always deterministic.
     has_rough_pass = context.options.resolved_task().crop is not None
@@ -44,7 +44,7 @@ def warm_up(context: RunContext, loading: Future[Model]) -> None:
     except RuntimeError as error:  # torch's and CUDA's
         logger.debug("the first tile failed: %s", error)
     finally:
-        context.store.predicting.release()
+        context.store.predicting.give_back()
 
 
 def _run_tile(model: Model, *, deterministic: bool) -> None:

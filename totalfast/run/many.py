@@ -1,0 +1,198 @@
+"""Many runs in a few threads: while one run's networks run, others read, restore and write."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from totalfast.system.progress import Progress
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+    from concurrent.futures import Future
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
+
+THREAD_NAME = "totalfast-case"
+"""Prefix of the names of the threads that runs are in."""
+
+
+class _Cancelled(BaseException):
+    """The runs are to end; not an error of a run."""
+
+
+class StageClock(Progress):
+    """Takes the place of a run's bar: measures its stages, and ends it if all runs are cancelled.
+
+    Parameters
+    ----------
+    cancelled
+        Set to end the run at its next sign of progress.
+    """
+
+    def __init__(self, cancelled: threading.Event) -> None:
+        self._cancelled = cancelled
+        self._stage = "Preparing"
+        self._since = time.perf_counter()
+        self._total, self._done = 1.0, 0.0
+        self.seconds: dict[str, float] = {}
+
+    @property
+    def fraction(self) -> float:
+        """Share of the run's expected work that is done."""
+        return min(self._done / self._total, 1.0)
+
+    def stage(self, name: str) -> None:
+        """Begin another stage. The models of a task count as one."""
+        self._check()
+        now = time.perf_counter()
+        self.seconds[self._stage] = self.seconds.get(self._stage, 0.0) + now - self._since
+        self._stage, self._since = name.partition(" ")[0], now
+
+    def expect(self, total: float) -> None:
+        """Set the total amount of work."""
+        self._total = total
+
+    def advance(self, work: float) -> None:
+        """Add finished work."""
+        self._check()
+        self._done += work
+
+    def __exit__(self, *_: object) -> None:
+        """There is no bar to close."""
+
+    def _check(self) -> None:
+        if self._cancelled.is_set():
+            raise _Cancelled
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome(Generic[Key, Value]):
+    """How a run ended.
+
+    Parameters
+    ----------
+    key
+        What was run.
+    value
+        Its result; None after an error.
+    error
+        Why it failed; None if it did not.
+    seconds
+        Stage to seconds, for example "Reading", "Predicting", and "Waiting" for its turn.
+    total_s
+        Seconds from its start to its end.
+    warnings
+        Its warnings.
+    """
+
+    key: Key
+    value: Value | None
+    error: Exception | None
+    seconds: dict[str, float]
+    total_s: float
+    warnings: tuple[str, ...]
+
+
+@dataclass(slots=True)
+class Running(Generic[Key]):
+    """The runs that have begun, for a bar over all runs."""
+
+    clocks: dict[Key, StageClock] = field(default_factory=dict)
+
+    def fractions(self) -> dict[Key, float]:
+        """Share of the work of each run that is done."""
+        return {key: clock.fraction for key, clock in list(self.clocks.items())}
+
+
+def run_many(
+    keys: Iterable[Key],
+    job: Callable[[Key, StageClock], Value],
+    *,
+    threads: int,
+    running: Running[Key] | None = None,
+) -> Iterator[Outcome[Key, Value]]:
+    """Run a job for each key in threads; yield outcomes as the runs end.
+
+    An error of a job is an outcome and does not stop the others. If the generator is closed, or an
+    error is raised while it waits (such as KeyboardInterrupt), the runs end at their next sign of
+    progress; what they have begun to write is removed.
+
+    Parameters
+    ----------
+    keys
+        Taken one by one, when a thread is free.
+    job
+        Called with a key and the progress of its run.
+    threads
+        Number of runs at a time.
+    running
+        Filled with the runs that have begun.
+    """
+    cancelled = threading.Event()
+    running = Running() if running is None else running
+
+    def run(key: Key) -> Outcome[Key, Value]:
+        clock = running.clocks[key] = StageClock(cancelled)
+        value, error, began = None, None, time.perf_counter()
+        with _warnings_of_this_thread() as warnings:
+            try:
+                value = job(key, clock)
+            except Exception as caught:  # noqa: BLE001 - an outcome
+                error = caught.with_traceback(None)  # its frames hold the scan
+            clock.stage("")
+        del running.clocks[key]
+        return Outcome(
+            key=key,
+            value=value,
+            error=error,
+            seconds=clock.seconds,
+            total_s=time.perf_counter() - began,
+            warnings=tuple(warnings),
+        )
+
+    with ThreadPoolExecutor(threads, thread_name_prefix=THREAD_NAME) as pool:
+        waiting: set[Future[Outcome[Key, Value]]] = set()
+        try:
+            for key in keys:
+                waiting.add(pool.submit(run, key))
+                if len(waiting) >= threads:
+                    done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                    for future in done:
+                        yield future.result()
+            while waiting:
+                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                for future in done:
+                    yield future.result()
+        finally:
+            cancelled.set()
+
+
+class _Collector(logging.Handler):
+    """Keeps the warnings of one thread."""
+
+    def __init__(self, warnings: list[str]) -> None:
+        super().__init__(logging.WARNING)
+        self._thread, self._warnings = threading.get_ident(), warnings
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.thread == self._thread:
+            self._warnings.append(record.getMessage().removeprefix("WARNING: "))
+
+
+@contextmanager
+def _warnings_of_this_thread() -> Iterator[list[str]]:
+    warnings: list[str] = []
+    handler = _Collector(warnings)
+    logger = logging.getLogger("totalfast")
+    logger.addHandler(handler)
+    try:
+        yield warnings
+    finally:
+        logger.removeHandler(handler)
