@@ -7,7 +7,8 @@
 Results go to ``gpu.json`` in ``$OUT`` (default: the current folder) after each measurement, so a
 run that is cut off leaves what it measured. At the end the tables are printed. Without STEP all
 steps run, in this order; SECONDS (default 1800) is the time limit of all. With STEP the results of
-the last call are kept. Seconds are expected ones on an H100 with 16 cores:
+the last call are kept, and ``prepare`` runs if it has not. Seconds are expected ones on an H100
+with 16 cores:
 
 ============= === =========================================================================
 step            s what
@@ -110,7 +111,8 @@ def main() -> None:
     else:
         os.environ.update(ENVIRONMENT)
         record.start(options.seconds, goes_on=bool(options.steps))
-        run(options.steps or list(STEPS))
+        first = [] if preparation.is_prepared() else ["machine", "prepare"]
+        run([*first, *options.steps] if options.steps else list(STEPS))
         print("\n" + tables(record.results), flush=True)
 
 

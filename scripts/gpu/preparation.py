@@ -24,6 +24,10 @@ from .record import (
 FITTED = ("297", "291")
 """The 3 mm model and the first part of the 1.5 mm model."""
 
+COMPLETE = WORK / "prepared"
+WHAT = f"{SHAPE}, {'tiny' if ON_CPU else 'official'} networks"
+"""What was prepared, for the next call."""
+
 PART_FOLDERS = {
     292: "part2_vertebrae_1532subj",
     293: "part3_cardiac_1559subj",
@@ -38,8 +42,7 @@ def prepare() -> None:
     What an earlier call has made is used again.
     """
     began = time.time()
-    complete = WORK / "prepared"
-    if complete.exists() and complete.read_text() == SHAPE:
+    if is_prepared():
         record.keep("prepared", {"s": 0, "scan": SHAPE, "again": True})
         return
     makers = [_maker(HOME, [number], tiny=ON_CPU) for number in FITTED]
@@ -53,7 +56,12 @@ def prepare() -> None:
         "rc": codes,
     })  # fmt: skip
     if not any(codes):
-        complete.write_text(SHAPE)
+        COMPLETE.write_text(WHAT)
+
+
+def is_prepared() -> bool:
+    """Whether an earlier call has made all."""
+    return COMPLETE.exists() and COMPLETE.read_text() == WHAT
 
 
 def _maker(home: object, ids: list[str], *, tiny: bool) -> subprocess.Popen[bytes]:
