@@ -107,7 +107,10 @@ def main() -> None:
     if options.list:
         print((__doc__ or "").partition("cores:\n\n")[2].partition("\n\n")[0])
     elif options.table:
-        print(tables(json.loads(options.table.read_text())))
+        results = json.loads(options.table.read_text())
+        if "step_s" not in results:
+            parser.error(f"{options.table} is of an earlier version, which had other keys")
+        print(tables(results))
     else:
         os.environ.update(ENVIRONMENT)
         record.start(options.seconds, goes_on=bool(options.steps))

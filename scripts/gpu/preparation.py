@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+from .programs import end
 from .record import (
     ENVIRONMENT,
     HOME,
@@ -47,9 +48,13 @@ def prepare() -> None:
         return
     makers = [_maker(HOME, [number], tiny=ON_CPU) for number in FITTED]
     tests = _maker(TINY_HOME, _ids_of_tests(), tiny=True)
-    make_scan()
-    scan_s = time.time() - began
-    codes = [process.wait(max(record.seconds_left, 1.0)) for process in (*makers, tests)]
+    try:
+        make_scan()
+        scan_s = time.time() - began
+        codes = [process.wait(max(record.seconds_left, 1.0)) for process in (*makers, tests)]
+    finally:
+        for process in (*makers, tests):
+            end(process)
     copy_part_models()
     record.keep("prepared", {
         "s": round(time.time() - began, 1), "scan_s": round(scan_s, 1), "scan": SHAPE,
