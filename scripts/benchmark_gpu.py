@@ -115,7 +115,7 @@ def main() -> None:
         os.environ.update(ENVIRONMENT)
         record.start(options.seconds, goes_on=bool(options.steps))
         first = [] if preparation.is_prepared() else ["machine", "prepare"]
-        run([*first, *options.steps] if options.steps else list(STEPS))
+        run(list(dict.fromkeys([*first, *options.steps])) if options.steps else list(STEPS))
         print("\n" + tables(record.results), flush=True)
 
 

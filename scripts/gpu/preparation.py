@@ -100,10 +100,10 @@ def copy_part_models() -> None:
     (first,) = RESULTS.glob("Dataset291_*/*")
     checkpoint = torch.load(first / "fold_0/checkpoint_final.pth", weights_only=False)
     dataset = json.loads((first / "dataset.json").read_text())
-    for number, end in PART_FOLDERS.items():
+    for number, suffix in PART_FOLDERS.items():
         names = list(PART_CLASS_MAPS["total"][PART_NAMES["total"][number]].values())
         labels = {"background": 0} | {name: k + 1 for k, name in enumerate(names)}
-        folder = RESULTS / f"Dataset{number}_TotalSegmentator_{end}" / first.name
+        folder = RESULTS / f"Dataset{number}_TotalSegmentator_{suffix}" / first.name
         (folder / "fold_0").mkdir(parents=True, exist_ok=True)
         shutil.copy(first / "plans.json", folder)
         (folder / "dataset.json").write_text(json.dumps(dataset | {"labels": labels}))
