@@ -168,6 +168,35 @@ def test_case_whose_marker_lists_more_than_there_is_is_not_done(tmp_path):
         assert not manifest.is_done(StandIn())
 
 
+@pytest.mark.parametrize("text", ["", '{"files": ["liver', "[]", '{"files": 1}'])
+def test_case_whose_marker_is_damaged_is_not_done(tmp_path, text):
+    with opened(tmp_path) as manifest:
+        manifest.add(entry(manifest, files=masks(tmp_path)))
+        (tmp_path / "a" / FOLDER_MARKER).write_text(text)
+        assert not manifest.is_done(StandIn())
+
+
+def test_files_of_a_case_are_relative_to_the_folder_also_through_links(tmp_path):
+    (tmp_path / "real").mkdir()
+    if os.name == "posix":
+        (tmp_path / "out").symlink_to("real")
+    assert masks(tmp_path / "real", files=["x"]) == ("a/totalfast-complete.json", "a/x")
+    marker = tmp_path / "real" / "a" / FOLDER_MARKER
+    marker.write_text('{"files": ["x", "../beside"]}')
+    expected = ("a/totalfast-complete.json", "a/x", "beside")
+    assert completed_files(marker, tmp_path / "out") == expected or os.name != "posix"
+    assert completed_files(tmp_path / "missing", tmp_path) == ()
+
+
+def test_entry_is_on_the_disk_when_add_returns(tmp_path, monkeypatch):
+    synced = []
+    real = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda f: (synced.append(os.fstat(f).st_size), real(f)))
+    with opened(tmp_path) as manifest:
+        manifest.add(entry(manifest))
+        assert synced[-1] == manifest.file.stat().st_size
+
+
 @pytest.mark.parametrize(
     "fields",
     [{"state": FAILED}, {"fingerprint": "2"}, {"options": "0"}, {"files": ("a/liver.nii.gz",)}],
@@ -205,8 +234,10 @@ def test_other_options_of_another_part_are_refused(tmp_path):
 @pytest.mark.parametrize("part", [(0, 1), (1, 2)])
 def test_batch_that_ended_before_its_first_case_leaves_the_options_free(tmp_path, part):
     opened(tmp_path, part=part).close()
-    with opened(tmp_path, {**OPTIONS, "fast": False}) as manifest:
+    other = {**OPTIONS, "fast": False}
+    with opened(tmp_path, other) as manifest:
         manifest.add(entry(manifest))
+    opened(tmp_path, other).close()
     with pytest.raises(OptionError):
         opened(tmp_path)
 
@@ -300,7 +331,7 @@ def test_line_cut_at_any_byte_is_ignored_and_the_next_one_is_whole(tmp_path):
         assert list(read_entries(tmp_path)) == ["a", "new"]
 
 
-@pytest.mark.parametrize("rest", [b"\0" * 64, b"\xff\xfe{", b"{" * 50_000, b'{"name": NaN'])
+@pytest.mark.parametrize("rest", [b"\0" * 64, b"\xff\xfe{", b"[" * 200_000, b'{"name": NaN'])
 def test_garbage_after_a_power_failure_is_ignored(tmp_path, rest):
     done(tmp_path)
     file = tmp_path / "manifest.jsonl"

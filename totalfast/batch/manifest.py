@@ -249,9 +249,9 @@ def completed_files(marker: Path, folder: Path) -> tuple[str, ...]:
         names = [str(name) for name in content["files"]]
     except (OSError, ValueError, LookupError, TypeError):
         return ()
-    paths = [marker, *(marker.parent.resolve() / name for name in names)]
-    relative = [os.path.relpath(os.path.realpath(path), os.path.realpath(folder)) for path in paths]
-    return tuple(sorted(Path(path).as_posix() for path in relative))
+    parent = os.path.relpath(marker.parent.resolve(), folder.resolve())
+    paths = [os.path.normpath(f"{parent}/{name}") for name in (marker.name, *names)]
+    return tuple(sorted(path.replace(os.sep, "/") for path in paths))
 
 
 def _is_marker(file: str) -> bool:
