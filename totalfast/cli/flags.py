@@ -311,8 +311,8 @@ def add_hardware_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--deterministic",
         action="store_true",
-        help="Give the same labels in every run on one GPU. Always on for the rough pass that finds "
-        "a region. On a CPU all runs are deterministic.",
+        help="Give the same labels in every run on one GPU. Always on for the rough pass that "
+        "finds a region. On a CPU all runs are deterministic.",
     )
     add(
         "--tile_step_size",

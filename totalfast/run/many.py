@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from totalfast.system.progress import Progress
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Generator, Iterable, Iterator
     from concurrent.futures import Future
 
 Key = TypeVar("Key")
@@ -117,7 +117,7 @@ def run_many(
     *,
     threads: int,
     running: Running[Key] | None = None,
-) -> Iterator[Outcome[Key, Value]]:
+) -> Generator[Outcome[Key, Value], None, None]:
     """Run a job for each key in threads; yield outcomes as the runs end.
 
     An error of a job is an outcome and does not stop the others. If the generator is closed, or an
