@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from totalfast.export import device_slab, export_labels, on_device, resampling_axes
+from totalfast.export import device_labels, device_slab, export_labels, on_device, resampling_axes
 from totalfast.export.cell_export import CellExport
 from totalfast.export.host_labels import empty_labels, signed
 from totalfast.export.nearest_on_device import fill_nearest
@@ -38,10 +38,14 @@ def ties(random, classes, shape):
     return random.integers(-2, 2, size=(classes, *shape)) * 0.5
 
 
-def nearly_ties(random, classes, shape):
+def nearly_ties(random, classes, shape, unit=2.0**-10):
     """Within one unit in float16's last place of one another."""
     first = random.normal(size=(1, *shape))
-    return first + random.integers(-1, 2, size=(classes, *shape)) * np.abs(first) * 2**-10
+    return first + random.integers(-1, 2, size=(classes, *shape)) * np.abs(first) * unit
+
+
+def nearly_ties_in_float32(random, classes, shape):
+    return nearly_ties(random, classes, shape, unit=2.0**-23)
 
 
 def not_finite(random, classes, shape):
@@ -59,6 +63,23 @@ def tiny(random, classes, shape):
 def large(random, classes, shape):
     """Near float16's largest number."""
     return 65504 * (1 - random.random((classes, *shape)) * 2**-8)
+
+
+def around_overflow(random, classes, shape):
+    """Above float16's largest number; without that, they would be rounded to two numbers."""
+    return 65540 + 60 * random.random((classes, *shape))
+
+
+MAKERS = [
+    noise,
+    structured,
+    ties,
+    nearly_ties,
+    nearly_ties_in_float32,
+    not_finite,
+    tiny,
+    large,
+]
 
 
 def by_cells(logits, axes, dtype, regions, out_dtype=np.uint8):
@@ -87,7 +108,7 @@ def check(logits, axes, dtype, regions=None, **options):
     return result
 
 
-@pytest.mark.parametrize("make", [noise, structured, ties, nearly_ties, not_finite, tiny, large])
+@pytest.mark.parametrize("make", MAKERS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("device", DEVICES)
 def test_labels_are_those_of_the_compiled_loops(make, dtype, device):
@@ -125,6 +146,16 @@ def test_regions(make, dtype):
     assert len(np.unique(labels)) > 2
 
 
+@pytest.mark.parametrize("infinite", [np.inf, -np.inf])
+def test_a_region_with_infinite_logits(infinite):
+    """Infinity times a weight of 0 is NaN, and that is outside."""
+    logits = noise(np.random.default_rng(11), 3, (4, 5, 6)).astype(np.float16)
+    logits[1] = infinite
+    axes = resampling_axes((4, 5, 6), (7, 9, 11), CORNERS, None)
+    labels = check(torch.from_numpy(logits), axes, "float16", regions=(1, 2, 3))
+    assert (2 in labels) == (infinite > 0)
+
+
 @pytest.mark.parametrize(
     ("classes", "regions", "out_dtype"),
     [
@@ -141,11 +172,19 @@ def test_large_labels(classes, regions, out_dtype):
     assert labels.max() > 2 ** (8 * labels.itemsize - 1) or classes == 300
 
 
-@pytest.mark.parametrize("make", [noise, nearly_ties, tiny, large])
+@pytest.mark.parametrize("make", [noise, nearly_ties, tiny, around_overflow])
 def test_logits_may_be_more_exact_than_what_they_are_rounded_to(make):
     axes = resampling_axes((4, 5, 6), (13, 6, 9), CENTERS, None)
     logits = torch.from_numpy(make(np.random.default_rng(7), 9, (4, 5, 6)).astype(np.float32))
     check(logits, axes, "float16")
+
+
+@pytest.mark.parametrize("largest", [1.9, np.finfo(np.float32).max])
+def test_float32_does_not_decide_within_its_errors(largest):
+    ulps = np.random.default_rng(12).integers(0, 5, size=(2, 6, 9, 10))
+    logits = (largest * (1 - ulps * 2.0**-24)).astype(np.float32)
+    axes = resampling_axes((6, 9, 10), (40, 50, 60), CENTERS, None)
+    check(torch.from_numpy(logits), axes, "float32")
 
 
 @pytest.mark.parametrize("source", [(1, 1, 1), (1, 5, 4), (5, 1, 1), (2, 2, 1)])
@@ -186,7 +225,7 @@ def test_slabs_and_parts_of_any_size(monkeypatch, slices, target_slices, bytes_a
 @settings(deadline=None, max_examples=60)
 @given(
     seed=st.integers(0, 2**32 - 1),
-    make=st.sampled_from([noise, ties, nearly_ties, not_finite]),
+    make=st.sampled_from([noise, ties, nearly_ties, nearly_ties_in_float32, not_finite]),
     classes=st.integers(1, 20),
     dtype=st.sampled_from(DTYPES),
     shape=st.tuples(*3 * [st.integers(1, 4)]),
@@ -202,6 +241,24 @@ def test_any_logits(seed, make, classes, dtype, shape, target, slices, regions):
     axes = resampling_axes(shape, target, CENTERS, None)
     labels = random.permutation(classes) if regions else None
     check(logits, axes, dtype, labels, slices=slices)
+
+
+def test_few_voxels_are_compared_exactly(monkeypatch):
+    """The step before settles the rest, whatever the number of candidates."""
+    marked = []
+    exactly = device_labels._compare_exactly
+
+    def watch(undecided, marks, labels):
+        marked.append((marks > 0).double().mean().item())
+        exactly(undecided, marks, labels)
+
+    monkeypatch.setattr(device_labels, "_compare_exactly", watch)
+    axes = resampling_axes((6, 7, 8), (17, 15, 20), CENTERS, None)
+    for classes in (2, 5, 12, 40):
+        logits = structured(np.random.default_rng(10), classes, (6, 7, 8)).astype(np.float32)
+        check(torch.from_numpy(logits), axes, "float32")
+    assert len(marked) == 4
+    assert max(marked) < 0.002
 
 
 class Waits(TorchDispatchMode):
@@ -238,6 +295,7 @@ class Waits(TorchDispatchMode):
     [(None, {"nonzero": 3, "tolist": 1}), (tuple(range(24)), {"nonzero": 1})],
 )
 def test_the_number_of_waits_does_not_grow_with_the_slices(make, regions, expected, monkeypatch):
+    monkeypatch.setattr(device_slab, "BYTES_AT_A_TIME", 2**18)  # more batches for more slices
     for slices in (3, 8, 16):
         logits = make(np.random.default_rng(6), 24, (slices, 8, 9)).astype(np.float16)
         axes = resampling_axes((slices, 8, 9), (3 * slices, 20, 20), CENTERS, None)

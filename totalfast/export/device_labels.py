@@ -34,7 +34,7 @@ class Undecided:
     cells: torch.Tensor
     """int64, (3, n): z, y and x."""
     candidates: torch.Tensor
-    """int32, (slots, n): the classes that can win, ascending; the first ``count`` are valid."""
+    """int32, (slots, n): the ``count`` classes that can win, ascending, then zeros."""
     count: torch.Tensor
     """int64, (n,): number of candidates, more than slots if all classes are to be compared."""
     clear: torch.Tensor
@@ -43,15 +43,11 @@ class Undecided:
     def classes(self, members: torch.Tensor, slots: int | None) -> torch.Tensor:
         """Candidates of some cells, int64, (slots, cells); None takes all classes.
 
-        The first candidate stands in for missing ones, because that changes no first maximum.
+        Class 0 stands for missing ones. That changes no first maximum: it is a candidate, or loses.
         """
-        import torch
-
-        rank = self.ranks(slots)
         if slots is None:
-            return rank.expand(-1, len(members))
-        found = self.candidates[:slots, members].long()
-        return torch.where(rank < self.count[members], found, found[:1])
+            return self.ranks(None).expand(-1, len(members))
+        return self.candidates[:slots, members].long()
 
     def ranks(self, slots: int | None) -> torch.Tensor:
         """Numbers of the candidates, as a column."""
@@ -100,13 +96,13 @@ def _summary(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Te
 
 
 def _tolerance(size: torch.Tensor, slab: DeviceSlab) -> torch.Tensor:
-    """``cells.spacing_at``, but at least the smallest normal number of the logits' dtype."""
+    """``cells.spacing_at``, but at least the smallest normal number of float64."""
     import torch
 
     bits, lowest = slab.rounding
     exponent = torch.frexp(size.double()).exponent.long() - 1
     spacing = power_of_two((exponent.clamp_(min=lowest) - bits).clamp_(-1022, 1023))
-    return spacing.clamp_(min=torch.finfo(size.dtype).smallest_normal).to(size.dtype)
+    return spacing.to(size.dtype)
 
 
 def _undecided(
@@ -126,8 +122,9 @@ def _undecided(
 
     device, classes, slots = cells.device, len(slab.logits), SLOTS[-1]
     number = torch.arange(classes, device=device, dtype=torch.int32)[:, None]
-    # The n-th candidate goes to row n. Row 0 takes the other classes, the last row what is left.
-    table = torch.zeros((slots + 2, cells.shape[1]), dtype=torch.int32, device=device)
+    # The n-th candidate goes to row n, and the other classes to row 0. The rows are not read where
+    # there are more candidates than slots.
+    table = torch.zeros((slots + 1, cells.shape[1]), dtype=torch.int32, device=device)
     corners, logits, counts = slab.corners(tuple(cells)), slab.logits.flatten(1), []
     for part in batches(cells.shape[1], classes * (2 * len(corners) * logits.element_size() + 16)):
         offsets = corners[:, part]
@@ -139,12 +136,12 @@ def _undecided(
             kept = kept & torch.where(number <= pivot[part], lead <= tolerance[part], lead < 0)
         row = kept.cumsum(0)
         counts.append(row[-1].clone())
-        row.clamp_(max=slots + 1).mul_(kept)
+        row.clamp_(max=slots).mul_(kept)
         table[:, part].scatter_(0, row, number.expand_as(row))
     return Undecided(
         slab=slab,
         cells=cells,
-        candidates=table[1:-1],
+        candidates=table[1:],
         count=torch.cat(counts).masked_fill_(~size.isfinite(), slots + 1),
         clear=_clear(tolerance.double(), size.double(), slab.working_dtype),
     )

@@ -34,9 +34,10 @@ def painted(
     """
     import torch
 
-    finite = slab.logits.isfinite()
-    above = slab.on_cells(finite & (slab.logits >= threshold), torch.logical_and)
-    below = slab.on_cells(finite & (slab.logits < threshold), torch.logical_and)
+    # Infinity times a weight of 0 is NaN, which is outside of a region.
+    inside = (slab.logits >= threshold) & slab.logits.isfinite()
+    above = slab.on_cells(inside, torch.logical_and)
+    below = slab.on_cells(slab.logits < threshold, torch.logical_and)
     number = torch.arange(1, len(slab.logits) + 1, device=slab.logits.device, dtype=torch.int32)
     winner = slab.on_target((above * number.view(-1, 1, 1, 1)).amax(0))
     channel, *cells = (~(above | below)).nonzero().t().contiguous()
@@ -44,6 +45,6 @@ def painted(
         boxes = slab.boxes([at[part] for at in cells])
         shape = [*(len(along) for along in boxes), -1]
         *voxels, classes = (along.expand(shape).flatten() for along in (*boxes, channel[part]))
-        inside = slab.exact(voxels, classes[None])[0] >= threshold
-        winner.view(-1).scatter_reduce_(0, slab.offsets(voxels), number[classes] * inside, "amax")
+        reached = number[classes] * (slab.exact(voxels, classes[None])[0] >= threshold)
+        winner.view(-1).scatter_reduce_(0, slab.offsets(voxels), reached, "amax")
     return labels[winner].to(dtype)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from totalfast.geometry import LinearWeights
 
 BYTES_AT_A_TIME = 2**28
-"""Memory of one batch of cells or voxels on the device. Smaller batches take more calls of torch."""
+"""Memory of one batch of cells or voxels on the device; smaller ones need more calls of torch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +37,7 @@ class DeviceAxis:
     targets: torch.Tensor
     """int64, (most voxels in a cell, cells); in smaller cells the last voxel is repeated."""
     weights: torch.Tensor
-    """float64, (corners, target voxels)."""
+    """float64, (corners, target voxels); 1 if only the lower corner counts."""
 
     @classmethod
     def of(cls, axis: LinearWeights, runs: NDArray[np.intp], device: torch.device) -> DeviceAxis:
@@ -179,9 +179,8 @@ class DeviceSlab:
         (z, _), (y, _), (x, _) = corner
         height, width = self.logits.shape[2:]
         term = self.logits.view(-1)[start + ((z * height + y) * width + x)].double()
-        for (_, weight), axis in zip(corner, self.axes, strict=True):
-            if len(axis.sources) == 2:
-                term = term * weight
+        for _, weight in corner:
+            term = term * weight
         return term
 
     def _rounded(self, values: torch.Tensor) -> torch.Tensor:

@@ -11,8 +11,8 @@ only lose to class j
 - if ``logit_j - logit_k`` exceeds, at every corner, the spacing of the rounded dtype at the
   cell's largest magnitude of both, so that rounding can't make the two equal.
 
-In most cells one class beats all others, and the cell is filled with it. That is ``CellExport``,
-compiled by numba. On a CUDA device all classes are interpolated (``on_device``).
+In most cells one class beats all others, and the cell is filled with it. ``CellExport`` does this
+on the CPU, compiled by numba; ``DeviceExport`` does it on a CUDA device, in torch.
 """
 
 from __future__ import annotations
