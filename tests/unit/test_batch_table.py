@@ -202,6 +202,17 @@ def test_old_table_stays_if_the_new_one_fails(tmp_path):
     assert (tmp_path / "t.csv").read_text() == "old"
 
 
+def test_what_a_killed_process_left_is_deleted_when_it_is_old(tmp_path):
+    old, young, other = (tmp_path / f".{name}.part" for name in ("t.csv-1", "t.csv-2", "u.csv-3"))
+    for path in (old, young, other):
+        path.write_text("half")
+    for path in (old, other):
+        os.utime(path, (0, 0))
+    write_table(tmp_path / "t.csv", [])
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"t.csv", young.name, other.name}
+
+
 def test_folder_in_place_of_the_table_is_an_output_error(tmp_path):
     (tmp_path / "t.csv").mkdir()
     with pytest.raises(OutputError, match=r"t\.csv"):
@@ -222,16 +233,21 @@ def test_writers_at_the_same_time_leave_one_whole_table_and_readers_always_find_
     path = tmp_path / "t.csv"
     tables = [[{"case": str(k), "structure": "s"}] * 500 for k in range(3)]
     write_table(path, tables[0])
-    threads = [
-        threading.Thread(target=lambda rows=rows: [write_table(path, rows) for _ in range(10)])
-        for rows in tables
-    ]
+    finished = []
+
+    def write_often(rows):
+        for _ in range(20):
+            write_table(path, rows)
+        finished.append(rows)
+
+    threads = [threading.Thread(target=write_often, args=(rows,)) for rows in tables]
     for thread in threads:
         thread.start()
     while any(thread.is_alive() for thread in threads):
         rows = read_csv(path)
         assert len(rows) == 500
         assert len({row["case"] for row in rows}) == 1
+    assert len(finished) == len(tables)
     assert [path.name for path in tmp_path.iterdir()] == ["t.csv"]
 
 

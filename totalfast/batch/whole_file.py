@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import secrets
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from totalfast.errors import OutputError
-from totalfast.system.staging import Staging, recover
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+ENDING = ".part"
+"""Ending of an unfinished file; its name starts with a dot, so that lists of results skip it."""
+
+ABANDONED_AFTER_S = 24 * 3600
+"""Age from which an unfinished file counts as that of a killed process; writing takes minutes."""
+
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let a function write a file in a hidden folder beside its place, then rename it.
+    """Let a function write a hidden file beside the place, then rename it.
 
     Parameters
     ----------
     path
         Final path; a symbolic link is followed. Its folder is created.
     write
-        Function of the path to write to, which has the same name.
+        Function of the path to write to.
 
     Raises
     ------
@@ -34,17 +42,26 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     rename replaces the old file, so that readers always find one, and the last writer wins.
     """
     place = Path(os.path.realpath(path))
-    staging = Staging(place.parent)
+    unfinished = place.with_name(f".{place.name}-{secrets.token_hex(8)}{ENDING}")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        recover(place.parent)
-        staging.open()
-        staged = staging.path(place)
-        write(staged)
-        with staged.open("rb+") as stream:
+        _remove_abandoned(place)
+        write(unfinished)
+        with unfinished.open("rb+") as stream:
             os.fsync(stream.fileno())
-        staged.replace(place)
+        unfinished.replace(place)
     except OSError as error:
         raise OutputError(f"can't write {path}: {error.strerror or error}.") from error
     finally:
-        staging.remove()
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
+
+
+def _remove_abandoned(place: Path) -> None:
+    """Delete unfinished files that killed processes left long ago."""
+    start = f".{place.name}-"
+    for path in place.parent.iterdir():
+        if path.name.startswith(start) and path.name.endswith(ENDING):
+            with contextlib.suppress(OSError):
+                if time.time() - path.lstat().st_mtime > ABANDONED_AFTER_S:
+                    path.unlink()
