@@ -134,7 +134,7 @@ def timed(
     except subprocess.TimeoutExpired:
         end(process)
         watch.stop()
-        return {"killed_after_s": round(limit_s, 1), "lines": lines[-8:]}
+        return {"killed_after_s": round(limit_s, 1), "lines": lines if every_line else lines[-8:]}
     wall = time.time() - began
     peaks = watch.stop()
     reader.join(1.0)
