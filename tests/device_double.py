@@ -170,14 +170,17 @@ class DeviceTensor(torch.Tensor):
                 dtype=inner.dtype,
                 device=DEVICE,
             )
-        tensor.inner, tensor.double = inner, double
+        tensor.inner, tensor.owner = inner, double
         double.keep(tensor, is_computed=is_computed)
         return tensor
+
+    def tolist(self):
+        return self.cpu().tolist()  # torch refuses it for subclasses
 
     @classmethod
     def __torch_dispatch__(cls, function, types, arguments=(), keywords=None):
         leaves = tree_leaves((arguments, keywords))
-        double = next(leaf.double for leaf in leaves if isinstance(leaf, DeviceTensor))
+        double = next(leaf.owner for leaf in leaves if isinstance(leaf, DeviceTensor))
         return double.run(function, arguments, keywords or {})
 
 
@@ -208,6 +211,16 @@ class _Event:
         pass
 
 
+class _Stream:
+    """A device's queue, in which nothing ever waits."""
+
+    def __init__(self, double: DeviceDouble) -> None:
+        self._double = double
+
+    def synchronize(self) -> None:
+        self._double.waits["stream"] += 1
+
+
 @contextlib.contextmanager
 def device_double(monkeypatch, **settings):
     """Make torch see the double as its only CUDA device, in this thread and in new ones."""
@@ -233,7 +246,7 @@ def device_double(monkeypatch, **settings):
         "memory_reserved": lambda *_: double.allocated,
         "get_per_process_memory_fraction": lambda *_: double.fraction,
         "get_device_name": lambda *_: "a double",
-        "current_stream": lambda *_: None,
+        "current_stream": lambda *_: _Stream(double),
         "Event": lambda **_: _Event(double),
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)

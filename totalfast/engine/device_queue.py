@@ -74,7 +74,11 @@ class HostCopy:
             self._host = tensor.to("cpu")
             return
         # Only into page-locked memory does a device copy while the host goes on.
-        self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        try:
+            self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        except RuntimeError:  # the system allows no more of it
+            self._host = tensor.to("cpu")
+            return
         self._host.copy_(tensor, non_blocking=True)
         self._done = _mark(tensor.device)
 

@@ -24,6 +24,7 @@ from totalfast.export import (
     resampling_axes,
     separate_axis,
 )
+from totalfast.export.host_labels import empty_labels
 from totalfast.export.nearest import gather
 from totalfast.geometry import CENTERS, interpolation_weights, nearest_indices, sample_positions
 from totalfast.system.cores import usable_cores
@@ -247,16 +248,15 @@ def _linear(
     """Interpolate logits slice by slice, as they leave the sliding window."""
     from totalfast.export.linear import linear_export
 
-    out = np.zeros(
-        tuple(len(axis.lower) for axis in axes),
-        dtype=label_dtype(len(model.labels.foreground_labels)),
-    )
+    device = summing_device(model, tiling)
+    shape = tuple(len(axis.lower) for axis in axes)
+    out = empty_labels(shape, label_dtype(len(model.labels.foreground_labels)), device)
     with linear_export(
         axes,
         out,
         rounded_to="float16",
         regions=model.regions,
-        device=model.device,
+        device=device,
         threads=usable_cores(),
     ) as export:
         for start, slab in final_logits(model, tensor, tiling, memory=memory, on_tile=on_tile):

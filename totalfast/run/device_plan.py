@@ -22,6 +22,9 @@ logger = logging.getLogger(__name__)
 DEVICE_SHARE = 0.9
 """Share of a device's free memory that a plan may use; the allocator loses the rest."""
 
+LINEAR_BYTES = 520e6
+"""Of export "linear" on a device beside the logits, for 118 classes (measured on CPU tensors)."""
+
 
 def choose_ladder(
     context: RunContext, model_image: ModelImage, task: Task, tiling: Tiling
@@ -65,15 +68,20 @@ def _need(context: RunContext, model_image: ModelImage, task: Task, tiling: Tili
         if not context.is_loaded(task, part)
     ]
     weights = sum(files) if context.store.keep else sum(sorted(files)[-2:])
-    return weights + max(_of_network(network, model_image, tiling) for network in networks)
+    linear = context.options.export == "linear"
+    return weights + max(
+        _of_network(network, model_image, tiling, linear=linear) for network in networks
+    )
 
 
-def _of_network(network: ModelSummary, model_image: ModelImage, tiling: Tiling) -> float:
+def _of_network(
+    network: ModelSummary, model_image: ModelImage, tiling: Tiling, *, linear: bool
+) -> float:
     """Bytes of a model's tiles, image, sums and labels; autocast computes in float16."""
     image = network.image(model_image.grid)
     total = (network.forward + network.answer) / 2
     if tiling.on_device and tiling.image_on_device:
         total += 2 * image  # before and after its normalisation
     if tiling.on_device:
-        total += network.window(model_image.grid) + image / 4
+        total += network.window(model_image.grid) + (LINEAR_BYTES if linear else image / 4)
     return total
