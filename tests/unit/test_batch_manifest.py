@@ -16,7 +16,7 @@ import pytest
 
 from totalfast.batch import manifest as module
 from totalfast.batch.entries import DONE, FAILED, Entry, last_entries, read_content, read_entries
-from totalfast.batch.manifest import Manifest, completed_files
+from totalfast.batch.manifest import Manifest, completed_files, written_files
 from totalfast.errors import OptionError, OutputError
 from totalfast.files.targets import FILE_MARKER_ENDING, FOLDER_MARKER
 
@@ -136,6 +136,16 @@ def test_done_case_is_done_in_the_next_batch(tmp_path):
     with opened(tmp_path) as manifest:
         assert manifest.is_done(StandIn())
         assert not manifest.is_done(StandIn(name="b"))
+
+
+def test_entry_that_names_only_the_marker_is_done_if_the_files_of_the_marker_exist(tmp_path):
+    with opened(tmp_path) as manifest:
+        files = masks(tmp_path)
+        manifest.add(entry(manifest, files=[f"a/{FOLDER_MARKER}"]))
+        assert manifest.is_done(StandIn())
+        assert written_files(manifest.last_entry("a"), tmp_path) == set(files)
+        (tmp_path / "a" / "spleen.nii.gz").unlink()
+        assert not manifest.is_done(StandIn())
 
 
 def test_label_map_with_a_marker_beside_it_is_done(tmp_path):

@@ -15,6 +15,7 @@ from totalfast.batch.entries import DONE, FAILED, Entry
 from totalfast.batch.page import table
 from totalfast.batch.report import busy_time_s, write_report
 from totalfast.errors import OutputError
+from totalfast.files.targets import FOLDER_MARKER
 
 EVIL = "<script>alert('x')</script>\"&\udcff"
 
@@ -184,6 +185,14 @@ def test_first_and_worst_pictures_are_shown_small(tmp_path):
     assert blue > 250
     assert red < 5
     assert green < 5
+
+
+def test_pictures_are_found_through_the_completion_marker(tmp_path):
+    case = with_preview(tmp_path, "a", structures=2)
+    names = [name.partition("/")[2] for name in case.files]
+    (tmp_path / "a" / FOLDER_MARKER).write_text(json.dumps({"files": names}))
+    page = written(tmp_path, [entry("a", files=[f"a/{FOLDER_MARKER}"])])
+    assert list(page.pictures) == ["a, 2 structures"]
 
 
 def test_without_statistics_and_warnings_no_case_is_called_worst(tmp_path):

@@ -84,6 +84,12 @@ def test_extra_statistics_are_flattened_and_none_is_empty(tmp_path):
     assert [name for name, value in spleen.items() if value == ""] == list(COLUMNS[8:])
 
 
+def test_columns_are_the_same_if_every_structure_is_empty(tmp_path):
+    write_table(tmp_path / "t.csv", statistics(tmp_path, a={"liver": _zeros(extra=True)}))
+    (row,) = read_csv(tmp_path / "t.csv")
+    assert tuple(row) == COLUMNS
+
+
 @pytest.mark.parametrize("first", ["plain", "extra"])
 def test_columns_that_a_later_case_adds_are_there_for_all(tmp_path, monkeypatch, first):
     monkeypatch.setattr(module, "ROWS_AT_A_TIME", 2)

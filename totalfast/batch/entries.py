@@ -59,7 +59,8 @@ class Entry:
     """Why it failed, in one line."""
     warnings: Sequence[str] = ()
     files: Sequence[str] = ()
-    """What was written, relative to the batch's folder, with "/" between the parts."""
+    """What was written, or only the completion markers that list it: paths relative to the batch's
+    folder, with "/" between the parts."""
     finished: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat())
     """Time of its end, ISO 8601."""
     host: str = ""

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from totalfast.batch.cases import Case
 
-__all__ = ["Entry", "Manifest", "completed_files", "read_entries"]
+__all__ = ["Entry", "Manifest", "completed_files", "read_entries", "written_files"]
 
 logger = logging.getLogger(__name__)
 
@@ -219,15 +219,33 @@ class Manifest:
         )
 
     def _is_complete(self, entry: Entry) -> bool:
-        markers = [file for file in entry.files if _is_marker(file)]
-        listed = [completed_files(self.folder / marker, self.folder) for marker in markers]
+        markers = [self.folder / file for file in entry.files if _is_marker(file)]
         return (
             bool(markers)
-            and all(listed)
-            and _all_exist(
-                self.folder, {*entry.files, *(name for names in listed for name in names)}
-            )
+            and all(completed_files(marker, self.folder) for marker in markers)
+            and _all_exist(self.folder, written_files(entry, self.folder))
         )
+
+
+def written_files(entry: Entry, folder: Path) -> set[str]:
+    """Files of an entry, and those that the completion markers among them list.
+
+    Parameters
+    ----------
+    entry
+        Its files may be all, or the completion markers only.
+    folder
+        The batch's folder of results.
+
+    Returns
+    -------
+        Paths relative to ``folder``, with "/" between the parts.
+    """
+    files = set(entry.files)
+    for file in entry.files:
+        if _is_marker(file):
+            files.update(completed_files(folder / file, folder))
+    return files
 
 
 def completed_files(marker: Path, folder: Path) -> tuple[str, ...]:

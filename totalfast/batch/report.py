@@ -12,6 +12,7 @@ import numpy as np
 
 from totalfast.about import version
 from totalfast.batch.entries import DONE
+from totalfast.batch.manifest import written_files
 from totalfast.batch.page import facts, figures, heading, note, page, table
 from totalfast.batch.table import count_structures
 from totalfast.batch.whole_file import write_whole
@@ -73,8 +74,9 @@ def write_report(
     entries
         Last entry of each case, in the order of the cases.
     folder
-        The batch's folder of results. Pictures are the previews among the entries' files, and the
-        numbers of structures come from the statistics among them.
+        The batch's folder of results. Pictures are the previews among the entries' files (or
+        those that their completion markers list); the numbers of structures come from the
+        statistics among them.
     skipped
         Number of cases that were done before this run; None if it is not known.
 
@@ -198,10 +200,11 @@ def _pictures(cases: Sequence[Entry], folder: Path) -> Iterator[str]:
 
 
 def _picture(case: Entry, folder: Path) -> _Picture | None:
-    previews = [name for name in case.files if _matches(name, "preview_*.png")]
+    files = sorted(written_files(case, folder))
+    previews = [name for name in files if _matches(name, "preview_*.png")]
     if not previews:
         return None
-    tables = [name for name in case.files if _matches(name, "*statistics.json")]
+    tables = [name for name in files if _matches(name, "*statistics.json")]
     structures = count_structures(folder / tables[0]) if tables else None
     return _Picture(entry=case, file=folder / previews[0], structures=structures)
 
