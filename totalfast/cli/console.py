@@ -99,3 +99,21 @@ def configure_output(*, quiet: bool, verbose: bool) -> None:
     logger.handlers = [LineHandler(sys.stdout)]
     logger.propagate = False
     logger.setLevel(logging.CRITICAL if quiet else logging.DEBUG if verbose else logging.INFO)
+
+
+def print_only_cases(*, verbose: bool) -> None:
+    """Print what the threads of a batch's cases log only if it is a warning, with the case's name.
+
+    With ``verbose`` they print everything.
+    """
+    from totalfast.run.many import THREAD_NAME
+
+    def chosen(record: logging.LogRecord) -> bool:
+        thread, _, case = (record.threadName or "").partition(" ")
+        if thread != THREAD_NAME:
+            return True
+        record.msg, record.args = f"[{case}] {record.getMessage().strip()}", None
+        return verbose or record.levelno >= logging.WARNING
+
+    for handler in logging.getLogger("totalfast").handlers:
+        handler.addFilter(chosen)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 SUBCOMMANDS = {
+    "batch": "totalfast.cli.batch",
     "cache": "totalfast.cli.cache",
     "demo": "totalfast.cli.demo",
     "nnunet": "totalfast.cli.nnunet",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 import psutil
@@ -37,6 +38,16 @@ def total_host_bytes() -> float:
     """All memory of the machine in bytes, or less if a cgroup limits it; with the swap."""
     limits = _cgroup_limits(MEMBERSHIP, MOUNTED)
     return float(min([psutil.virtual_memory().total, *limits]) + psutil.swap_memory().total)
+
+
+def peak_bytes() -> int:
+    """Largest resident memory of this process so far, in bytes; 0 where the system does not tell."""
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def _cgroup_limits(membership: Path, mounted: Path) -> Iterator[float]:

@@ -1,0 +1,162 @@
+"""Run the cases of a batch that are not done, note how each ends, and try failed ones again."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import logging
+import socket
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+from totalfast.batch.entries import DONE, FAILED, Entry
+from totalfast.errors import InputError, OptionError, TotalfastError
+from totalfast.files.targets import marker_file
+from totalfast.models.weights import ensure_part, parts_of
+from totalfast.options import Options
+from totalfast.run.many import THREAD_NAME, Running, run_many
+from totalfast.system.memory import peak_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from totalfast.batch.cases import Case
+    from totalfast.batch.manifest import Manifest
+    from totalfast.run.many import Outcome, StageClock
+    from totalfast.options import SegmentKeywords
+    from totalfast.session import Session
+
+logger = logging.getLogger(__name__)
+
+LABEL_MAP = "segmentation.nii.gz"
+"""Name of a label map in the folder of its case."""
+
+PACKAGES = ("totalfast", "TotalSegmentator", "nnunetv2", "torch")
+
+HOPELESS = (InputError, OptionError)
+"""Errors that another attempt meets again."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Cases, and how they are segmented.
+
+    Parameters
+    ----------
+    session
+        Runs them.
+    folder
+        Has a folder for each case.
+    keywords
+        Of ``Session.segment``; a completion marker is always written.
+    manifest
+        What is done, and where the end of each attempt is noted.
+    retries
+        How often a case is tried again.
+    at_a_time
+        Number of cases in work.
+    """
+
+    session: Session
+    folder: Path
+    keywords: Mapping[str, Any]
+    manifest: Manifest
+    retries: int
+    at_a_time: int
+
+    def run(self, cases: Sequence[Case], running: Running[Case]) -> Iterator[Entry]:
+        """Segment cases; yield an entry of the manifest as each attempt ends.
+
+        A case that failed is tried again after all others. The entries are in the manifest when
+        they are yielded.
+        """
+        attempt = 1
+        while cases:
+            failed = []
+            with contextlib.closing(self._outcomes(cases, running)) as outcomes:
+                for outcome in outcomes:
+                    entry = self._entry(outcome, attempt)
+                    self.manifest.add(entry)
+                    if outcome.error is not None and not isinstance(outcome.error, HOPELESS):
+                        failed.append(outcome.key)
+                    yield entry
+            attempt += 1
+            cases = failed if attempt <= 1 + self.retries else []
+            if cases:
+                logger.info("Trying %d failed cases again ...", len(cases))
+
+    def output_of(self, case: Case) -> Path:
+        """Return the output of a case: a folder of masks, or a label map."""
+        folder = self.folder / case.name
+        return folder / LABEL_MAP if self.keywords.get("ml") else folder
+
+    def _outcomes(
+        self, cases: Iterable[Case], running: Running[Case]
+    ) -> Generator[Outcome[Case, None], None, None]:
+        return run_many(cases, self._segment, threads=self.at_a_time, running=running)
+
+    def _segment(self, case: Case, clock: StageClock) -> None:
+        threading.current_thread().name = f"{THREAD_NAME} {case.name}"
+        output = self.output_of(case)
+        folder = self.folder / case.name
+        folder.mkdir(exist_ok=True)
+        keywords = cast("SegmentKeywords", {**self.keywords, "series": case.series})
+        try:
+            self.session.segment_shown(case.source, output, keywords, clock)
+        finally:
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # if nothing was written
+
+    def _entry(self, outcome: Outcome[Case, None], attempt: int) -> Entry:
+        case = outcome.key
+        return Entry(
+            name=case.name,
+            source=str(case.source),
+            series=case.series,
+            fingerprint=case.fingerprint(),
+            options=self.manifest.options_hash(),
+            state=DONE if outcome.error is None else FAILED,
+            attempt=attempt,
+            seconds={stage: round(s, 3) for stage, s in outcome.seconds.items()},
+            total_s=round(outcome.total_s, 3),
+            peak_bytes=peak_bytes(),
+            versions=versions(),
+            error=None if outcome.error is None else one_line(outcome.error),
+            warnings=outcome.warnings,
+            files=self._files(case) if outcome.error is None else (),
+            host=socket.gethostname(),
+            part=self.manifest.part,
+        )
+
+    def _files(self, case: Case) -> tuple[str, ...]:
+        """The completion marker, which lists all others."""
+        marker = marker_file(self.output_of(case), Options.from_keywords(self.keywords))
+        return (marker.relative_to(self.folder).as_posix(),)
+
+
+def check(keywords: Mapping[str, Any]) -> Options:
+    """Check what is the same for all cases, before the first one: options, licence, models.
+
+    Raises
+    ------
+    TotalfastError
+        If an option is not valid, or a model is missing and can't be downloaded.
+    """
+    options = Options.from_keywords(keywords)
+    for task, part in parts_of(options.resolved_task()):
+        ensure_part(task, part, offline=options.offline, quiet=options.quiet)
+    return options
+
+
+def one_line(error: Exception) -> str:
+    """Return the reason of a failure; messages of other libraries may quote a scan's header."""
+    if isinstance(error, TotalfastError):
+        return " ".join(str(error).split())
+    return type(error).__name__
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the programs that the labels depend on."""
+    return {name: importlib.metadata.version(name) for name in PACKAGES}

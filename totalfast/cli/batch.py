@@ -1,0 +1,341 @@
+"""``totalfast batch``: segment many scans, with the flags of a single run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from totalfast.cli.console import configure_output, print_only_cases
+from totalfast.cli.flags import FLAG_GROUPS, add_file_flags, add_list_flags
+from totalfast.errors import OptionError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from totalfast.batch.cases import Case
+    from totalfast.batch.entries import Entry
+    from totalfast.batch.manifest import Manifest
+    from totalfast.batch.progress import Meter
+    from totalfast.options import Options
+
+logger = logging.getLogger(__name__)
+
+OWN = (
+    "input",
+    "output",
+    "names",
+    "modality",
+    "series_description",
+    "min_slices",
+    "retries",
+    "at_a_time",
+    "num_parts",
+    "part_id",
+    "table",
+    "json",
+    "report",
+)
+"""Arguments that are the batch's, not of a single run."""
+
+SAME_RESULT = (
+    "quiet", "verbose", "debug", "device", "max_memory_gb", "nr_thr_saving", "nr_thr_resamp",
+    "offline", "license_number", "crop_path", "test", "completion_marker",
+)  # fmt: skip
+"""Flags that do not change results, so that a batch can go on with others."""
+
+EXAMPLES = """examples:
+  totalfast batch -i scans/ -o out --fast
+  totalfast batch -i scans/ -o out --fast                    the same again: only what is missing
+  totalfast batch -i 'study*/ct.nii.gz' -o out -ml --statistics
+  totalfast batch -i cases.csv -o out                        columns: case, path
+  totalfast batch -i archive/ -o out --modality CT --min-slices 40
+  totalfast batch -i scans/ -o out --num-parts 8 --part-id $SLURM_ARRAY_TASK_ID
+
+results:
+  out/CASE/            what a single run writes; with -ml segmentation.nii.gz
+  out/manifest.jsonl   how each case ended: seconds, warnings, the reason of a failure
+  out/statistics.csv   with --statistics: all cases in one table
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the parser of the subcommand: the flags of a single run, and those of a batch."""
+    parser = argparse.ArgumentParser(
+        prog="totalfast batch",
+        description="Segment many scans in one process. While the networks of one scan run,\n"
+        "others are read and written. An interrupted batch goes on where it was.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        conflict_handler="resolve",
+    )
+    for add_flags in FLAG_GROUPS:
+        if add_flags is not add_list_flags:
+            add_flags(parser)
+        if add_flags is add_file_flags:
+            _add_batch_flags(parser)
+    return parser
+
+
+def _add_batch_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("batch").add_argument
+    add(
+        "-i",
+        dest="input",
+        required=True,
+        metavar="scans",
+        help="A folder (searched with its subfolders for image files and DICOM series), a pattern "
+        "in quotes, a .csv file with columns case and path, or - for paths on stdin.",
+    )
+    add(
+        "-o",
+        dest="output",
+        required=True,
+        type=lambda text: Path(text).absolute(),
+        metavar="folder",
+        help="Folder for the results; each case gets a folder in it.",
+    )
+    add(
+        "--names",
+        choices=("auto", "uid", "accession"),
+        default="auto",
+        help="Names of DICOM cases: SeriesInstanceUID (auto, uid) or accession number.",
+    )
+    add("--modality", metavar="CT", help="Only DICOM series of this modality.")
+    add(
+        "--series-description",
+        metavar="pattern",
+        help="Only DICOM series whose description has this regular expression.",
+    )
+    add("--min-slices", type=int, metavar="N", help="Only scans with at least so many slices.")
+    add("--retries", type=int, default=1, help="How often a failed case is tried again (1).")
+    add(
+        "--at-a-time",
+        type=int,
+        metavar="N",
+        help="Number of cases in work (default: 3, more with a GPU; fewer if memory is short).",
+    )
+    add("--num-parts", type=int, default=1, metavar="N", help="Number of commands that share the "
+        "cases, for job arrays.")  # fmt: skip
+    add("--part-id", type=int, default=0, metavar="I", help="Number of this command, from 0.")
+    add(
+        "--table",
+        type=Path,
+        metavar="file",
+        help="With --statistics: the table of all cases (default: statistics.csv in -o; .parquet "
+        "needs pyarrow).",
+    )
+    add("--report", type=Path, metavar="file.html", help="Also write a report of the batch.")
+    add("--json", action="store_true", help="Print one JSON object per line, for programs.")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Segment the cases; 1 if one failed."""
+    configure_output(quiet=args.quiet or args.json, verbose=args.verbose)
+    print_only_cases(verbose=args.verbose)
+    _check(args)
+    keywords = _keywords(args)
+    from totalfast.batch.run import check
+
+    options = check(keywords)
+    from totalfast.batch.manifest import Manifest
+
+    changing = {name: value for name, value in keywords.items() if name not in SAME_RESULT}
+    with Manifest(args.output, changing, part=(args.part_id, args.num_parts)) as manifest:
+        cases = _find(args, manifest)[args.part_id :: args.num_parts]
+        waiting = [case for case in cases if not manifest.is_done(case)]
+        done = len(cases) - len(waiting)
+        _tell(
+            args,
+            f"{len(cases)} cases, {done} of them already done" if done else f"{len(cases)} cases",
+            {"event": "cases", "cases": len(cases), "done": done},
+        )
+        last = _segment(args, keywords, waiting, manifest)
+        _write_table(args, options, manifest)
+        _write_report(args, manifest)
+    return _end(args, last, len(cases))
+
+
+def _check(args: argparse.Namespace) -> None:
+    if not 0 <= args.part_id < args.num_parts:
+        raise OptionError(f"--part-id must be from 0 to {args.num_parts - 1}, not {args.part_id}.")
+    if args.retries < 0:
+        raise OptionError(f"--retries must be 0 or more, not {args.retries}.")
+    if args.at_a_time is not None and args.at_a_time < 1:
+        raise OptionError(f"--at-a-time must be 1 or more, not {args.at_a_time}.")
+    if args.save_probabilities is not None:
+        raise OptionError("--save_probabilities names one file; a batch has several cases.")
+    if not isinstance(args.statistics, bool):
+        raise OptionError("--statistics takes no file in a batch; --table names the table.")
+    if args.skip_saving:
+        raise OptionError("--skip_saving does not work in a batch, which goes on by what is saved.")
+    if args.table is not None:
+        if not args.statistics:
+            raise OptionError("--table needs --statistics.")
+        from totalfast.batch.table import check_table
+
+        check_table(args.table)
+
+
+def _keywords(args: argparse.Namespace) -> dict[str, Any]:
+    """Keywords of ``Session.segment``."""
+    keywords = {name: value for name, value in vars(args).items() if name not in OWN}
+    keywords["statistics_exclude_masks_at_border"] = not keywords.pop("stats_include_incomplete")
+    keywords["output_type"] = keywords["output_type"] or "nifti"
+    del keywords["series"]
+    return keywords | {"completion_marker": True, "quiet": True}
+
+
+def _find(args: argparse.Namespace, manifest: Manifest) -> tuple[Case, ...]:
+    """Find the cases; those of an earlier run keep their names."""
+    from totalfast.batch.cases import find_cases
+
+    found = find_cases(
+        args.input,
+        modality=args.modality,
+        series_description=args.series_description,
+        min_slices=args.min_slices,
+        names=args.names,
+        skip=args.output,
+        earlier={(entry.source, entry.series): name for name, entry in manifest.entries().items()},
+    )
+    for line in found.left_out:
+        logger.info("Left out: %s", line)
+    return found.cases
+
+
+def _segment(
+    args: argparse.Namespace,
+    keywords: dict[str, Any],
+    cases: Sequence[Case],
+    manifest: Manifest,
+) -> dict[str, Entry]:
+    """Segment the cases that are not done: the last entry of each."""
+    from totalfast.batch.progress import Meter, Ticker
+    from totalfast.batch.run import Batch
+    from totalfast.run.many import Running
+    from totalfast.session import Session, runs_at_a_time
+
+    running: Running[Case] = Running()
+    meter = Meter(cases, running)
+    last: dict[str, Entry] = {}
+    with ExitStack() as stack:
+        session = stack.enter_context(Session(device=args.device, follow_modality=True))
+        batch = Batch(
+            session=session,
+            folder=args.output,
+            keywords=keywords,
+            manifest=manifest,
+            retries=args.retries,
+            at_a_time=args.at_a_time or runs_at_a_time(args.device),
+        )
+        show = stack.enter_context(_Bar(args, meter))
+        stack.enter_context(Ticker(show, every_s=10.0 if args.json else 0.5))
+        for entry in batch.run(cases, running):
+            last[entry.name] = entry
+            meter.end(entry.name, failed=entry.error is not None)
+            state = meter.state()
+            ended = "done" if entry.error is None else f"failed: {entry.error}"
+            _tell(
+                args,
+                f"[{state.done}/{state.total}] {entry.name}: {ended} ({entry.total_s:.1f} s)",
+                {"event": "case", **entry.to_json()},
+            )
+    return last
+
+
+class _Bar:
+    """Shows how far a batch is: a bar, JSON lines, or nothing."""
+
+    def __init__(self, args: argparse.Namespace, meter: Meter) -> None:
+        from tqdm import tqdm
+
+        self._args, self._meter = args, meter
+        self._bar: Any = tqdm(
+            total=1.0,
+            disable=args.quiet or args.json,
+            leave=False,
+            dynamic_ncols=True,
+            bar_format="{percentage:3.0f}%|{bar}| {postfix}",
+        )
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def __call__(self) -> None:
+        state = self._meter.state()
+        if self._args.json:
+            _print_json(
+                {
+                    "event": "progress",
+                    "share": round(state.share, 4),
+                    "done": state.done,
+                    "failed": state.failed,
+                    "cases": state.total,
+                    "per_hour": state.per_hour,
+                    "left_s": state.left_s,
+                }
+            )
+            return
+        self._bar.n = min(state.share, 1.0)
+        self._bar.set_postfix_str(str(state), refresh=False)
+        self._bar.refresh()
+
+
+def _write_table(args: argparse.Namespace, options: Options, manifest: Manifest) -> None:
+    if not options.statistics:
+        return
+    from totalfast.batch.entries import DONE
+    from totalfast.batch.table import StatisticsRows, write_table
+
+    path = args.table or args.output / "statistics.csv"
+    files = {
+        name: args.output / name / "statistics.json"
+        for name, entry in manifest.entries().items()
+        if entry.state == DONE
+    }
+    write_table(path, StatisticsRows(files=files))
+    logger.info("Statistics of all cases: %s", path)
+
+
+def _write_report(args: argparse.Namespace, manifest: Manifest) -> None:
+    if args.report is None:
+        return
+    from totalfast.batch.report import write_report
+
+    write_report(args.report, manifest.entries(), args.output)
+    logger.info("Report of the batch: %s", args.report)
+
+
+def _end(args: argparse.Namespace, last: dict[str, Entry], cases: int) -> int:
+    """Print the failed cases and the last line."""
+    failed = [entry for entry in last.values() if entry.error is not None]
+    for entry in failed:
+        logger.info("Failed: %s: %s", entry.name, entry.error)
+    _tell(
+        args,
+        f"Done: {cases - len(failed)} of {cases} cases, results in {args.output}"
+        + (f"; {len(failed)} failed" if failed else ""),
+        {"event": "end", "cases": cases, "failed": [entry.name for entry in failed]},
+    )
+    if failed and not args.json:
+        print(f"ERROR: {len(failed)} of {cases} cases failed.", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _tell(args: argparse.Namespace, line: str, event: dict[str, Any]) -> None:
+    if args.json:
+        _print_json(event)
+    else:
+        logger.info(line)
+
+
+def _print_json(event: dict[str, Any]) -> None:
+    print(json.dumps(event), flush=True)
