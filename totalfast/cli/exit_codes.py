@@ -46,9 +46,9 @@ def run_to_exit_code(run: Callable[[argparse.Namespace], int], args: argparse.Na
             print(_last_line(interrupted), file=sys.stderr)
             return interruption.exit_code
         except Exception as error:  # noqa: BLE001 - the last place where it can become a message
-            if args.debug:
-                traceback.print_exc()
-            return _report(error, args)
+            code, lines = failure(error, args)
+            print(lines, file=sys.stderr)
+            return code
 
 
 def _last_line(interruption: KeyboardInterrupt) -> str:
@@ -57,26 +57,25 @@ def _last_line(interruption: KeyboardInterrupt) -> str:
     return "Interrupted; no file is half-written."
 
 
-def _report(error: Exception, args: argparse.Namespace) -> int:
-    """Print one ERROR line, for unexpected errors below the lines of a bug report."""
+def failure(error: Exception, args: argparse.Namespace) -> tuple[int, str]:
+    """Return the exit code for an error, and its lines for stderr.
+
+    The last line begins with ERROR. Above it are the lines of a bug report, if the error is
+    unexpected, and with ``args.debug`` the traceback.
+    """
+    above = "".join(traceback.format_exception(error)) if args.debug else ""
     if isinstance(error, TotalfastError):
-        _print_error(str(error))
-        return WRONG_OPTION if isinstance(error, OptionError) else 1
+        code = WRONG_OPTION if isinstance(error, OptionError) else 1
+        return code, f"{above}ERROR: {error}"
     explanation = explain(error)
     if explanation is not None:
-        _print_error(explanation)
-        return 1
-    print(report_of(error, args), file=sys.stderr)
+        return 1, f"{above}ERROR: {explanation}"
     # Without the error's message, which may quote a scan's header.
-    _print_error(
-        f"unexpected {type(error).__name__}. This is a bug; please report the lines above. --debug "
-        "shows the error's message and a traceback."
+    return 1, (
+        f"{above}{report_of(error, args)}\n"
+        f"ERROR: unexpected {type(error).__name__}. This is a bug; please report the lines above. "
+        "--debug shows the error's message and a traceback."
     )
-    return 1
-
-
-def _print_error(message: str) -> None:
-    print(f"ERROR: {message}", file=sys.stderr)
 
 
 class _Interruption:

@@ -29,6 +29,7 @@ SUBCOMMANDS = {
     "demo": "totalfast.cli.demo",
     "nnunet": "totalfast.cli.nnunet",
     "preview": "totalfast.cli.preview",
+    "serve": "totalfast.cli.serve",
     "shim": "totalfast.cli.shim",
     "weights": "totalfast.cli.weights",
 }

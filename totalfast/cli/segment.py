@@ -6,8 +6,10 @@ options appear without delay.
 
 from __future__ import annotations
 
+import functools
 import logging
-from typing import TYPE_CHECKING
+import os
+from typing import TYPE_CHECKING, cast
 
 from totalfast import upstream
 from totalfast.cli.console import configure_output
@@ -17,7 +19,15 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Sequence
 
+    from totalfast.options import SegmentKeywords
+    from totalfast.session import Session
+    from totalfast.system.progress import Progress
+
 CITATION = "If you use this tool please cite: https://pubs.rsna.org/doi/10.1148/ryai.230024"
+
+SERVER_VARIABLE = "TOTALFAST_SERVER"
+"""Environment variable with the place of the server that runs are handed to; see
+``totalfast.serve.places``, which is imported only if the variable is set."""
 
 logger = logging.getLogger("totalfast")
 
@@ -48,11 +58,34 @@ def run_main_command(parser: argparse.ArgumentParser, words: Sequence[str]) -> i
     if missing:
         parser.error(f"the following arguments are required for segmentation: {', '.join(missing)}")
     configure_output(quiet=args.quiet, verbose=args.verbose)
-    return run_to_exit_code(segment_scan, args)
+    return run_to_exit_code(functools.partial(_segment_or_hand_over, words), args)
 
 
-def segment_scan(args: argparse.Namespace) -> int:
-    """Segment the scan; the parsed flags become the keywords of ``Session.segment``."""
+def _segment_or_hand_over(words: Sequence[str], args: argparse.Namespace) -> int:
+    """Let a server segment the scan if there is one that can, or do it in this process."""
+    if os.environ.get(SERVER_VARIABLE):
+        from totalfast.cli.hand_over import hand_over
+
+        code = hand_over(words, args)
+        if code is not None:
+            return code
+    return segment_scan(args)
+
+
+def segment_scan(
+    args: argparse.Namespace, session: Session | None = None, progress: Progress | None = None
+) -> int:
+    """Segment the scan; the parsed flags become the keywords of ``Session.segment``.
+
+    Parameters
+    ----------
+    args
+        The parsed flags.
+    session
+        Where models are kept; None for a session of this run.
+    progress
+        Where progress is shown; None shows a bar unless the flags are quiet.
+    """
     from totalfast.session import Session
 
     logger.info("\n%s\n", CITATION)
@@ -62,5 +95,6 @@ def segment_scan(args: argparse.Namespace) -> int:
     keywords["statistics_exclude_masks_at_border"] = not keywords.pop("stats_include_incomplete")
     keywords["output_type"] = keywords["output_type"] or "nifti"
     scan, output = keywords.pop("input"), keywords.pop("output")
-    Session(keep_models=False, follow_modality=True).segment(scan, output, **keywords)
+    session = session or Session(keep_models=False, follow_modality=True)
+    session.segment_shown(scan, output, cast("SegmentKeywords", keywords), progress)
     return 0

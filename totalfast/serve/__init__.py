@@ -1,0 +1,1 @@
+"""A resident process that keeps models loaded, and the client that hands runs to it."""
