@@ -22,6 +22,7 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian, ImplicitVRLittleEndian, 
 
 from tests.dicom_series import in_syntax, new_file, write_multi_frame, write_series
 from totalfast import InputError, OptionError
+from totalfast.batch import series_cases
 from totalfast.batch.cases import Case, find_cases
 from totalfast.batch.names import LONGEST, Wish, folded_name, safe_name, unique_names
 from totalfast.files.dicom.find import DicomFile, errors_of_damage, values_unchecked
@@ -101,6 +102,17 @@ def test_each_series_of_a_tree_has_the_smallest_folder_and_can_be_read(tmp_path)
     for case in found.cases:
         with open_series(case.source, wanted=case.series) as series:
             assert len(series.slices) == (5 if case.name == "1.2.4" else 6)
+
+
+def test_folder_with_many_series_is_told(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(series_cases, "MANY_HEADERS", 20)
+    series_in(tmp_path / "own", "1.2.1")
+    find_cases(tmp_path)
+    assert not caplog.text
+    series_in(tmp_path / "shared", "1.2.2", name="a")
+    series_in(tmp_path / "shared", "1.2.3", name="b")
+    find_cases(tmp_path)
+    assert "shared holds 2 series in 12 files, and each case reads" in caplog.text
 
 
 def test_parts_in_folders_side_by_side_are_one_series_and_copies_are_two(tmp_path):

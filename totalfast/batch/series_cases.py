@@ -9,9 +9,10 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import itertools
+import logging
 import os
 import stat
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,12 +30,17 @@ if TYPE_CHECKING:
     from totalfast.batch.left_out import Counted
     from totalfast.files.dicom.survey import SeriesHeader
 
+logger = logging.getLogger(__name__)
+
 THREADS = 8
 """Threads that read headers. A disk on the network answers several requests at a time; parsing
 takes turns (GIL)."""
 
-CHUNK = 32
+CHUNK = 128
 """Files that a thread reads in a row."""
+
+MANY_HEADERS = 100_000
+"""Headers that the cases of one folder read; more take minutes."""
 
 SAME_PLACE_DIGITS = 2
 """Digits of positions in mm that are compared."""
@@ -275,7 +281,25 @@ def _volumes(parts: Sequence[_Part], left_out: Counted) -> list[FoundSeries]:
             left_out.add("series without a SeriesInstanceUID, beside other series", part.first)
         else:
             volumes.append(_series(_source([part]), part.header.uid, [part]))
+    _warn_of_shared_folders(volumes, parts)
     return sorted(volumes, key=lambda each: (str(each.source), each.uid or ""))
+
+
+def _warn_of_shared_folders(volumes: Sequence[FoundSeries], parts: Sequence[_Part]) -> None:
+    """Warn of folders with many series, because each case reads the headers of all of them."""
+    below: Counter[Path] = Counter()
+    for part in parts:
+        for place in (part.place, *part.place.parents):
+            below[place] += part.files
+    for source, series in Counter(each.source for each in volumes).items():
+        if series > 1 and series * below[source] > MANY_HEADERS:
+            logger.warning(
+                "WARNING: %s holds %d series in %d files, and each case reads the headers of all "
+                "of them. It is faster if each series has a folder of its own.",
+                source,
+                series,
+                below[source],
+            )
 
 
 def _without_uids(parts: Sequence[_Part]) -> list[list[_Part]]:
