@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
     from totalfast.batch.cases import Case
     from totalfast.batch.manifest import Manifest
-    from totalfast.run.many import Outcome, StageClock
     from totalfast.options import SegmentKeywords
+    from totalfast.run.many import Outcome, StageClock
     from totalfast.session import Session
 
 logger = logging.getLogger(__name__)
