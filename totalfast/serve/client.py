@@ -10,7 +10,7 @@ import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from totalfast.errors import TotalfastError
+from totalfast.errors import OptionError, TotalfastError
 from totalfast.serve.conditions import conditions
 from totalfast.serve.frames import FrameError, FrameSocket
 from totalfast.serve.peers import is_other_user
@@ -127,11 +127,14 @@ def open_run(where: str, words: Sequence[str], paths: Mapping[str, str]) -> Serv
     request = {"conditions": conditions(), "words": list(words), "paths": dict(paths)}
     try:
         place = place_of(where)
+    except OptionError as error:
+        raise NotServed(str(error).rstrip(".")) from error
+    try:
         if place.token_file is not None:
             request["token"] = read_token(place.token_file)
         frames = FrameSocket(_connect(place))
     except (FileNotFoundError, ConnectionError) as error:
-        raise NotServed(f"no server answers at {where}") from error
+        raise NotServed(f"no server answers at {place}") from error
     except (OSError, TotalfastError) as error:
         raise NotServed(str(error).rstrip(".")) from error
     return _accepted(frames, request)
