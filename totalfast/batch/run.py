@@ -19,7 +19,7 @@ from totalfast.run.many import THREAD_NAME, Running, run_many
 from totalfast.system.memory import peak_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Generator, Iterable, Mapping
     from pathlib import Path
 
     from totalfast.batch.cases import Case
@@ -66,7 +66,7 @@ class Batch:
     retries: int
     at_a_time: int
 
-    def run(self, cases: Sequence[Case], running: Running[Case]) -> Iterator[Entry]:
+    def run(self, cases: Iterable[Case], running: Running[Case]) -> Generator[Entry, None, None]:
         """Segment cases; yield an entry of the manifest as each attempt ends.
 
         A case that failed is tried again after all others. The entries are in the manifest when

@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
+import re
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from totalfast.backends.devices import validate_device
 from totalfast.cli.console import configure_output, print_only_cases
 from totalfast.cli.flags import FLAG_GROUPS, add_file_flags, add_list_flags
 from totalfast.errors import OptionError
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
     from totalfast.batch.entries import Entry
     from totalfast.batch.manifest import Manifest
     from totalfast.batch.progress import Meter
+    from totalfast.batch.shared_queue import SharedQueue
     from totalfast.options import Options
 
 logger = logging.getLogger(__name__)
@@ -39,6 +43,8 @@ OWN = (
     "table",
     "json",
     "report",
+    "workers",
+    "words",
 )
 """Arguments that are the batch's, not of a single run."""
 
@@ -78,7 +84,25 @@ def build_parser() -> argparse.ArgumentParser:
             add_flags(parser)
         if add_flags is add_file_flags:
             _add_batch_flags(parser)
+    parser.add_argument(
+        "-d",
+        "--device",
+        type=_device_list,
+        default="gpu",
+        help="'gpu' (default; the CPU if there is no GPU), 'cpu', 'mps', 'gpu:X', or 'gpu:0,1,3' "
+        "with a worker for each GPU.",
+    )
     return parser
+
+
+def _device_list(text: str) -> str:
+    """Check the name of a device, or of several GPUs."""
+    if not re.fullmatch(r"gpu:\d+(,\d+)+", text):
+        try:
+            return validate_device(text)
+        except OptionError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+    return text
 
 
 def _add_batch_flags(parser: argparse.ArgumentParser) -> None:
@@ -119,6 +143,14 @@ def _add_batch_flags(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="Number of cases in work (default: 3, more with a GPU; fewer if memory is short).",
     )
+    add(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="Number of processes on this machine that share the cases and the cores (default: one "
+        "per GPU, else 1). Worth trying on a CPU with 16 cores or more, because one network uses 8 "
+        "at most.",
+    )
     add("--num-parts", type=int, default=1, metavar="N", help="Number of commands that share the "
         "cases, for job arrays.")  # fmt: skip
     add("--part-id", type=int, default=0, metavar="I", help="Number of this command, from 0.")
@@ -143,9 +175,14 @@ def run(args: argparse.Namespace) -> int:
 
     options = check(keywords)
     from totalfast.batch.manifest import Manifest
+    from totalfast.batch.shared_queue import SharedQueue
 
     changing = {name: value for name, value in keywords.items() if name not in SAME_RESULT}
+    parent = SharedQueue.of_parent()
     with Manifest(args.output, changing, part=(args.part_id, args.num_parts)) as manifest:
+        if parent is not None:
+            _segment(args, keywords, parent.cases(), manifest, parent)
+            return 0
         cases = _find(args, manifest)[args.part_id :: args.num_parts]
         waiting = [case for case in cases if not manifest.is_done(case)]
         done = len(cases) - len(waiting)
@@ -154,7 +191,7 @@ def run(args: argparse.Namespace) -> int:
             f"{len(cases)} cases, {done} of them already done" if done else f"{len(cases)} cases",
             {"event": "cases", "cases": len(cases), "done": done},
         )
-        last = _segment(args, keywords, waiting, manifest)
+        last = _segment(args, keywords, waiting, manifest, None)
         _write_table(args, options, manifest)
         _write_report(args, manifest)
     return _end(args, last, len(cases))
@@ -165,6 +202,12 @@ def _check(args: argparse.Namespace) -> None:
         raise OptionError(f"--part-id must be from 0 to {args.num_parts - 1}, not {args.part_id}.")
     if args.retries < 0:
         raise OptionError(f"--retries must be 0 or more, not {args.retries}.")
+    if args.workers is not None and args.workers < 1:
+        raise OptionError(f"--workers must be 1 or more, not {args.workers}.")
+    if args.num_parts > 1 and len(_devices(args)) > 1 and "TOTALFAST_BATCH_QUEUE" not in os.environ:
+        raise OptionError(
+            "--num-parts does not work with several workers; give each part one of the GPUs."
+        )
     if args.at_a_time is not None and args.at_a_time < 1:
         raise OptionError(f"--at-a-time must be 1 or more, not {args.at_a_time}.")
     if args.save_probabilities is not None:
@@ -187,7 +230,7 @@ def _keywords(args: argparse.Namespace) -> dict[str, Any]:
     keywords["statistics_exclude_masks_at_border"] = not keywords.pop("stats_include_incomplete")
     keywords["output_type"] = keywords["output_type"] or "nifti"
     del keywords["series"]
-    return keywords | {"completion_marker": True, "quiet": True}
+    return keywords | {"completion_marker": True, "quiet": True, "device": _devices(args)[0]}
 
 
 def _find(args: argparse.Namespace, manifest: Manifest) -> tuple[Case, ...]:
@@ -213,29 +256,40 @@ def _segment(
     keywords: dict[str, Any],
     cases: Sequence[Case],
     manifest: Manifest,
+    parent: SharedQueue | None,
 ) -> dict[str, Entry]:
     """Segment the cases that are not done: the last entry of each."""
     from totalfast.batch.progress import Meter, Ticker
     from totalfast.batch.run import Batch
+    from totalfast.batch.workers import Workers
     from totalfast.run.many import Running
     from totalfast.session import Session, runs_at_a_time
 
     running: Running[Case] = Running()
     meter = Meter(cases, running)
     last: dict[str, Entry] = {}
+    devices = _devices(args)
     with ExitStack() as stack:
-        session = stack.enter_context(Session(device=args.device, follow_modality=True))
-        batch = Batch(
-            session=session,
-            folder=args.output,
-            keywords=keywords,
-            manifest=manifest,
-            retries=args.retries,
-            at_a_time=args.at_a_time or runs_at_a_time(args.device),
-        )
+        if len(devices) > 1 and parent is None:
+            workers = Workers(
+                words=args.words, devices=devices, manifest=manifest, retries=args.retries
+            )
+            entries = workers.run(cases)
+        else:
+            session = stack.enter_context(Session(device=devices[0], follow_modality=True))
+            batch = Batch(
+                session=session,
+                folder=args.output,
+                keywords=keywords,
+                manifest=manifest,
+                retries=args.retries,
+                at_a_time=args.at_a_time or runs_at_a_time(devices[0]),
+            )
+            entries = batch.run(cases if parent is None else parent.take(), running)
+        stack.enter_context(closing(entries))
         show = stack.enter_context(_Bar(args, meter))
         stack.enter_context(Ticker(show, every_s=10.0 if args.json else 0.5))
-        for entry in batch.run(cases, running):
+        for entry in entries:
             last[entry.name] = entry
             meter.end(entry.name, failed=entry.error is not None)
             state = meter.state()
@@ -246,6 +300,15 @@ def _segment(
                 {"event": "case", **entry.to_json()},
             )
     return last
+
+
+def _devices(args: argparse.Namespace) -> list[str]:
+    """The device of each worker."""
+    name, _, numbers = args.device.partition(":")
+    devices = [f"{name}:{number}" for number in numbers.split(",")] if numbers else [name]
+    if args.workers is None:
+        return devices
+    return [devices[number % len(devices)] for number in range(args.workers)]
 
 
 class _Bar:
@@ -260,7 +323,7 @@ class _Bar:
             disable=args.quiet or args.json,
             leave=False,
             dynamic_ncols=True,
-            bar_format="{percentage:3.0f}%|{bar}| {postfix}",
+            bar_format="{percentage:3.0f}%|{bar}| {desc}",
         )
 
     def __enter__(self) -> _Bar:
@@ -285,7 +348,7 @@ class _Bar:
             )
             return
         self._bar.n = min(state.share, 1.0)
-        self._bar.set_postfix_str(str(state), refresh=False)
+        self._bar.set_description_str(str(state), refresh=False)
         self._bar.refresh()
 
 

@@ -47,7 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
     if words and words[0] in SUBCOMMANDS:
         module = importlib.import_module(SUBCOMMANDS[words[0]])
-        return run_to_exit_code(module.run, module.build_parser().parse_args(words[1:]))
+        args = module.build_parser().parse_args(words[1:])
+        args.words = words[1:]
+        return run_to_exit_code(module.run, args)
     return run_main_command(build_parser(), words)
 
 
