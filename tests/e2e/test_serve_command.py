@@ -288,5 +288,9 @@ def test_many_requests_of_which_some_clients_vanish(shared, scan, tmp_path):
     assert len(done) == 4 * 5 + 2 * 2
     assert {code for code, _ in done} == {0}
     assert len({hashlib.sha256(path.read_bytes()).hexdigest() for _, path in done}) == 1
-    assert process.memory_info().rss - before < 300e6
+    assert process.memory_info().rss < 2e9
+    end = time.monotonic() + 10  # memory is returned in a pause
+    while process.memory_info().rss - before > 150e6:
+        assert time.monotonic() < end, (process.memory_info().rss, before)
+        time.sleep(0.2)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]

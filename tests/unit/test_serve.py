@@ -21,8 +21,9 @@ from totalfast.serve.conditions import conditions, differing
 from totalfast.serve.frames import LENGTH, MAX_BYTES, FrameError, FrameSocket, encode, length_of
 from totalfast.serve.listening import listening
 from totalfast.serve.places import LOOPBACK, Place, make_private, place_of, read_token, write_token
+from totalfast.serve.run_queue import RunQueue
 from totalfast.serve.runs import Ending
-from totalfast.serve.server import Limits, Server
+from totalfast.serve.server import Server
 
 pytestmark = pytest.mark.skipif(not places.HAS_UNIX_SOCKETS, reason="needs Unix sockets")
 
@@ -48,7 +49,8 @@ class Running:
         self.seconds, self._began = None, time.monotonic()
         self._ready, self._stack = threading.Event(), contextlib.ExitStack()
         opened, self.place, token = self._stack.enter_context(listening(place))
-        self._limits = Limits(at_a_time=at_a_time, queue=queue, idle_s=idle_s)
+        self._limits = {"at_a_time": at_a_time, "waiting": queue}
+        self._idle_s = idle_s
         found = found or conditions()
         arguments = (job, opened, token, found)
         self.thread = threading.Thread(target=lambda: asyncio.run(self._serve(*arguments)))
@@ -56,7 +58,8 @@ class Running:
         assert self._ready.wait(10)
 
     async def _serve(self, job, opened, token, found):
-        self.server = Server(job, limits=self._limits, conditions=found, token=token)
+        queue = RunQueue(job, **self._limits)
+        self.server = Server(queue, conditions=found, token=token, idle_s=self._idle_s)
         self._loop = asyncio.get_running_loop()
         self._ready.set()
         with self._stack:

@@ -149,15 +149,13 @@ async def _serve(
     found: Mapping[str, str],
     token: str | None,
 ) -> None:
-    from totalfast.serve.server import Limits, Server
+    from totalfast.serve.run_queue import RunQueue
+    from totalfast.serve.server import Server
     from totalfast.session import runs_at_a_time
 
-    limits = Limits(
-        at_a_time=args.at_a_time or runs_at_a_time(args.device),
-        queue=args.queue,
-        idle_s=args.idle,
-    )
-    server = Server(job, limits=limits, conditions=found, token=token)
+    at_a_time = args.at_a_time or runs_at_a_time(args.device)
+    queue = RunQueue(job, at_a_time=at_a_time, waiting=args.queue)
+    server = Server(queue, conditions=found, token=token, idle_s=args.idle)
     _stop_on_signals(server)
     await server.serve(opened)
 

@@ -1,0 +1,142 @@
+"""The runs of a server: in order, a few at a time, cancelled one by one or all together.
+
+Knows nothing of connections. All methods are for the event loop's thread; the runs are in threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+from totalfast.serve.runs import Cancelled, Ending, EventProgress, RunLog
+from totalfast.system.process_memory import release_free_memory
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+    from totalfast.serve.frames import Frame
+    from totalfast.serve.runs import Job, Run
+
+logger = logging.getLogger(__name__)
+
+STOP_S = 30.0
+"""Seconds that cancelled runs have to end when the server stops. On a CPU a tile takes up to a few
+seconds."""
+
+TIDY_S = 2.0
+"""Pause after the last run before memory is returned to the system, which takes a few tenths of a
+second."""
+
+CANCELLED = 130
+"""Exit code of a cancelled run, that of a command after Ctrl-C."""
+
+STOPPED = (
+    "ERROR: the server was stopped, and this run with it; no file is half-written. Run the command "
+    "again."
+)
+
+
+class RunQueue:
+    """Runs in work and waiting.
+
+    Parameters
+    ----------
+    job
+        Does a run.
+    at_a_time
+        Number of runs in work.
+    waiting
+        Number of runs that may wait.
+    """
+
+    def __init__(self, job: Job, *, at_a_time: int, waiting: int) -> None:
+        self._job = job
+        self._at_a_time, self._waiting = at_a_time, waiting
+        self._pool = ThreadPoolExecutor(at_a_time, thread_name_prefix="totalfast-served")
+        self._log = RunLog()
+        logging.getLogger("totalfast").addHandler(self._log)
+        self._runs: dict[Run, Future[Ending | None]] = {}
+        self._stopping = False
+
+    def __len__(self) -> int:
+        return len(self._runs)
+
+    def why_closed(self) -> str:
+        """Why no run is accepted now; an empty text if one is."""
+        if self._stopping:
+            return "the server ends"
+        waiting = len(self._runs) - self._at_a_time
+        if waiting >= self._waiting:
+            return f"{waiting} runs are waiting for the server"
+        return ""
+
+    async def do(self, run: Run) -> Frame:
+        """Do a run when its turn comes; return its last event, "ended" or "refused"."""
+        future = self._runs[run] = self._pool.submit(self._work, run)
+        try:
+            await asyncio.wait([asyncio.wrap_future(future)])
+        finally:
+            del self._runs[run]
+            asyncio.get_running_loop().call_later(TIDY_S, self._tidy)
+        return self._last_event(run, future)
+
+    def cancel(self, run: Run) -> None:
+        """End a run at its next sign of progress, or take it out of the queue."""
+        run.cancelled.set()
+        if run in self._runs:
+            self._runs[run].cancel()  # if it waits
+
+    async def stop(self) -> None:
+        """Accept no more runs, cancel all, and wait until they have ended."""
+        self._stopping = True
+        for run in list(self._runs):
+            self.cancel(run)
+        end = time.monotonic() + STOP_S
+        while self._runs and time.monotonic() < end:
+            await asyncio.sleep(0.02)
+        for run in self._runs:
+            logger.warning("WARNING: %s did not end in %.0f s.", run, STOP_S)
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        logging.getLogger("totalfast").removeHandler(self._log)
+
+    def _tidy(self) -> None:
+        """Free memory in a pause between runs."""
+        if not self._runs and not self._stopping:
+            asyncio.get_running_loop().run_in_executor(None, release_free_memory)
+
+    def _last_event(self, run: Run, future: Future[Ending | None]) -> Frame:
+        """Return the last event of a run, and log how it ended."""
+        elapsed_s = run.elapsed_s()
+        if future.cancelled():  # it has not begun
+            logger.info("%s is cancelled; it waited for %.2f s", run, elapsed_s)
+            if self._stopping:
+                return {"event": "refused", "reason": "the server ends"}
+            return {"event": "ended", "code": CANCELLED, "error": ""}
+        error = future.exception()
+        if error is not None:
+            logger.warning("WARNING: %s failed: %s.", run, type(error).__name__)
+            text = f"ERROR: the server failed: unexpected {type(error).__name__}."
+            return {"event": "ended", "code": 1, "error": text}
+        ending = future.result()
+        if ending is None:
+            logger.info("%s is cancelled after %.2f s", run, elapsed_s)
+            text = STOPPED if self._stopping else ""
+            return {"event": "ended", "code": 1 if text else CANCELLED, "error": text}
+        logger.info("%s has ended after %.2f s, exit code %d", run, elapsed_s, ending.code)
+        return {"event": "ended", "code": ending.code, "error": ending.error}
+
+    def _work(self, run: Run) -> Ending | None:
+        """Do a run, in a thread of the pool; None if it was cancelled."""
+        run.send({"event": "begun"})
+        paths = [repr(run.paths.get(name)) for name in ("input", "output")]
+        logger.info("%s begins after %.2f s: %s", run, run.elapsed_s(), " -> ".join(paths))
+        self._log.add(run)
+        try:
+            return self._job(run.words, run.paths, EventProgress(run))
+        except Cancelled:
+            return None
+        finally:
+            self._log.remove()
