@@ -109,9 +109,11 @@ class Workers:
         """Start a thread that hands over a worker's lines, and None at its end."""
 
         def read() -> None:
-            for line in process.stdout or ():
-                with contextlib.suppress(ValueError):
-                    self._lines.put(json.loads(line))
+            with process.stdout or contextlib.nullcontext(()) as lines:
+                for line in lines:
+                    with contextlib.suppress(ValueError):  # a library's message
+                        event = json.loads(line)
+                        self._lines.put(event if isinstance(event, dict) else {})
             self._lines.put(None)
 
         thread = threading.Thread(target=read, name="totalfast-worker", daemon=True)
