@@ -281,6 +281,7 @@ def test_many_requests_of_which_some_clients_vanish(shared, scan, tmp_path):
             codes.append((command.returncode, output))
         return codes
 
+    assert shared.run("-i", scan, "-o", tmp_path / "first.nii.gz", *FLAGS, "-ml").returncode == 0
     process = psutil.Process(shared.process.pid)
     before = process.memory_info().rss
     with ThreadPoolExecutor(6) as pool:
