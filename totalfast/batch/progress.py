@@ -8,6 +8,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
@@ -17,6 +19,15 @@ if TYPE_CHECKING:
 
 WARM = 2
 """Number of cases after which the speed is measured. The first ones wait for models."""
+
+FIRST = (0.5, 1.0, 0.0, 0.25, 0.75)
+"""Places, among all cases in the order of their sizes, of the cases that run first."""
+
+GROUPS = 8
+"""Maximum number of groups of similar size, in which cases that have ended are averaged."""
+
+WAITING = "Waiting"
+"""The stage in which a case waits for the networks of others."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,11 +63,24 @@ class State:
         return text
 
 
-class Meter:
-    """Counts a batch's cases by the size of their files, and predicts when it ends.
+def typical_first(cases: Sequence[Case]) -> list[Case]:
+    """Put cases of different sizes first, among them the largest; the others keep their order.
 
-    A case's work is the size of its files plus the mean size: its time does not begin at zero, and
-    grows with the scan.
+    After these, the time that is left is known, and whether the memory is large enough.
+    """
+    if len(cases) <= len(FIRST):
+        return list(cases)
+    by_size = sorted(cases, key=lambda case: bytes_of(case.source))
+    first = [by_size[round(place * (len(cases) - 1))] for place in FIRST]
+    names = {case.name for case in first}
+    return first + [case for case in cases if case.name not in names]
+
+
+class Meter:
+    """Measures how long cases take, by the size of their files, and predicts when the batch ends.
+
+    Until cases of a size have ended, the seconds are taken to grow with the size of the files plus
+    the mean size: a case's time does not begin at zero.
 
     Parameters
     ----------
@@ -77,43 +101,81 @@ class Meter:
         sizes = {case.name: bytes_of(case.source) for case in cases}
         mean = sum(sizes.values()) / max(len(sizes), 1) or 1.0
         self._work = {name: size + mean for name, size in sizes.items()}
-        self._total = sum(self._work.values())
+        self._seconds = dict(self._work)
+        """What each case is expected to take, alone; before the first one ends in other units."""
         self._running, self._clock = running, clock
         self._began = self._warm_at = clock()
-        self._warm_work = 0.0
+        self._spent_cold = 0.0
         self._is_warm = False
-        self._ended: dict[str, bool] = {}
+        self._failed: dict[str, bool] = {}
+        """Of cases that have ended: whether they failed."""
+        self._spent: dict[str, float] = {}
+        """Seconds that they took, without waiting."""
+        self._lock = threading.Lock()
 
-    def end(self, name: str, *, failed: bool) -> None:
-        """Count a case that has ended."""
-        self._ended[name] = failed
-        if not self._is_warm and len(self._ended) - sum(self._ended.values()) == WARM:
-            self._is_warm = True
-            self._warm_at, self._warm_work = self._clock(), self._work_done()
+    def end(self, name: str, *, failed: bool, seconds: Mapping[str, float]) -> None:
+        """Count a case that has ended, with the seconds of its stages."""
+        with self._lock:
+            self._failed[name] = failed
+            self._spent[name] = sum(seconds.values()) - seconds.get(WAITING, 0.0)
+            self._seconds = self._predicted()
+            if not self._is_warm and len(self._done()) == WARM:
+                self._is_warm = True
+                self._warm_at, self._spent_cold = self._clock(), self._spent_until_now()
 
     def state(self) -> State:
         """Return how far the batch is."""
-        now, work = self._clock(), self._work_done()
-        speed = None
-        if self._is_warm and now > self._warm_at + 1.0:
-            speed = (work - self._warm_work) / max(now - self._warm_at, 1e-6)
-        elif self._ended:
-            speed = work / max(now - self._began, 1e-6)
-        return State(
-            done=len(self._ended),
-            failed=sum(self._ended.values()),
-            total=len(self._work),
-            share=work / self._total if self._total else 1.0,
-            per_hour=None if not speed else 3600 * speed * len(self._work) / self._total,
-            left_s=None if not speed else (self._total - work) / speed,
+        with self._lock:
+            now, spent = self._clock(), self._spent_until_now()
+            began, cold = self._began, 0.0
+            if len(self._done()) > WARM:
+                began, cold = self._warm_at, self._spent_cold
+            speed = (spent - cold) / (now - began) if self._failed and now > began else 0.0
+            shares = self._shares()
+            total = spent + sum(
+                seconds * (1.0 - shares.get(name, 0.0)) for name, seconds in self._seconds.items()
+            )
+            work = sum(self._work[name] * share for name, share in shares.items())
+            return State(
+                done=len(self._failed),
+                failed=sum(self._failed.values()),
+                total=len(self._work),
+                share=work / sum(self._work.values()) if self._work else 1.0,
+                per_hour=3600 * speed * len(self._work) / total if speed > 0 else None,
+                left_s=(total - spent) / speed if speed > 0 else None,
+            )
+
+    def _done(self) -> list[str]:
+        return [name for name, failed in self._failed.items() if not failed]
+
+    def _shares(self) -> dict[str, float]:
+        """Share that is done of each case that has begun or ended."""
+        begun = {case.name: share for case, share in self._running.fractions().items()}
+        return begun | dict.fromkeys(self._failed, 1.0)
+
+    def _spent_until_now(self) -> float:
+        begun = {name: share for name, share in self._shares().items() if name not in self._spent}
+        return sum(self._spent.values()) + sum(
+            self._seconds[name] * share for name, share in begun.items()
         )
 
-    def _work_done(self) -> float:
-        in_work: Mapping[Case, float] = self._running.fractions()
-        begun = {case.name: share for case, share in in_work.items()}
-        return sum(self._work[name] for name in self._ended) + sum(
-            self._work[name] * share for name, share in begun.items() if name not in self._ended
-        )
+    def _predicted(self) -> dict[str, float]:
+        """Predict the seconds of each case from those of similar size that have ended.
+
+        The first one counts only until there is another, because it imports and loads.
+        """
+        done = self._done()
+        known = sorted(done[1:] or done, key=self._work.__getitem__)
+        if not known:
+            return self._seconds
+        size = -(-len(known) // GROUPS)
+        groups = [known[start : start + size] for start in range(0, len(known), size)]
+        works = [sum(self._work[name] for name in group) for group in groups]
+        seconds = [sum(self._spent[name] for name in group) for group in groups]
+        means = [work / len(group) for work, group in zip(works, groups, strict=True)]
+        work = np.array(list(self._work.values()))
+        predicted = work * np.interp(work, means, np.divide(seconds, works))
+        return dict(zip(self._work, predicted.tolist(), strict=True))
 
 
 class Ticker:

@@ -175,6 +175,7 @@ def run(args: argparse.Namespace) -> int:
 
     options = check(keywords)
     from totalfast.batch.manifest import Manifest
+    from totalfast.batch.progress import typical_first
     from totalfast.batch.shared_queue import SharedQueue
 
     changing = {name: value for name, value in keywords.items() if name not in SAME_RESULT}
@@ -188,10 +189,10 @@ def run(args: argparse.Namespace) -> int:
         done = len(cases) - len(waiting)
         _tell(
             args,
-            f"{len(cases)} cases, {done} of them already done" if done else f"{len(cases)} cases",
+            _count(len(cases)) + (f", {done} of them already done" if done else ""),
             {"event": "cases", "cases": len(cases), "done": done},
         )
-        last = _segment(args, keywords, waiting, manifest, None)
+        last = _segment(args, keywords, typical_first(waiting), manifest, None)
         _write_table(args, options, manifest)
         _write_report(args, manifest)
     return _end(args, last, len(cases))
@@ -207,6 +208,12 @@ def _check(args: argparse.Namespace) -> None:
     if args.num_parts > 1 and len(_devices(args)) > 1 and "TOTALFAST_BATCH_QUEUE" not in os.environ:
         raise OptionError(
             "--num-parts does not work with several workers; give each part one of the GPUs."
+        )
+    scans = Path(args.input).absolute()
+    if scans.is_dir() and scans.resolve() == args.output.resolve():
+        raise OptionError(
+            f"-i and -o are the same folder, {args.output}. Name another one with -o, which may be "
+            "in the folder of the scans."
         )
     if args.at_a_time is not None and args.at_a_time < 1:
         raise OptionError(f"--at-a-time must be 1 or more, not {args.at_a_time}.")
@@ -291,7 +298,7 @@ def _segment(
         stack.enter_context(Ticker(show, every_s=10.0 if args.json else 0.5))
         for entry in entries:
             last[entry.name] = entry
-            meter.end(entry.name, failed=entry.error is not None)
+            meter.end(entry.name, failed=entry.error is not None, seconds=entry.seconds)
             state = meter.state()
             ended = "done" if entry.error is None else f"failed: {entry.error}"
             _tell(
@@ -384,13 +391,17 @@ def _end(args: argparse.Namespace, last: dict[str, Entry], cases: int) -> int:
         logger.info("Failed: %s: %s", entry.name, entry.error)
     _tell(
         args,
-        f"Done: {cases - len(failed)} of {cases} cases, results in {args.output}"
+        f"Done: {cases - len(failed)} of {_count(cases)}, results in {args.output}"
         + (f"; {len(failed)} failed" if failed else ""),
         {"event": "end", "cases": cases, "failed": [entry.name for entry in failed]},
     )
     if failed and not args.json:
-        print(f"ERROR: {len(failed)} of {cases} cases failed.", file=sys.stderr)
+        print(f"ERROR: {len(failed)} of {_count(cases)} failed.", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _count(cases: int) -> str:
+    return "1 case" if cases == 1 else f"{cases} cases"
 
 
 def _tell(args: argparse.Namespace, line: str, event: dict[str, Any]) -> None:
