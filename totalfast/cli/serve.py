@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
-import re
 import shlex
 import signal
 import threading
+from contextlib import AsyncExitStack, ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,8 +16,8 @@ from totalfast import upstream
 from totalfast.backends.devices import validate_device
 from totalfast.cli.console import configure_output
 from totalfast.cli.exit_codes import failure
-from totalfast.cli.parser import build_parser as build_main_parser
 from totalfast.cli.segment import segment_scan
+from totalfast.cli.serve_http import add_http_flags, http_serving, open_http, parse_quietly, seconds
 from totalfast.errors import OptionError, TotalfastError
 from totalfast.serve.places import HAS_UNIX_SOCKETS, SERVER_VARIABLE, Place, default_place
 from totalfast.system.signals import ENDING_SIGNALS
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Mapping
 
+    from totalfast.cli.serve_http import Http
     from totalfast.serve.runs import Ending, Job
     from totalfast.serve.server import Server
     from totalfast.session import Session
@@ -48,8 +49,6 @@ examples:
   totalfast serve --preload fast &
   export TOTALFAST_SERVER=auto
   totalfast -i ct.nii.gz -o segmentations --fast"""
-
-SECONDS = {"s": 1, "m": 60, "h": 3600}
 
 FORMAT = "%(asctime)s %(message)s"
 """Of lines in a log file."""
@@ -79,11 +78,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="Listen on this port of 127.0.0.1 instead; 0 lets the system choose. Clients read a "
         "token from a file that only this user can read.",
     )
+    add_http_flags(parser)
     add = parser.add_argument
     add(
         "--idle",
-        type=_seconds,
-        default=_seconds("15m"),
+        type=seconds,
+        default=seconds("15m"),
         metavar="TIME",
         help="End after this time without a command, such as 90s, 15m (default), 2h or never.",
     )
@@ -130,15 +130,19 @@ def run(args: argparse.Namespace) -> int:
     session = Session(
         device=args.device, max_models=args.max_models or MAX_MODELS, follow_modality=True
     )
-    with listening(_place(args)) as (opened, place, token):
+    with ExitStack() as stack:
+        opened, place, token = stack.enter_context(listening(_place(args)))
+        http = open_http(args, stack)
         _configure_log(args)
         if not args.quiet:
             use = f"export {SERVER_VARIABLE}={shlex.quote(str(place))}"
             print(f"Ready; in another terminal: {use}", flush=True)
+            if http is not None:
+                print(f"HTTP: {http.url}, token in {http.token_file}", flush=True)
         if tasks:
             arguments = (session, tasks, args.device)
             threading.Thread(target=_preload, args=arguments, daemon=True).start()
-        asyncio.run(_serve(args, opened, _job_of(session), found, token))
+        asyncio.run(_serve(args, opened, _job_of(session), found, token, http))
     return 0
 
 
@@ -148,6 +152,7 @@ async def _serve(
     job: Job,
     found: Mapping[str, str],
     token: str | None,
+    http: Http | None,
 ) -> None:
     from totalfast.serve.run_queue import RunQueue
     from totalfast.serve.server import Server
@@ -157,7 +162,10 @@ async def _serve(
     queue = RunQueue(job, at_a_time=at_a_time, waiting=args.queue)
     server = Server(queue, conditions=found, token=token, idle_s=args.idle)
     _stop_on_signals(server)
-    await server.serve(opened)
+    async with AsyncExitStack() as stack:
+        if http is not None:
+            await stack.enter_async_context(http_serving(http, queue, args))
+        await server.serve(opened)
 
 
 def _stop_on_signals(server: Server) -> None:
@@ -178,9 +186,9 @@ def _job_of(session: Session) -> Job:
 
     def job(words: tuple[str, ...], paths: Mapping[str, str], progress: Progress) -> Ending:
         try:
-            args = build_main_parser().parse_args(words)
-        except SystemExit:
-            return Ending(code=2, error="ERROR: the server can't parse this command line.")
+            args = parse_quietly(words)
+        except OptionError as error:
+            return Ending(code=2, error=f"ERROR: {error}")
         if args.list_tasks or args.list_classes or args.input is None or args.output is None:
             return Ending(code=2, error="ERROR: the server only segments scans.")
         for name, path in paths.items():
@@ -251,16 +259,6 @@ def _task(name: str) -> Task:
     return Options.from_keywords(
         {"task": task, "fast": size == "fast", "fastest": size == "fastest"}
     ).resolved_task()
-
-
-def _seconds(text: str) -> float | None:
-    """Seconds of a time such as 90s or 15m; None for never."""
-    if text == "never":
-        return None
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text)
-    if found is None:
-        raise argparse.ArgumentTypeError(f"'{text}' is no time such as 90s, 15m, 2h or never.")
-    return float(found[1]) * SECONDS[found[2]]
 
 
 def _count(text: str) -> int:

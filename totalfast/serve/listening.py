@@ -34,8 +34,10 @@ def listening(place: Place) -> Iterator[tuple[socket.socket, Place, str | None]]
         If a server is alive there, or the place can't be used.
     """
     if place.port is not None:
-        with _port(place.port) as (opened, port, token):
-            yield opened, Place(port=port), token
+        with _bound(LOOPBACK, place.port) as opened:
+            place = Place(port=opened.getsockname()[1])
+            with _token(place.token_file or Path()) as token:
+                yield opened, place, token
     else:
         path = place.socket or Path()
         with _unix_socket(path) as opened:
@@ -43,22 +45,44 @@ def listening(place: Place) -> Iterator[tuple[socket.socket, Place, str | None]]
 
 
 @contextlib.contextmanager
-def _port(number: int) -> Iterator[tuple[socket.socket, int, str]]:
+def listening_for_http(host: str, port: int) -> Iterator[tuple[socket.socket, Path, str]]:
+    """Listen for HTTP at an address.
+
+    Yields
+    ------
+        The socket, the file of the token, and the token that clients must send.
+
+    Raises
+    ------
+    OptionError
+        If the address can't be used.
+    """
+    with _bound(host, port) as opened:
+        file = runtime_folder() / f"http-{opened.getsockname()[1]}.token"
+        with _token(file) as token:
+            yield opened, file, token
+
+
+@contextlib.contextmanager
+def _bound(host: str, port: int) -> Iterator[socket.socket]:
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as opened:
         if os.name == "posix":  # on Windows it would let two servers share the port
             opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            opened.bind((LOOPBACK, number))
+            opened.bind((host, port))
             opened.listen()
         except (OSError, OverflowError) as error:
-            raise OptionError(f"port {number} of {LOOPBACK} can't be used: {error}.") from error
-        port = opened.getsockname()[1]
-        file = Place(port=port).token_file or Path()
-        token = write_token(file)
-        try:
-            yield opened, port, token
-        finally:
-            file.unlink(missing_ok=True)
+            raise OptionError(f"port {port} of {host} can't be used: {error}.") from error
+        yield opened
+
+
+@contextlib.contextmanager
+def _token(file: Path) -> Iterator[str]:
+    token = write_token(file)
+    try:
+        yield token
+    finally:
+        file.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

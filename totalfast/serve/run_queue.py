@@ -15,6 +15,7 @@ from totalfast.serve.runs import Cancelled, Ending, EventProgress, RunLog
 from totalfast.system.process_memory import release_free_memory
 
 if TYPE_CHECKING:
+    from collections.abc import Coroutine
     from concurrent.futures import Future
 
     from totalfast.serve.frames import Frame
@@ -60,9 +61,17 @@ class RunQueue:
         logging.getLogger("totalfast").addHandler(self._log)
         self._runs: dict[Run, Future[Ending | None]] = {}
         self._stopping = False
+        self._count = 0
+        self.idle_since = time.monotonic()
+        """When a run has ended last."""
 
     def __len__(self) -> int:
         return len(self._runs)
+
+    def next_number(self) -> int:
+        """Return the number of a new run."""
+        self._count += 1
+        return self._count
 
     def why_closed(self) -> str:
         """Why no run is accepted now; an empty text if one is."""
@@ -73,13 +82,18 @@ class RunQueue:
             return f"{waiting} runs are waiting for the server"
         return ""
 
-    async def do(self, run: Run) -> Frame:
-        """Do a run when its turn comes; return its last event, "ended" or "refused"."""
-        future = self._runs[run] = self._pool.submit(self._work, run)
+    def start(self, run: Run) -> Coroutine[None, None, Frame]:
+        """Put a run into the queue; wait for its last event, "ended" or "refused", with await."""
+        self._runs[run] = self._pool.submit(self._work, run)
+        return self._ended(run)
+
+    async def _ended(self, run: Run) -> Frame:
+        future = self._runs[run]
         try:
             await asyncio.wait([asyncio.wrap_future(future)])
         finally:
             del self._runs[run]
+            self.idle_since = time.monotonic()
             asyncio.get_running_loop().call_later(TIDY_S, self._tidy)
         return self._last_event(run, future)
 

@@ -54,7 +54,7 @@ class Server:
     token
         What clients must send; None for Unix sockets.
     idle_s
-        Seconds without a connection after which the server ends; None for never.
+        Seconds without a connection or a run after which the server ends; None for never.
     """
 
     def __init__(
@@ -70,7 +70,6 @@ class Server:
         self._token = token
         self._idle_s = idle_s
         self._connections = 0
-        self._count = 0
         self._idle_since = time.monotonic()
         self._stop = asyncio.Event()
 
@@ -104,9 +103,10 @@ class Server:
 
     def _seconds_left(self) -> float | None:
         """Seconds until the server ends if nobody connects; None for never."""
-        if self._idle_s is None or self._connections:
+        if self._idle_s is None or self._connections or len(self._queue):
             return self._idle_s
-        return self._idle_s - (time.monotonic() - self._idle_since)
+        idle_since = max(self._idle_since, self._queue.idle_since)
+        return self._idle_s - (time.monotonic() - idle_since)
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Serve one connection."""
@@ -163,7 +163,6 @@ class Server:
 
     def _new_run(self, request: Frame, writer: asyncio.StreamWriter) -> Run:
         loop = asyncio.get_running_loop()
-        self._count += 1
 
         def write(event: Frame) -> None:
             if writer.is_closing():
@@ -177,7 +176,7 @@ class Server:
                 loop.call_soon_threadsafe(write, event)
 
         return Run(
-            number=self._count,
+            number=self._queue.next_number(),
             words=tuple(request["words"]),
             paths=request["paths"],
             send=send,
@@ -190,7 +189,7 @@ class Server:
         writer.write(encode({"event": "queued", "ahead": len(self._queue)}))
         watching = asyncio.ensure_future(self._watch(run, reader))
         try:
-            last = await self._queue.do(run)
+            last = await self._queue.start(run)
         finally:
             watching.cancel()
         writer.write(encode(last))

@@ -1,0 +1,109 @@
+"""The description of the HTTP interface, OpenAPI 3.1."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from totalfast import about
+
+RUN = {
+    "type": "object",
+    "properties": {
+        "id": {"type": "string"},
+        "state": {"enum": ["waiting", "running", "done", "failed", "cancelled"]},
+        "stage": {"type": "string"},
+        "fraction": {"type": "number", "minimum": 0, "maximum": 1},
+        "exit_code": {"type": ["integer", "null"]},
+        "error": {"type": "string"},
+        "log": {"type": "array", "items": {"type": "string"}},
+    },
+}
+
+SUBMISSION = {
+    "type": "object",
+    "required": ["input", "output"],
+    "properties": {
+        "input": {"type": "string", "description": "Absolute path on the server."},
+        "output": {"type": "string", "description": "Absolute path on the server."},
+        "flags": {"type": "array", "items": {"type": "string"}, "default": []},
+    },
+}
+
+_FLAGS = {
+    "name": "flags",
+    "in": "query",
+    "description": "Flags of the totalfast command, one per parameter.",
+    "schema": {"type": "array", "items": {"type": "string"}},
+}
+
+_NAME = {
+    "name": "name",
+    "in": "query",
+    "description": "Name of the uploaded file, such as ct.nii.gz, or dicom.zip for a series.",
+    "schema": {"type": "string"},
+}
+
+_ID = {"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}
+
+
+def description() -> dict[str, Any]:
+    """Return the OpenAPI description."""
+    run = {"content": {"application/json": {"schema": RUN}}}
+    missing = {"404": {"description": "There is no such run, or it was removed."}}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "totalfast", "version": about.version()},
+        "security": [{"token": []}],
+        "components": {"securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}},
+        "paths": {
+            "/health": {"get": _operation("Whether the server is alive", {}, security=[])},
+            "/metrics": {"get": _operation("Numbers of runs, for Prometheus", {})},
+            "/runs": {
+                "post": {
+                    **_operation(
+                        "Submit a run: a scan as the body, or paths as JSON",
+                        {
+                            "202": {"description": "Accepted", **run},
+                            "400": {"description": "The flags or the body are not valid."},
+                            "403": {"description": "A path is outside of the server's folders."},
+                            "413": {"description": "The upload is too large."},
+                            "503": {"description": "Too many runs are waiting."},
+                        },
+                    ),
+                    "parameters": [_NAME, _FLAGS],
+                    "requestBody": {
+                        "required": True,
+                        "content": {
+                            "application/octet-stream": {},
+                            "application/json": {"schema": SUBMISSION},
+                        },
+                    },
+                }
+            },
+            "/runs/{id}": {
+                "parameters": [_ID],
+                "get": _operation("State", {"200": {"description": "State", **run}, **missing}),
+                "delete": _operation(
+                    "Cancel a run, or remove one that has ended and its files",
+                    {"200": {"description": "State", **run}, **missing},
+                ),
+            },
+            "/runs/{id}/events": {
+                "parameters": [_ID],
+                "get": _operation("Server-sent events: log, progress, end", missing),
+            },
+            "/runs/{id}/result": {
+                "parameters": [_ID],
+                "get": _operation(
+                    "The file, or a zip file of several",
+                    {**missing, "409": {"description": "The run is not done."}},
+                ),
+            },
+        },
+    }
+
+
+def _operation(summary: str, responses: dict[str, Any], **more: object) -> dict[str, Any]:
+    answers = {"200": {"description": summary}} if "202" not in responses else {}
+    token = {} if "security" in more else {"401": {"description": "The token is missing or wrong."}}
+    return {"summary": summary, "responses": {**answers, **token, **responses}, **more}
