@@ -50,6 +50,9 @@ examples:
   export TOTALFAST_SERVER=auto
   totalfast -i ct.nii.gz -o segmentations --fast"""
 
+IDLE_S = 15 * 60.0
+"""Default of --idle without --http."""
+
 FORMAT = "%(asctime)s %(message)s"
 """Of lines in a log file."""
 
@@ -83,9 +86,10 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--idle",
         type=seconds,
-        default=seconds("15m"),
+        default=argparse.SUPPRESS,
         metavar="TIME",
-        help="End after this time without a command, such as 90s, 15m (default), 2h or never.",
+        help="End after this time without a run, such as 90s, 2h or never. Default: 15m; with "
+        "--http never.",
     )
     add("--max-models", type=_count, metavar="N", help="Most models that stay loaded (10).")
     add(
@@ -159,8 +163,9 @@ async def _serve(
     from totalfast.session import runs_at_a_time
 
     at_a_time = args.at_a_time or runs_at_a_time(args.device)
+    idle_s = vars(args).get("idle", IDLE_S if args.http is None else None)
     queue = RunQueue(job, at_a_time=at_a_time, waiting=args.queue)
-    server = Server(queue, conditions=found, token=token, idle_s=args.idle)
+    server = Server(queue, conditions=found, token=token, idle_s=idle_s)
     _stop_on_signals(server)
     async with AsyncExitStack() as stack:
         if http is not None:

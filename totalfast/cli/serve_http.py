@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import re
-import tempfile
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,6 +102,7 @@ def open_http(args: argparse.Namespace, stack: ExitStack) -> Http | None:
     if args.http is None:
         return None
     from totalfast.serve.listening import listening_for_http
+    from totalfast.serve.uploads import upload_folder
 
     if any(importlib.util.find_spec(name) is None for name in ("starlette", "uvicorn")):
         raise OptionError(
@@ -110,10 +110,8 @@ def open_http(args: argparse.Namespace, stack: ExitStack) -> Http | None:
             "pip install 'totalfast[serve]'."
         )
     opened, file, token = stack.enter_context(listening_for_http(args.http_host, args.http))
-    folder = stack.enter_context(
-        tempfile.TemporaryDirectory(prefix="totalfast-serve-", ignore_cleanup_errors=True)
-    )
-    return Http(opened=opened, token_file=file, token=token, folder=Path(folder))
+    folder = stack.enter_context(upload_folder())
+    return Http(opened=opened, token_file=file, token=token, folder=folder)
 
 
 @asynccontextmanager
