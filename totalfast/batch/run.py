@@ -154,6 +154,8 @@ def one_line(error: Exception) -> str:
     """Return the reason of a failure; messages of other libraries may quote a scan's header."""
     if isinstance(error, TotalfastError):
         return " ".join(str(error).split())
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     return type(error).__name__
 
 
