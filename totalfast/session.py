@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from totalfast.backends.devices import validate_device
 from totalfast.errors import OptionError
-from totalfast.files.targets import OutputPlan
+from totalfast.files.targets import OutputPlan, output_in
 from totalfast.models.store import MAX_MODELS, ModelStore
 from totalfast.options import Options, check_radiomics
 from totalfast.system.cores import usable_cores
@@ -18,8 +19,8 @@ from totalfast.system.gpus import may_have_gpu
 from totalfast.system.pending_files import PendingFiles
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
-    from typing import TypeAlias
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from typing import Any, TypeAlias
 
     import nibabel as nib
     from typing_extensions import Unpack
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from totalfast.options import SegmentKeywords
     from totalfast.run.many import Outcome, Running
     from totalfast.run.pipeline import Source
+    from totalfast.run.shared_scan import SharedScan
     from totalfast.system.progress import Progress
 
     Result: TypeAlias = nib.Nifti1Image | tuple[nib.Nifti1Image, Statistics]
@@ -143,12 +145,71 @@ class Session:
         threads = at_a_time or runs_at_a_time(keywords.get("device", self.device))
         yield from run_many(cases, segment, threads=threads, running=running)
 
+    def segment_tasks(
+        self,
+        input: Source,  # noqa: A002 - upstream's name
+        output: str | Path,
+        tasks: Sequence[str],
+        **keywords: Unpack[SegmentKeywords],
+    ) -> dict[str, Result]:
+        """Segment one scan with several tasks, each into a folder of its name in ``output``.
+
+        The scan is read once; tasks with the same spacing share the resampled scan, and tasks with
+        the same rough pass share its labels. Files and voxels are those of single calls. With
+        ``ml`` the label map is ``segmentation.nii.gz``.
+
+        Parameters
+        ----------
+        input
+            As in ``segment``.
+        output
+            Folder.
+        tasks
+            Names of tasks.
+        keywords
+            As in ``segment``, for all tasks.
+
+        Returns
+        -------
+            Task to its label map, or to its label map and statistics.
+
+        Raises
+        ------
+        OptionError
+            If a task is named twice, or an option names one file for all tasks.
+        """
+        return self.tasks_shown(input, Path(output), tasks, keywords, None)
+
+    def tasks_shown(
+        self,
+        source: Source,
+        output: Path,
+        tasks: Sequence[str],
+        keywords: SegmentKeywords,
+        progress: Progress | None,
+    ) -> dict[str, Result]:
+        """``segment_tasks``, with a place where progress is shown; None shows a bar."""
+        from totalfast.run.shared_scan import SharedScan
+
+        shared, results = SharedScan(), {}
+        outputs = task_outputs(output, tasks, keywords)
+        for task, place in outputs.items():
+            of_task: SegmentKeywords = {**keywords, "task": task}
+            place.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                results[task] = self.segment_shown(source, place, of_task, progress, shared)
+            finally:
+                with contextlib.suppress(OSError):
+                    (output / task).rmdir()  # if nothing was written
+        return results
+
     def segment_shown(
         self,
         source: Source,
         output: str | Path | None,
         keywords: SegmentKeywords,
         progress: Progress | None,
+        shared: SharedScan | None = None,
     ) -> Result:
         """``segment``, with a place where progress is shown; None shows a bar unless quiet."""
         from totalfast.files.dicom.read import SeriesSource
@@ -157,11 +218,11 @@ class Session:
         self.models.check()
         keywords = {"device": self.device, **keywords}
         if not is_dicom(source):
-            return self._segment(source, output, keywords, progress)
+            return self._segment(source, output, keywords, progress, shared)
         with SeriesSource(Path(source), wanted=keywords.get("series")) as opened:
             if self.follow_modality:
                 keywords["task"] = _task_of_modality(keywords.get("task", "total"), opened)
-            return self._segment(source, output, keywords, progress, opened)
+            return self._segment(source, output, keywords, progress, shared, opened)
 
     def _segment(
         self,
@@ -169,6 +230,7 @@ class Session:
         output: str | Path | None,
         keywords: SegmentKeywords,
         progress: Progress | None,
+        shared: SharedScan | None,
         opened: SeriesSource | None = None,
     ) -> Result:
         """Check everything that can be checked before the network runs, then run."""
@@ -205,10 +267,37 @@ class Session:
                 files=files,
                 series=series,
                 progress=progress,
+                shared=shared,
             )
         if segmentation.statistics is None:
             return segmentation.image
         return segmentation.image, segmentation.statistics
+
+
+def task_outputs(
+    folder: Path, tasks: Sequence[str], keywords: Mapping[str, Any]
+) -> dict[str, Path]:
+    """Return the output of each of several tasks, after their options were checked.
+
+    Raises
+    ------
+    OptionError
+        If a task is named twice, an option is not valid for one of them, or names one file for all.
+    """
+    outputs: dict[str, Path] = {}
+    for task in tasks:
+        options = Options.from_keywords({**keywords, "task": task})
+        if task in outputs:
+            raise OptionError(f"task {task} is named twice.")
+        files = (options.report, options.save_probabilities)
+        if any(files) or not isinstance(options.statistics, bool):
+            raise OptionError(
+                "report, save_probabilities and a file of statistics can't be shared by several "
+                "tasks; statistics without a file name are written for each task."
+            )
+        options.resolved_task()
+        outputs[task] = output_in(folder / task, options)
+    return outputs
 
 
 def runs_at_a_time(device: str) -> int:

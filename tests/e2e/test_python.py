@@ -7,6 +7,7 @@ import json
 import logging
 import threading
 import weakref
+from collections import Counter
 
 import nibabel as nib
 import numpy as np
@@ -257,7 +258,6 @@ def test_missing_scan_is_an_error_before_a_model_is_downloaded(tmp_path, monkeyp
 
 def test_linear_export_equals_the_argmax_of_interpolated_logits(scan):
     """The reference resamples all logits with scipy, class by class. The scan is not RAS+."""
-    import torch
     from scipy import ndimage
 
     from totalfast.engine.normalise import to_network_image
@@ -322,3 +322,43 @@ def test_preview_without_an_output_gives_a_warning_and_no_picture(scan, caplog):
     with caplog.at_level("WARNING", logger="totalfast"):
         totalfast.segment(scan, fastest=True, preview=True, device="cpu", quiet=True)
     assert any("Skipping preview" in message for message in caplog.messages)
+
+
+def test_several_tasks_give_the_files_of_single_runs_and_read_the_scan_once(
+    scan, tmp_path, monkeypatch
+):
+    from totalfast.run import pipeline
+
+    tasks = ["liver_segments", "body", "total"]
+    calls = []
+    for name in ("read_image", "to_model_grid", "predict"):
+        function = getattr(pipeline, name)
+        monkeypatch.setattr(
+            pipeline, name, lambda *a, _f=function, _n=name, **k: calls.append(_n) or _f(*a, **k)
+        )
+    keywords = {"device": "cpu", "quiet": True, "backend": "torch"}
+    with totalfast.Session() as session:
+        single = {}
+        for task in tasks:
+            single[task] = session.segment(scan, tmp_path / "one" / task, task=task, **keywords)
+        alone = Counter(calls)
+        calls.clear()
+        together = session.segment_tasks(scan, tmp_path / "all", tasks, **keywords)
+    assert list(together) == tasks
+    for task in tasks:
+        np.testing.assert_array_equal(together[task].dataobj, single[task].dataobj)
+        files = sorted(path.name for path in (tmp_path / "one" / task).iterdir())
+        assert files
+        assert sorted(path.name for path in (tmp_path / "all" / task).iterdir()) == files
+        for name in files:
+            one, other = (tmp_path / place / task / name for place in ("one", "all"))
+            assert one.read_bytes() == other.read_bytes()
+    assert (alone["read_image"], Counter(calls)["read_image"]) == (3, 1)
+    assert Counter(calls)["to_model_grid"] < alone["to_model_grid"]
+    with pytest.raises(totalfast.OptionError, match="named twice"):
+        session.segment_tasks(scan, tmp_path / "x", ["body", "body"], **keywords)
+    with pytest.raises(totalfast.OptionError, match="can't be shared"):
+        session.segment_tasks(
+            scan, tmp_path / "x", ["body", "total"], report=tmp_path / "r.json", **keywords
+        )
+    assert not (tmp_path / "x").exists()

@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import filelock
@@ -468,3 +469,14 @@ def test_undo_that_fails_keeps_the_old_files_for_the_next_run(old, monkeypatch, 
 
 def test_a_staging_folder_that_was_never_opened_is_removed_without_an_error(tmp_path):
     assert Staging(tmp_path).remove()
+
+
+def test_threads_that_write_into_one_folder_do_not_disturb_each_other(tmp_path):
+    def write(number):
+        with PendingFiles() as files:
+            files.write(tmp_path / f"{number}.txt", lambda path: path.write_text(str(number)))
+            files.commit()
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, range(400)))
+    assert {path.name for path in tmp_path.iterdir()} == {f"{n}.txt" for n in range(400)}

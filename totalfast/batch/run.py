@@ -8,19 +8,20 @@ import logging
 import socket
 import threading
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from totalfast.batch.entries import DONE, FAILED, Entry
 from totalfast.errors import InputError, OptionError, TotalfastError
-from totalfast.files.targets import marker_file
+from totalfast.files.targets import marker_file, output_in
 from totalfast.models.weights import ensure_part, parts_of
 from totalfast.options import Options
 from totalfast.run.many import THREAD_NAME, Running, run_many
+from totalfast.session import task_outputs
 from totalfast.system.memory import peak_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterable, Mapping
-    from pathlib import Path
+    from collections.abc import Generator, Iterable, Mapping, Sequence
 
     from totalfast.batch.cases import Case
     from totalfast.batch.manifest import Manifest
@@ -29,9 +30,6 @@ if TYPE_CHECKING:
     from totalfast.session import Session
 
 logger = logging.getLogger(__name__)
-
-LABEL_MAP = "segmentation.nii.gz"
-"""Name of a label map in the folder of its case."""
 
 PACKAGES = ("totalfast", "TotalSegmentator", "nnunetv2", "torch")
 
@@ -51,6 +49,8 @@ class Batch:
         Has a folder for each case.
     keywords
         Of ``Session.segment``; a completion marker is always written.
+    tasks
+        Names of tasks. The results of several are in a folder for each task.
     manifest
         What is done, and where the end of each attempt is noted.
     retries
@@ -62,6 +62,7 @@ class Batch:
     session: Session
     folder: Path
     keywords: Mapping[str, Any]
+    tasks: Sequence[str]
     manifest: Manifest
     retries: int
     at_a_time: int
@@ -87,10 +88,13 @@ class Batch:
             if cases:
                 logger.info("Trying %d failed cases again ...", len(cases))
 
-    def output_of(self, case: Case) -> Path:
-        """Return the output of a case: a folder of masks, or a label map."""
+    def outputs_of(self, case: Case) -> dict[str, Path]:
+        """Return the output of each task: a folder of masks, or a label map."""
         folder = self.folder / case.name
-        return folder / LABEL_MAP if self.keywords.get("ml") else folder
+        if len(self.tasks) > 1:
+            return task_outputs(folder, self.tasks, self.keywords)
+        (task,) = self.tasks
+        return {task: output_in(folder, Options.from_keywords(self.keywords))}
 
     def _outcomes(
         self, cases: Iterable[Case], running: Running[Case]
@@ -99,11 +103,15 @@ class Batch:
 
     def _segment(self, case: Case, clock: StageClock) -> None:
         threading.current_thread().name = f"{THREAD_NAME} {case.name}"
-        output = self.output_of(case)
-        folder = self.folder / case.name
+        folder, clock.tasks = self.folder / case.name, len(self.tasks)
         folder.mkdir(exist_ok=True)
         keywords = cast("SegmentKeywords", {**self.keywords, "series": case.series})
         try:
+            if len(self.tasks) > 1:
+                self.session.tasks_shown(case.source, folder, self.tasks, keywords, clock)
+                return
+            ((task, output),) = self.outputs_of(case).items()
+            keywords["task"] = task
             self.session.segment_shown(case.source, output, keywords, clock)
         finally:
             with contextlib.suppress(OSError):
@@ -131,12 +139,13 @@ class Batch:
         )
 
     def _files(self, case: Case) -> tuple[str, ...]:
-        """The completion marker, which lists all others."""
-        marker = marker_file(self.output_of(case), Options.from_keywords(self.keywords))
-        return (marker.relative_to(self.folder).as_posix(),)
+        """The completion markers, which list all other files."""
+        options = Options.from_keywords(self.keywords)
+        markers = [marker_file(output, options) for output in self.outputs_of(case).values()]
+        return tuple(marker.relative_to(self.folder).as_posix() for marker in markers)
 
 
-def check(keywords: Mapping[str, Any]) -> Options:
+def check(keywords: Mapping[str, Any], tasks: Sequence[str]) -> Options:
     """Check what is the same for all cases, before the first one: options, licence, models.
 
     Raises
@@ -144,9 +153,12 @@ def check(keywords: Mapping[str, Any]) -> Options:
     TotalfastError
         If an option is not valid, or a model is missing and can't be downloaded.
     """
-    options = Options.from_keywords(keywords)
-    for task, part in parts_of(options.resolved_task()):
-        ensure_part(task, part, offline=options.offline, quiet=options.quiet)
+    if len(tasks) > 1:
+        task_outputs(Path(), tasks, keywords)
+    for name in tasks:
+        options = Options.from_keywords({**keywords, "task": name})
+        for task, part in parts_of(options.resolved_task()):
+            ensure_part(task, part, offline=options.offline, quiet=options.quiet)
     return options
 
 

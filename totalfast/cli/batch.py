@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from totalfast.backends.devices import validate_device
 from totalfast.cli.console import configure_output, print_only_cases
-from totalfast.cli.flags import FLAG_GROUPS, add_file_flags, add_list_flags
+from totalfast.cli.flags import FLAG_GROUPS, add_file_flags, add_list_flags, tasks_of
 from totalfast.errors import OptionError
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ OWN = (
     "report",
     "workers",
     "words",
+    "task",
 )
 """Arguments that are the batch's, not of a single run."""
 
@@ -169,16 +170,18 @@ def run(args: argparse.Namespace) -> int:
     """Segment the cases; 1 if one failed."""
     configure_output(quiet=args.quiet or args.json, verbose=args.verbose)
     print_only_cases(verbose=args.verbose)
+    args.task = tasks_of(args)
     _check(args)
     keywords = _keywords(args)
     from totalfast.batch.run import check
 
-    options = check(keywords)
+    options = check(keywords, args.task)
     from totalfast.batch.manifest import Manifest
     from totalfast.batch.progress import typical_first
     from totalfast.batch.shared_queue import SharedQueue
 
     changing = {name: value for name, value in keywords.items() if name not in SAME_RESULT}
+    changing["task"] = args.task
     parent = SharedQueue.of_parent()
     with Manifest(args.output, changing, part=(args.part_id, args.num_parts)) as manifest:
         if parent is not None:
@@ -194,7 +197,7 @@ def run(args: argparse.Namespace) -> int:
         )
         last = _segment(args, keywords, typical_first(waiting), manifest, None)
         _write_table(args, options, manifest)
-        _write_report(args, manifest)
+        _write_report(args, manifest, done)
     return _end(args, last, len(cases))
 
 
@@ -288,6 +291,7 @@ def _segment(
                 session=session,
                 folder=args.output,
                 keywords=keywords,
+                tasks=args.task,
                 manifest=manifest,
                 retries=args.retries,
                 at_a_time=args.at_a_time or runs_at_a_time(devices[0]),
@@ -366,21 +370,23 @@ def _write_table(args: argparse.Namespace, options: Options, manifest: Manifest)
     from totalfast.batch.table import StatisticsRows, write_table
 
     path = args.table or args.output / "statistics.csv"
+    folders = [""] if len(args.task) == 1 else args.task
     files = {
-        name: args.output / name / "statistics.json"
+        str(Path(name, folder)): args.output / name / folder / "statistics.json"
         for name, entry in manifest.entries().items()
         if entry.state == DONE
+        for folder in folders
     }
     write_table(path, StatisticsRows(files=files))
     logger.info("Statistics of all cases: %s", path)
 
 
-def _write_report(args: argparse.Namespace, manifest: Manifest) -> None:
+def _write_report(args: argparse.Namespace, manifest: Manifest, done: int) -> None:
     if args.report is None:
         return
     from totalfast.batch.report import write_report
 
-    write_report(args.report, manifest.entries(), args.output)
+    write_report(args.report, manifest.entries(), args.output, skipped=done)
     logger.info("Report of the batch: %s", args.report)
 
 

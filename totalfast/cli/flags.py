@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from totalfast import upstream
 from totalfast.backends import BACKENDS
 from totalfast.backends.devices import validate_device
 from totalfast.errors import OptionError
 from totalfast.options import AGGREGATIONS, EXPORTS, MODEL_SIZES, SMALL_BLOB_MM3
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 def add_list_flags(parser: argparse.ArgumentParser) -> None:
@@ -91,10 +95,13 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "-ta",
         "--task",
+        nargs="+",
+        action=_OneOrSeveral,
         choices=upstream.TASKS,
         metavar="task",
         default="total",
-        help="Structures to segment (default: total); see --list-tasks.",
+        help="Structures to segment (default: total); see --list-tasks. Several tasks share the "
+        "scan that is read; each gets a folder in -o.",
     )
     add("-f", "--fast", action="store_true", help="Use the 3 mm model: faster, coarser.")
     add("-ff", "--fastest", action="store_true", help="Use the 6 mm model: fastest, coarsest.")
@@ -366,6 +373,25 @@ def add_compatibility_flags(parser: argparse.ArgumentParser) -> None:
         default=0,
         help="For TotalSegmentator's own tests; only 0 works.",
     )
+
+
+class _OneOrSeveral(argparse.Action):
+    """Stores one word as it is, as upstream's flag does, and several as a list."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        words = list(values or ())
+        setattr(namespace, self.dest, words[0] if len(words) == 1 else words)
+
+
+def tasks_of(args: argparse.Namespace) -> list[str]:
+    """Return the tasks of a command line."""
+    return [args.task] if isinstance(args.task, str) else list(args.task)
 
 
 def _path(text: str) -> Path:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, cast
 from totalfast import upstream
 from totalfast.cli.console import configure_output
 from totalfast.cli.exit_codes import run_to_exit_code
+from totalfast.cli.flags import tasks_of
 
 if TYPE_CHECKING:
     import argparse
@@ -96,5 +97,11 @@ def segment_scan(
     keywords["output_type"] = keywords["output_type"] or "nifti"
     scan, output = keywords.pop("input"), keywords.pop("output")
     session = session or Session(keep_models=False, follow_modality=True)
+    tasks = tasks_of(args)
+    if len(tasks) > 1:
+        del keywords["task"]
+        session.tasks_shown(scan, output, tasks, cast("SegmentKeywords", keywords), progress)
+        return 0
+    keywords["task"] = tasks[0]
     session.segment_shown(scan, output, cast("SegmentKeywords", keywords), progress)
     return 0

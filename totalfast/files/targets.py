@@ -101,6 +101,14 @@ def nifti_instead(path: Path) -> Path:
         number += 1
 
 
+def output_in(folder: Path, options: Options) -> Path:
+    """Return the output of a run that has a folder of its own: the folder, or a file in it."""
+    if not options.multilabel:
+        return folder
+    ending = ".nii.gz" if "nifti" in options.output_type else ".dcm"
+    return folder / f"segmentation{ending}"
+
+
 def report_folder(output: Path, options: Options) -> Path:
     """Folder of files about a result, such as statistics: a file's folder, or the masks' folder."""
     return output.parent if options.multilabel else output

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from totalfast.models.store import ModelStore
     from totalfast.options import Options
     from totalfast.run.memory_plan import Budget, MemoryPlan, StoredScan
+    from totalfast.run.shared_scan import SharedScan
     from totalfast.run.work import Work
     from totalfast.system.pending_files import PendingFiles
     from totalfast.system.progress import Progress
@@ -46,6 +47,8 @@ class RunContext:
         Why classes are empty in the result.
     models
         All models that the run needs, in the order of use.
+    shared
+        What the runs of several tasks on one scan share; None for a run of one task.
     """
 
     options: Options
@@ -57,11 +60,12 @@ class RunContext:
     files: PendingFiles
     empty_classes: EmptyClasses
     models: tuple[tuple[Task, Part], ...]
+    shared: SharedScan | None = None
 
     @property
     def keeps_scan(self) -> bool:
         """Whether a step after the resampling needs the scan's intensities."""
-        return self.scan.kept
+        return self.scan.kept or self.shared is not None
 
     def start_loading(self, number: int) -> Future[Model]:
         """Start loading one of ``models``, unless it is loaded."""

@@ -40,13 +40,15 @@ class StageClock(Progress):
         self._cancelled = cancelled
         self._stage = "Preparing"
         self._since = time.perf_counter()
-        self._total, self._done = 1.0, 0.0
+        self._total, self._done, self._ended = 1.0, 0.0, -1
+        self.tasks = 1
+        """Number of tasks, each of which expects work of its own."""
         self.seconds: dict[str, float] = {}
 
     @property
     def fraction(self) -> float:
         """Share of the run's expected work that is done."""
-        return min(self._done / self._total, 1.0)
+        return (max(self._ended, 0) + min(self._done / self._total, 1.0)) / self.tasks
 
     def stage(self, name: str) -> None:
         """Begin another stage. The models of a task count as one."""
@@ -56,8 +58,8 @@ class StageClock(Progress):
         self._stage, self._since = name.partition(" ")[0], now
 
     def expect(self, total: float) -> None:
-        """Set the total amount of work."""
-        self._total = total
+        """Set the total amount of work of a task."""
+        self._total, self._done, self._ended = total, 0.0, self._ended + 1
 
     def advance(self, work: float) -> None:
         """Add finished work."""

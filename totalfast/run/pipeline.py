@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from totalfast.options import Options
     from totalfast.run.memory_plan import MemoryPlan
     from totalfast.run.results import Segmentation
+    from totalfast.run.shared_scan import SharedScan
     from totalfast.scan import ModelImage, ScannerImage
     from totalfast.system.pending_files import PendingFiles
     from totalfast.tasks import Crop, Task
@@ -77,6 +78,7 @@ def run(
     files: PendingFiles,
     series: Series | None = None,
     progress: Progress | None = None,
+    shared: SharedScan | None = None,
 ) -> Segmentation:
     """Segment one scan and write what was asked for.
 
@@ -96,6 +98,8 @@ def run(
         The DICOM series that ``source`` was converted from, if it was.
     progress
         Where progress is shown; None shows a bar unless the options are quiet.
+    shared
+        What other tasks on the same scan have computed; None if this is the only one.
 
     Returns
     -------
@@ -113,6 +117,7 @@ def run(
         ensure_part(needed, part, offline=options.offline, quiet=options.quiet)
     with progress or Progress(disable=options.quiet) as progress:
         context = _context(scan, task, options=options, store=store, progress=progress, files=files)
+        context = replace(context, shared=shared)
         plan = _first_plan(context, Grid(shape=scan.shape[:3], affine=scan.affine), task)
         plan.refuse(context.budget)
         _prepare_models(context)
@@ -152,13 +157,18 @@ def _label(
     """Read a scan and label it; nothing is written yet."""
     progress = context.progress
     progress.stage("Reading")
-    image = replace_non_finite(read_image(scan), modality=task.modality)
-    warn_of_unusual(
-        image,
-        spacing_mm=task.spacing_mm,
-        crops=task.crop is not None,
-        modality=task.modality,
-    )
+
+    def read() -> ScannerImage:
+        image = replace_non_finite(read_image(scan), modality=task.modality)
+        warn_of_unusual(
+            image,
+            spacing_mm=task.spacing_mm,
+            crops=task.crop is not None,
+            modality=task.modality,
+        )
+        return image
+
+    image = read() if context.shared is None else context.shared.scan(task.modality, read)
     progress.advance(context.work.read)
     label_map = label(context, image, task)
     if task.refined_by is not None:
@@ -187,7 +197,7 @@ def label(context: RunContext, image: ScannerImage, task: Task) -> LabelMap:
 
 def label_whole(context: RunContext, image: ScannerImage, task: Task) -> LabelMap:
     """Label all of an image: to the model grid, predict, clean up, and back."""
-    model_image = resample(image, task, context.options)
+    model_image = resample(context, image, task)
     context.progress.advance(context.work.resample)
     if not context.keeps_scan:
         image.drop_voxels()
@@ -220,19 +230,33 @@ def label_region(context: RunContext, image: ScannerImage, task: Task, crop: Cro
     return label_map
 
 
-def resample(image: ScannerImage, task: Task, options: Options) -> ModelImage:
+def resample(context: RunContext, image: ScannerImage, task: Task) -> ModelImage:
     """Bring a scan to the spacing that a task's models expect, or only to RAS+ axes."""
-    order, spacing_mm = options.resampling_order, task.spacing_mm
-    with timed("Resampling..." if spacing_mm else None, "  Resampled in"):
-        model_image = to_model_grid(
-            image, spacing_mm=spacing_mm, order=order, threads=usable_cores()
-        )
+    order, spacing_mm = context.options.resampling_order, task.spacing_mm
+
+    def resampled() -> ModelImage:
+        with timed("Resampling..." if spacing_mm else None, "  Resampled in"):
+            return to_model_grid(image, spacing_mm=spacing_mm, order=order, threads=usable_cores())
+
+    if context.shared is None:
+        model_image = resampled()
+    else:
+        model_image = context.shared.model_image(image, (spacing_mm, order), resampled)
     logger.debug("  from shape %s to shape %s", image.grid.shape, model_image.grid.shape)
     return model_image
 
 
 def _rough_labels(context: RunContext, image: ScannerImage, crop: Crop) -> NDArray[np.uint8]:
-    """Run the rough task: labels (z, y, x), RAS+ axes."""
+    """Run the rough task, unless another task has: labels (z, y, x), RAS+ axes."""
+    if context.shared is None:
+        return _predict_roughly(context, image, crop)
+    rough = crop.rough
+    models = tuple((task.name, task.resolution, part.model_id) for task, part in parts_of(rough))
+    key = (models, tuple(rough.classes), rough.tile_step, context.options.resampling_order)
+    return context.shared.rough_labels(key, lambda: _predict_roughly(context, image, crop))
+
+
+def _predict_roughly(context: RunContext, image: ScannerImage, crop: Crop) -> NDArray[np.uint8]:
     logger.info(crop.announced)
     if crop.robust:
         logger.info("  (Using more robust (but slower) 3mm model for cropping.)")
@@ -241,7 +265,7 @@ def _rough_labels(context: RunContext, image: ScannerImage, crop: Crop) -> NDArr
         label_map = label(rough, image, task)
         canonical = to_canonical(label_map.voxels, image.grid)
         return np.asarray(canonical.transpose(2, 1, 0), dtype=np.uint8)
-    model_image = resample(image, task, rough.options)
+    model_image = resample(rough, image, task)
     labels = predict(rough, model_image, task)
     return clean(rough, labels, model_image, task)
 

@@ -41,7 +41,7 @@ def total_host_bytes() -> float:
 
 
 def peak_bytes() -> int:
-    """Largest resident memory of this process so far, in bytes; 0 where the system does not tell."""
+    """Largest resident memory of this process so far, in bytes."""
     if sys.platform == "win32":
         return int(psutil.Process().memory_info().peak_wset)
     import resource

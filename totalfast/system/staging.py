@@ -14,6 +14,7 @@ import os
 import secrets
 import shutil
 import stat
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,6 +38,11 @@ without locks, nothing shows whether its process still runs."""
 
 ATTEMPTS = 10
 """How often a folder is created anew if another process removes it before it is locked."""
+
+
+_one_at_a_time = threading.RLock()
+"""Held while a thread creates a folder, or looks whether one is abandoned: a folder is not locked
+yet when it appears."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,14 +78,21 @@ class Staging:
             If the folder can't be created.
         """
         for _ in range(ATTEMPTS):
+            with contextlib.suppress(FileNotFoundError):
+                return self._create()
+            if not self.parent.exists():
+                break
+            self.release()  # another process removed the folder before it was locked
+            self.folder = _new_name(self.parent)
+        return self._create()
+
+    def _create(self) -> None:
+        with _one_at_a_time:
             self.folder.mkdir(mode=0o700)  # fails if the name exists, also as a symbolic link
             self._lock = lock_folder(self.folder)
-            if self.folder.exists():
-                self.folder.chmod(0o700)  # filelock creates a missing folder with another mode
-                break
-            self.folder = _new_name(self.parent)  # removed before it was locked
-        (self.folder / NEW).mkdir()
-        (self.folder / OLD).mkdir()
+            (self.folder / NEW).mkdir()
+            (self.folder / OLD).mkdir()
+            self.folder.chmod(0o700)  # filelock creates a missing folder with another mode
 
     def path(self, target: Path) -> Path:
         """Path at which a target below ``parent`` waits; its folder is created."""
@@ -202,13 +215,14 @@ def _is_ours(status: os.stat_result) -> bool:
 
 
 def _recover(parent: Path, folder: Path) -> None:
-    with abandoned(folder, after_s=ABANDONED_AFTER_S) as is_abandoned:
+    with _one_at_a_time:
+        with abandoned(folder, after_s=ABANDONED_AFTER_S) as is_abandoned:
+            if is_abandoned:
+                _undo(parent, folder)
         if is_abandoned:
-            _undo(parent, folder)
-    if is_abandoned:
-        _delete_folder(folder)  # only now, because Windows does not delete open files
-    else:
-        folder.rmdir()  # only if it is empty: its process was killed before it had a lock
+            _delete_folder(folder)  # only now, because Windows does not delete open files
+        else:
+            folder.rmdir()  # only if it is empty: its process was killed before it had a lock
 
 
 def _undo(parent: Path, folder: Path) -> None:
