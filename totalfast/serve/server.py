@@ -33,8 +33,8 @@ REQUEST_S = 10.0
 CLOSING_S = 2.0
 """Seconds for the last bytes of a connection."""
 
-ACCEPTED_S = 0.05
-"""Seconds until connections that were accepted just before the end are known."""
+ACCEPTING_STEPS = 10
+"""Rounds of the event loop until a connection that was accepted just before the end is served."""
 
 UNSENT_BYTES = 8 << 20
 """Events that a client has not received; with more it counts as gone."""
@@ -84,8 +84,10 @@ class Server:
         try:
             await self._until_idle_or_stopped()
         finally:
+            # Python 3.11 leaks a connection that is being accepted when the server is closed.
+            for _ in range(ACCEPTING_STEPS):
+                await asyncio.sleep(0.005)
             server.close()
-            await asyncio.sleep(ACCEPTED_S)
             await self._queue.stop()
             end = time.monotonic() + CLOSING_S
             while self._connections and time.monotonic() < end:
