@@ -57,9 +57,10 @@ def start_device(device: torch.device) -> None:
 
 def release_device_memory() -> None:
     """Return the memory that torch keeps for later to the CUDA devices, if it uses any."""
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
+    cuda = getattr(sys.modules.get("torch"), "cuda", None)
+    is_initialized = getattr(cuda, "is_initialized", None)  # None while torch is being imported
+    if cuda is not None and is_initialized is not None and is_initialized():
+        cuda.empty_cache()
 
 
 def too_small(message: str) -> DeviceMemoryError:

@@ -20,6 +20,8 @@ examples:
   totalfast -i dicom_folder -o seg.dcm -ot dicom_seg
 
 other commands (each has a --help):
+  totalfast batch -i scans/ -o results/            many scans: resumable, one table of statistics
+  totalfast serve                                  keep models loaded; commands start at once
   totalfast demo                                   try it without a scan or a download
   totalfast preview ct.nii.gz seg.nii.gz out.png   draw a scan and its labels
   totalfast weights list                           models on this machine: download, verify, import

@@ -203,6 +203,7 @@ def _job_of(session: Session) -> Job:
             elif name == "statistics" and isinstance(value, str):
                 args.statistics = path
         upstream.warn_of_untested_version.cache_clear()  # each client sees it
+        session.models.announce_anew()
         try:
             return Ending(code=segment_scan(args, session, progress))
         except Exception as error:  # noqa: BLE001 - it ends the run, not the server

@@ -162,6 +162,11 @@ class ModelStore:
             {_model_key(task, part, device, backend, trust_model) for task, part in models}
         )
 
+    def announce_anew(self) -> None:
+        """Forget the chosen devices, so that the next run logs the choice again."""
+        with self._placing:
+            self._places.clear()
+
     def check(self) -> None:
         """Check that models can be loaded and run.
 
