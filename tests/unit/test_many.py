@@ -12,6 +12,7 @@ import pytest
 
 import totalfast
 from totalfast.run.many import THREAD_NAME, run_many
+from totalfast.system import turns as turns_module
 from totalfast.system.turns import MemoryGate, Turns
 
 
@@ -33,11 +34,11 @@ def test_turns_are_taken_in_the_order_of_asking():
     turns, order = Turns(), []
 
     def take(number):
-        with turns:
+        with turns.turn():
             order.append(number)
 
     threads = []
-    with turns:
+    with turns.turn():
         assert turns.taken
         assert not turns.take_if_free()
         for number in range(5):
@@ -52,16 +53,18 @@ def test_turns_are_taken_in_the_order_of_asking():
 
 
 def test_a_thread_that_stops_waiting_blocks_nobody(monkeypatch):
-    turns, entered = Turns(), []
+    monkeypatch.setattr(turns_module, "WAIT_S", 0.01)
+    turns, gate, entered = Turns(), MemoryGate(), []
 
-    def interrupted(self, predicate, timeout=None):
+    def cancelled():
         raise KeyboardInterrupt
 
-    with turns, monkeypatch.context() as patch:
-        patch.setattr(threading.Condition, "wait_for", interrupted)
-        with pytest.raises(KeyboardInterrupt), turns:
+    with turns.turn(), gate.passed(10, free=10):
+        with pytest.raises(KeyboardInterrupt), turns.turn(cancelled):
             entered.append("never")
-    with turns:
+        with pytest.raises(KeyboardInterrupt), gate.passed(1, free=10, on_wait=cancelled):
+            entered.append("never")
+    with turns.turn(), gate.passed(10, free=10):
         entered.append("later")
     assert entered == ["later"]
 

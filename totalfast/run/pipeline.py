@@ -122,8 +122,13 @@ def run(
         plan.refuse(context.budget)
         _prepare_models(context)
         progress.expect(context.work.total)
-        progress.stage("Waiting")
-        with store.gate.passed(plan.own, free=context.budget.host - plan.shared) as free:
+
+        def wait() -> None:
+            progress.stage("Waiting")  # which ends a run that was cancelled
+
+        wait()
+        free_now = context.budget.host - plan.shared
+        with store.gate.passed(plan.own, free=free_now, on_wait=wait) as free:
             budget = replace(context.budget, host=free + plan.shared)
             results = _label(replace(context, budget=budget), scan, task, outputs, source, series)
             segmentation = write_results(results, progress)

@@ -75,9 +75,13 @@ def predict(context: RunContext, model_image: ModelImage, task: Task) -> NDArray
     -------
         uint8, (z, y, x), RAS+ axes, of ``label_grid``.
     """
+
+    def wait() -> None:
+        context.progress.stage("Waiting")  # which ends a run that was cancelled
+
     if context.store.predicting.taken:
-        context.progress.stage("Waiting")
-    with context.store.predicting:
+        wait()
+    with context.store.predicting.turn(wait):
         return _predict(context, model_image, task)
 
 

@@ -8,7 +8,10 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+
+WAIT_S = 0.5
+"""How long a thread waits before it looks whether it still should."""
 
 
 class Turns:
@@ -19,19 +22,23 @@ class Turns:
         self._waiting: deque[object] = deque()
         """The first one has the lock."""
 
-    def __enter__(self) -> None:
+    @contextlib.contextmanager
+    def turn(self, on_wait: Callable[[], object] = lambda: None) -> Iterator[None]:
+        """Wait for the lock and hold it.
+
+        ``on_wait`` is called while a thread waits, at least every half second; its error ends the
+        waiting.
+        """
         ticket = object()
         with self._changed:
             self._waiting.append(ticket)
-            try:
-                self._changed.wait_for(lambda: self._waiting[0] is ticket)
-            except BaseException:  # such as KeyboardInterrupt
+        try:
+            _wait_for(self._changed, lambda: self._waiting[0] is ticket, on_wait)
+            yield
+        finally:
+            with self._changed:
                 self._waiting.remove(ticket)
                 self._changed.notify_all()
-                raise
-
-    def __exit__(self, *_: object) -> None:
-        self.give_back()
 
     @property
     def taken(self) -> bool:
@@ -68,25 +75,40 @@ class MemoryGate:
         """Free bytes before the first of the runs began that run now."""
 
     @contextlib.contextmanager
-    def passed(self, need: float, *, free: float) -> Iterator[float]:
+    def passed(
+        self, need: float, *, free: float, on_wait: Callable[[], object] = lambda: None
+    ) -> Iterator[float]:
         """Wait until a run of ``need`` bytes fits; yield the bytes that it may take.
 
-        ``free`` is the machine's free memory now. It counts if no other run has begun; else the
-        other runs' estimates are subtracted from what was free before them, because they have not
-        taken all of it yet.
+        ``on_wait`` is as in ``Turns.turn``. ``free`` is the machine's free memory now. It counts if
+        no other run has begun; else the other runs' estimates are subtracted from what was free
+        before them, because they have not taken all of it yet.
         """
         ticket = object()
-        with self._door, self._changed:
-            self._changed.wait_for(
-                lambda: not self._running or need + sum(self._running.values()) <= self._free
-            )
-            if not self._running:
-                self._free = free
-            others = sum(self._running.values())
-            self._running[ticket] = need
+        with self._door.turn(on_wait):
+            _wait_for(self._changed, lambda: self._fits(need), on_wait)
+            with self._changed:
+                if not self._running:
+                    self._free = free
+                others = sum(self._running.values())
+                self._running[ticket] = need
         try:
             yield self._free - others
         finally:
             with self._changed:
                 del self._running[ticket]
                 self._changed.notify_all()
+
+    def _fits(self, need: float) -> bool:
+        return not self._running or need + sum(self._running.values()) <= self._free
+
+
+def _wait_for(
+    changed: threading.Condition, is_so: Callable[[], bool], on_wait: Callable[[], object]
+) -> None:
+    """Wait until a condition holds, and call ``on_wait`` meanwhile."""
+    while True:
+        with changed:
+            if changed.wait_for(is_so, WAIT_S):
+                return
+        on_wait()
