@@ -14,6 +14,8 @@ end:
 - server: ``totalfast serve`` is started, a shell loop runs one command per scan, and the server is
   stopped; left out where there are no Unix sockets.
 
+An untimed batch comes first, because the first run after an installation compiles code.
+
 The results are wall and CPU seconds, the peak memory of the process tree (PSS, sampled while the
 ways are timed), and the voxels that differ from upstream's. For the batch, its manifest gives the
 share of the time in which a network ran, from the batch's start and from the first network's.
@@ -160,6 +162,7 @@ def benchmark(
     commands = ways(scans, scratch, flags)
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in commands}
     batches = []
+    run(commands["batch"], environment, timed=True, watched=False)
     for _ in range(repeats):
         for name, command in commands.items():
             shutil.rmtree(scratch / name, ignore_errors=True)
