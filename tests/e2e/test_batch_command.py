@@ -157,7 +157,7 @@ def test_a_case_that_cannot_be_written_is_tried_again_and_its_reason_is_given(ba
     (tmp_path / "out").mkdir()
     (tmp_path / "out/scan1").touch()
     printed, errors = batch.run("-i", "scans", "-o", "out", "--retries", 2, code=1)
-    assert printed.count("Trying 1 failed cases again ...") == 2
+    assert printed.count("Trying again what failed: 1 of the cases ...") == 2
     assert printed[-2] == f"Failed: scan1: File exists: {tmp_path / 'out/scan1'}"
     assert printed[-1].startswith("Done: 1 of 2 cases")
     assert errors == ["ERROR: 1 of 2 cases failed."]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import totalfast
-from totalfast.run.many import THREAD_NAME, run_many
+from totalfast.run.many import THREAD_NAME, StageClock, run_many
 from totalfast.system import turns as turns_module
 from totalfast.system.turns import MemoryGate, Turns
 
@@ -187,3 +187,14 @@ def test_many_scans_give_the_labels_of_single_calls(tmp_path):
         np.testing.assert_array_equal(written.dataobj, expected[number].dataobj)
         assert outcome.seconds["Predicting"] > 0
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"{n}.nii.gz" for n in range(4)]
+
+
+def test_the_last_stage_is_measured_also_if_all_runs_are_cancelled():
+    cancelled = threading.Event()
+    clock = StageClock(cancelled)
+    clock.stage("Saving 1/2")
+    cancelled.set()
+    clock.end()
+    assert set(clock.seconds) == {"Preparing", "Saving"}
+    with pytest.raises(BaseException, match="^$"):
+        clock.stage("Another")

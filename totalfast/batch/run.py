@@ -86,7 +86,7 @@ class Batch:
             attempt += 1
             cases = failed if attempt <= 1 + self.retries else []
             if cases:
-                logger.info("Trying %d failed cases again ...", len(cases))
+                logger.info("Trying again what failed: %d of the cases ...", len(cases))
 
     def outputs_of(self, case: Case) -> dict[str, Path]:
         """Return the output of each task: a folder of masks, or a label map."""
@@ -119,6 +119,8 @@ class Batch:
 
     def _entry(self, outcome: Outcome[Case, None], attempt: int) -> Entry:
         case = outcome.key
+        if outcome.error is not None:
+            self._unmark(case)
         return Entry(
             name=case.name,
             source=str(case.source),
@@ -140,9 +142,19 @@ class Batch:
 
     def _files(self, case: Case) -> tuple[str, ...]:
         """The completion markers, which list all other files."""
+        return tuple(marker.relative_to(self.folder).as_posix() for marker in self._markers(case))
+
+    def _markers(self, case: Case) -> list[Path]:
         options = Options.from_keywords(self.keywords)
-        markers = [marker_file(output, options) for output in self.outputs_of(case).values()]
-        return tuple(marker.relative_to(self.folder).as_posix() for marker in markers)
+        return [marker_file(output, options) for output in self.outputs_of(case).values()]
+
+    def _unmark(self, case: Case) -> None:
+        """Remove the markers of older results, which are of another input or other options."""
+        for marker in self._markers(case):
+            if marker.exists():
+                logger.warning("WARNING: %s keeps older results.", marker.parent)
+                with contextlib.suppress(OSError):
+                    marker.unlink()
 
 
 def check(keywords: Mapping[str, Any], tasks: Sequence[str]) -> Options:

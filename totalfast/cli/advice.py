@@ -144,6 +144,8 @@ def _device() -> str:
 def _flags(args: argparse.Namespace) -> Iterator[str]:
     """Flags that are on, and values that can't be names of patients."""
     for name, value in sorted(vars(args).items()):
+        if name == "words":  # the command line
+            continue
         if value is True or isinstance(value, Path | list):
             yield name
         elif name in ("task", "device", "backend", "export"):

@@ -46,9 +46,20 @@ def run_to_exit_code(run: Callable[[argparse.Namespace], int], args: argparse.Na
             print(_last_line(interrupted), file=sys.stderr)
             return interruption.exit_code
         except Exception as error:  # noqa: BLE001 - the last place where it can become a message
+            cause = _interruption_before(error)
+            if cause is not None and not interruption.is_nested:
+                print(_last_line(cause), file=sys.stderr)
+                return interruption.exit_code
             code, lines = failure(error, args)
             print(lines, file=sys.stderr)
             return code
+
+
+def _interruption_before(error: BaseException | None) -> KeyboardInterrupt | None:
+    """Return the interruption that was being handled when an error was raised, if one was."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error
 
 
 def _last_line(interruption: KeyboardInterrupt) -> str:

@@ -53,9 +53,16 @@ class StageClock(Progress):
     def stage(self, name: str) -> None:
         """Begin another stage. The models of a task count as one."""
         self._check()
+        self._measure(name.partition(" ")[0])
+
+    def _measure(self, name: str) -> None:
         now = time.perf_counter()
         self.seconds[self._stage] = self.seconds.get(self._stage, 0.0) + now - self._since
-        self._stage, self._since = name.partition(" ")[0], now
+        self._stage, self._since = name, now
+
+    def end(self) -> None:
+        """End the last stage."""
+        self._measure("")
 
     def expect(self, total: float) -> None:
         """Set the total amount of work of a task."""
@@ -148,7 +155,7 @@ def run_many(
                 value = job(key, clock)
             except Exception as caught:  # noqa: BLE001 - an outcome
                 error = caught.with_traceback(None)  # its frames hold the scan
-            clock.stage("")
+            clock.end()
         del running.clocks[key]
         return Outcome(
             key=key,
