@@ -14,6 +14,7 @@ from totalfast.files.targets import OutputPlan, output_in
 from totalfast.models.store import MAX_MODELS, ModelStore
 from totalfast.options import Options, check_radiomics
 from totalfast.system.cores import usable_cores
+from totalfast.system.disk import kept_if_used
 from totalfast.system.forks import working
 from totalfast.system.gpus import may_have_gpu
 from totalfast.system.pending_files import PendingFiles
@@ -193,14 +194,11 @@ class Session:
 
         shared, results = SharedScan(), {}
         outputs = task_outputs(output, tasks, keywords)
-        for task, place in outputs.items():
-            of_task: SegmentKeywords = {**keywords, "task": task}
-            place.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                results[task] = self.segment_shown(source, place, of_task, progress, shared)
-            finally:
-                with contextlib.suppress(OSError):
-                    (output / task).rmdir()  # if nothing was written
+        with kept_if_used(output), self._opened(source, keywords) as opened:
+            for task, place in outputs.items():
+                of_task: SegmentKeywords = {**keywords, "task": task}
+                with kept_if_used(output / task):
+                    results[task] = self._segment(source, place, of_task, progress, opened, shared)
         return results
 
     def segment_shown(
@@ -209,20 +207,22 @@ class Session:
         output: str | Path | None,
         keywords: SegmentKeywords,
         progress: Progress | None,
-        shared: SharedScan | None = None,
     ) -> Result:
         """``segment``, with a place where progress is shown; None shows a bar unless quiet."""
+        with self._opened(source, keywords) as opened:
+            return self._segment(source, output, keywords, progress, opened, None)
+
+    def _opened(
+        self, source: Source, keywords: SegmentKeywords
+    ) -> contextlib.AbstractContextManager[SeriesSource | None]:
+        """Open the DICOM series of a source; None if it is no DICOM."""
         from totalfast.files.dicom.read import SeriesSource
         from totalfast.files.read import is_dicom
 
         self.models.check()
-        keywords = {"device": self.device, **keywords}
         if not is_dicom(source):
-            return self._segment(source, output, keywords, progress, shared)
-        with SeriesSource(Path(source), wanted=keywords.get("series")) as opened:
-            if self.follow_modality:
-                keywords["task"] = _task_of_modality(keywords.get("task", "total"), opened)
-            return self._segment(source, output, keywords, progress, shared, opened)
+            return contextlib.nullcontext()
+        return SeriesSource(Path(source), wanted=keywords.get("series"))
 
     def _segment(
         self,
@@ -230,14 +230,17 @@ class Session:
         output: str | Path | None,
         keywords: SegmentKeywords,
         progress: Progress | None,
+        opened: SeriesSource | None,
         shared: SharedScan | None,
-        opened: SeriesSource | None = None,
     ) -> Result:
         """Check everything that can be checked before the network runs, then run."""
         from totalfast.files.dicom.read import refuse_slices
         from totalfast.files.dicom.write import check_packages, check_series
         from totalfast.run.pipeline import run
 
+        keywords = {"device": self.device, **keywords}
+        if opened is not None and self.follow_modality:
+            keywords["task"] = _task_of_modality(keywords.get("task", "total"), opened)
         options = Options.from_keywords(keywords)
         target = None if output is None else Path(output)
         check_radiomics(source, target, options)

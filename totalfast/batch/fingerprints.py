@@ -38,7 +38,7 @@ def fingerprint_of(marks: Iterable[int], series: str | None) -> str:
 
 
 def fingerprint_now(source: Path, series: str | None) -> str:
-    """Fingerprint of a source as it is now; that of a missing source is one, too.
+    """Return the fingerprint of a source as it is now. A missing source has one, too.
 
     Parameters
     ----------

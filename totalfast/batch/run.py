@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import logging
 import socket
 import threading
@@ -11,13 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from totalfast.about import versions
 from totalfast.batch.entries import DONE, FAILED, Entry
 from totalfast.errors import InputError, OptionError, TotalfastError
 from totalfast.files.targets import marker_file, output_in
-from totalfast.models.weights import ensure_part, parts_of
+from totalfast.models.weights import ensure_parts
 from totalfast.options import Options
 from totalfast.run.many import THREAD_NAME, Running, run_many
 from totalfast.session import task_outputs
+from totalfast.system.disk import kept_if_used
 from totalfast.system.memory import peak_bytes
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PACKAGES = ("totalfast", "TotalSegmentator", "nnunetv2", "torch")
+"""What the labels depend on."""
 
 HOPELESS = (InputError, OptionError)
 """Errors that another attempt meets again."""
@@ -104,18 +106,14 @@ class Batch:
     def _segment(self, case: Case, clock: StageClock) -> None:
         threading.current_thread().name = f"{THREAD_NAME} {case.name}"
         folder, clock.tasks = self.folder / case.name, len(self.tasks)
-        folder.mkdir(exist_ok=True)
         keywords = cast("SegmentKeywords", {**self.keywords, "series": case.series})
-        try:
+        with kept_if_used(folder):
             if len(self.tasks) > 1:
                 self.session.tasks_shown(case.source, folder, self.tasks, keywords, clock)
                 return
             ((task, output),) = self.outputs_of(case).items()
             keywords["task"] = task
             self.session.segment_shown(case.source, output, keywords, clock)
-        finally:
-            with contextlib.suppress(OSError):
-                folder.rmdir()  # if nothing was written
 
     def _entry(self, outcome: Outcome[Case, None], attempt: int) -> Entry:
         case = outcome.key
@@ -132,7 +130,7 @@ class Batch:
             seconds={stage: round(s, 3) for stage, s in outcome.seconds.items()},
             total_s=round(outcome.total_s, 3),
             peak_bytes=peak_bytes(),
-            versions=versions(),
+            versions=versions(*PACKAGES),
             error=None if outcome.error is None else one_line(outcome.error),
             warnings=outcome.warnings,
             files=self._files(case) if outcome.error is None else (),
@@ -169,8 +167,7 @@ def check(keywords: Mapping[str, Any], tasks: Sequence[str]) -> Options:
         task_outputs(Path(), tasks, keywords)
     for name in tasks:
         options = Options.from_keywords({**keywords, "task": name})
-        for task, part in parts_of(options.resolved_task()):
-            ensure_part(task, part, offline=options.offline, quiet=options.quiet)
+        ensure_parts(options.resolved_task(), offline=options.offline, quiet=options.quiet)
     return options
 
 
@@ -181,8 +178,3 @@ def one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     return type(error).__name__
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of the programs that the labels depend on."""
-    return {name: importlib.metadata.version(name) for name in PACKAGES}

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import importlib.metadata
 import platform
 import re
 import sys
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
+
+from totalfast.about import versions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -116,18 +116,12 @@ def report_of(error: Exception, args: argparse.Namespace) -> str:
     """
     lines = [
         "totalfast stopped at an unexpected error. A bug report needs these lines:",
-        f"  {', '.join(_versions())}",
+        f"  {', '.join(f'{name} {number}' for name, number in versions(*PACKAGES).items())}",
         f"  Python {platform.python_version()}, {platform.platform()}, {_device()}",
         f"  flags: {' '.join(_flags(args)) or 'none'}",
         f"  {type(error).__name__} at {' < '.join(_places(error))}",
     ]
     return "\n".join(lines)
-
-
-def _versions() -> Iterator[str]:
-    for name in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            yield f"{name} {importlib.metadata.version(name)}"
 
 
 def _device() -> str:

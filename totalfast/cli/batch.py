@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import re
 import sys
 from contextlib import ExitStack, closing
@@ -14,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from totalfast.backends.devices import validate_device
 from totalfast.cli.console import configure_output, print_only_cases
-from totalfast.cli.flags import FLAG_GROUPS, add_file_flags, add_list_flags, tasks_of
+from totalfast.cli.flags import FLAG_GROUPS, add_file_flags, add_list_flags, keywords_of, tasks_of
 from totalfast.errors import OptionError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from totalfast.batch.cases import Case
     from totalfast.batch.entries import Entry
@@ -45,7 +44,7 @@ OWN = (
     "report",
     "workers",
     "words",
-    "task",
+    "series",
 )
 """Arguments that are the batch's, not of a single run."""
 
@@ -136,7 +135,7 @@ def _add_batch_flags(parser: argparse.ArgumentParser) -> None:
         metavar="pattern",
         help="Only DICOM series whose description has this regular expression.",
     )
-    add("--min-slices", type=int, metavar="N", help="Only scans with at least so many slices.")
+    add("--min-slices", type=int, metavar="N", help="Only scans with N slices or more.")
     add("--retries", type=int, default=1, help="How often a failed case is tried again (1).")
     add(
         "--at-a-time",
@@ -196,19 +195,22 @@ def run(args: argparse.Namespace) -> int:
             {"event": "cases", "cases": len(cases), "done": done},
         )
         last = _segment(args, keywords, typical_first(waiting), manifest, None)
-        _write_table(args, options, manifest)
-        _write_report(args, manifest, done)
+        entries = manifest.entries()  # of other processes, too
+        _write_table(args, options, entries)
+        _write_report(args, entries, done)
     return _end(args, last, len(cases))
 
 
 def _check(args: argparse.Namespace) -> None:
+    from totalfast.batch.shared_queue import SharedQueue
+
     if not 0 <= args.part_id < args.num_parts:
         raise OptionError(f"--part-id must be from 0 to {args.num_parts - 1}, not {args.part_id}.")
     if args.retries < 0:
         raise OptionError(f"--retries must be 0 or more, not {args.retries}.")
     if args.workers is not None and args.workers < 1:
         raise OptionError(f"--workers must be 1 or more, not {args.workers}.")
-    if args.num_parts > 1 and len(_devices(args)) > 1 and "TOTALFAST_BATCH_QUEUE" not in os.environ:
+    if args.num_parts > 1 and len(_devices(args)) > 1 and SharedQueue.of_parent() is None:
         raise OptionError(
             "--num-parts does not work with several workers; give each part one of the GPUs."
         )
@@ -236,10 +238,7 @@ def _check(args: argparse.Namespace) -> None:
 
 def _keywords(args: argparse.Namespace) -> dict[str, Any]:
     """Keywords of ``Session.segment``."""
-    keywords = {name: value for name, value in vars(args).items() if name not in OWN}
-    keywords["statistics_exclude_masks_at_border"] = not keywords.pop("stats_include_incomplete")
-    keywords["output_type"] = keywords["output_type"] or "nifti"
-    del keywords["series"]
+    keywords = keywords_of(args, without=OWN)
     return keywords | {"completion_marker": True, "quiet": True, "device": _devices(args)[0]}
 
 
@@ -363,7 +362,7 @@ class _Bar:
         self._bar.refresh()
 
 
-def _write_table(args: argparse.Namespace, options: Options, manifest: Manifest) -> None:
+def _write_table(args: argparse.Namespace, options: Options, entries: Mapping[str, Entry]) -> None:
     if not options.statistics:
         return
     from totalfast.batch.entries import DONE
@@ -373,7 +372,7 @@ def _write_table(args: argparse.Namespace, options: Options, manifest: Manifest)
     folders = [""] if len(args.task) == 1 else args.task
     files = {
         str(Path(name, folder)): args.output / name / folder / "statistics.json"
-        for name, entry in manifest.entries().items()
+        for name, entry in entries.items()
         if entry.state == DONE
         for folder in folders
     }
@@ -381,12 +380,12 @@ def _write_table(args: argparse.Namespace, options: Options, manifest: Manifest)
     logger.info("Statistics of all cases: %s", path)
 
 
-def _write_report(args: argparse.Namespace, manifest: Manifest, done: int) -> None:
+def _write_report(args: argparse.Namespace, entries: Mapping[str, Entry], done: int) -> None:
     if args.report is None:
         return
     from totalfast.batch.report import write_report
 
-    write_report(args.report, manifest.entries(), args.output, skipped=done)
+    write_report(args.report, entries, args.output, skipped=done)
     logger.info("Report of the batch: %s", args.report)
 
 

@@ -16,7 +16,7 @@ from totalfast.errors import OptionError
 from totalfast.options import AGGREGATIONS, EXPORTS, MODEL_SIZES, SMALL_BLOB_MM3
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
 
 def add_list_flags(parser: argparse.ArgumentParser) -> None:
@@ -376,7 +376,7 @@ def add_compatibility_flags(parser: argparse.ArgumentParser) -> None:
 
 
 class _OneOrSeveral(argparse.Action):
-    """Stores one word as it is, as upstream's flag does, and several as a list."""
+    """Stores one word as a string, like upstream's flag, and several words as a list."""
 
     def __call__(
         self,
@@ -392,6 +392,18 @@ class _OneOrSeveral(argparse.Action):
 def tasks_of(args: argparse.Namespace) -> list[str]:
     """Return the tasks of a command line."""
     return [args.task] if isinstance(args.task, str) else list(args.task)
+
+
+def keywords_of(args: argparse.Namespace, *, without: Collection[str]) -> dict[str, Any]:
+    """Return the keywords of ``Session.segment`` for a command line; the tasks are not among them.
+
+    ``without`` names the arguments that are no keywords.
+    """
+    left_out = {*without, "task", "stats_include_incomplete"}
+    keywords = {name: value for name, value in vars(args).items() if name not in left_out}
+    keywords["statistics_exclude_masks_at_border"] = not args.stats_include_incomplete
+    keywords["output_type"] = args.output_type or "nifti"
+    return keywords
 
 
 def _path(text: str) -> Path:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, cast
 from totalfast import upstream
 from totalfast.cli.console import configure_output
 from totalfast.cli.exit_codes import run_to_exit_code
-from totalfast.cli.flags import tasks_of
+from totalfast.cli.flags import keywords_of, tasks_of
 
 if TYPE_CHECKING:
     import argparse
@@ -90,18 +90,13 @@ def segment_scan(
     from totalfast.session import Session
 
     logger.info("\n%s\n", CITATION)
-    keywords = vars(args).copy()
-    for name in ("list_tasks", "list_classes"):
-        del keywords[name]
-    keywords["statistics_exclude_masks_at_border"] = not keywords.pop("stats_include_incomplete")
-    keywords["output_type"] = keywords["output_type"] or "nifti"
-    scan, output = keywords.pop("input"), keywords.pop("output")
+    others = ("input", "output", "list_tasks", "list_classes")
+    keywords = cast("SegmentKeywords", keywords_of(args, without=others))
     session = session or Session(keep_models=False, follow_modality=True)
     tasks = tasks_of(args)
     if len(tasks) > 1:
-        del keywords["task"]
-        session.tasks_shown(scan, output, tasks, cast("SegmentKeywords", keywords), progress)
+        session.tasks_shown(args.input, args.output, tasks, keywords, progress)
         return 0
     keywords["task"] = tasks[0]
-    session.segment_shown(scan, output, cast("SegmentKeywords", keywords), progress)
+    session.segment_shown(args.input, args.output, keywords, progress)
     return 0

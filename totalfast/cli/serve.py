@@ -39,8 +39,8 @@ that they start without delay.
 
 Commands hand their runs over if the environment variable TOTALFAST_SERVER is set: to the path of
 the socket, to 127.0.0.1:PORT, or to 'auto' for the default socket. Flags, files, messages and exit
-codes stay the same. A command runs by itself, and says so, if no server answers or if its
-environment (version, TOTALSEG_HOME_DIR, umask, ...) is not the server's.
+codes stay the same. If no server answers, or if the command's environment (version,
+TOTALSEG_HOME_DIR, umask, ...) is not the server's, the command runs in its own process and says so.
 
 Only processes of the same user on this machine can use the server."""
 
@@ -229,12 +229,12 @@ def _configure_log(args: argparse.Namespace) -> None:
 
 def _preload(session: Session, tasks: list[Task], device: str) -> None:
     """Load the models of tasks; what fails is left to the runs."""
-    from totalfast.models.weights import ensure_part, parts_of
+    from totalfast.models.weights import ensure_parts, parts_of
 
     try:
         for task in tasks:
+            ensure_parts(task, quiet=True)
             for needed, part in parts_of(task):
-                ensure_part(needed, part, offline=False, quiet=True)
                 session.models.take(needed, part, device=device)
             logger.info("the models of %s are loaded", task.name)
     except (TotalfastError, OSError, MemoryError, RuntimeError) as error:

@@ -9,6 +9,7 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from totalfast.errors import PredictionError
+from totalfast.export.host_labels import page_locked
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -67,18 +68,11 @@ class HostCopy:
     """
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        import torch
-
         self._done: torch.cuda.Event | None = None
         if tensor.device.type != "cuda":
             self._host = tensor.to("cpu")
             return
-        # Only into page-locked memory does a device copy while the host goes on.
-        try:
-            self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        except RuntimeError:  # the system allows no more of it
-            self._host = tensor.to("cpu")
-            return
+        self._host = page_locked(tensor.shape, tensor.dtype)
         self._host.copy_(tensor, non_blocking=True)
         self._done = _mark(tensor.device)
 

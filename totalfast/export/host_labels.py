@@ -1,4 +1,4 @@
-"""Host memory that labels are copied to from a device."""
+"""Host memory that a device copies to."""
 
 from __future__ import annotations
 
@@ -16,21 +16,27 @@ if TYPE_CHECKING:
 def empty_labels(
     shape: Sequence[int], dtype: type[np.unsignedinteger], device: torch.device
 ) -> NDArray[np.unsignedinteger]:
-    """Memory for labels from ``device``: page-locked for CUDA, which copies faster to such memory.
-
-    Where the system allows no more page-locked memory, it is ordinary memory.
-    """
+    """Memory for labels from ``device``; page-locked for CUDA."""
     import torch
 
     if device.type != "cuda":
         return np.empty(shape, dtype=dtype)
-    size = np.dtype(dtype).itemsize
-    try:
-        memory = torch.empty((*shape, size), dtype=torch.uint8, pin_memory=True)
-    except RuntimeError:
-        return np.empty(shape, dtype=dtype)
+    memory = page_locked((*shape, np.dtype(dtype).itemsize), torch.uint8)
     labels: NDArray[np.unsignedinteger] = memory.numpy().view(dtype)[..., 0]
     return labels
+
+
+def page_locked(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """Memory that a CUDA device copies to faster, and while the host goes on.
+
+    Where the system allows no more of it, it is ordinary memory, and the host waits for each copy.
+    """
+    import torch
+
+    try:
+        return torch.empty(tuple(shape), dtype=dtype, pin_memory=True)
+    except RuntimeError:
+        return torch.empty(tuple(shape), dtype=dtype)
 
 
 def signed(labels: NDArray[np.unsignedinteger]) -> torch.Tensor:

@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 from totalfast.backends import choose_backend, resolve_backend
 from totalfast.backends.devices import release_device_memory, select_device, start_device, too_small
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable
 
     import torch
+    from typing_extensions import Unpack
 
     from totalfast.backends import Backend
     from totalfast.models.model import Model
@@ -40,6 +41,17 @@ class _ModelKey(NamedTuple):
     folder: Path
     folds: tuple[int, ...] | None
     device: str
+    backend: str
+    trust_model: bool
+
+
+class _Where(TypedDict):
+    device: str
+
+
+class Loading(_Where, total=False):
+    """How a model is loaded; as the options of these names."""
+
     backend: str
     trust_model: bool
 
@@ -88,25 +100,19 @@ class ModelStore:
         self,
         task: Task,
         part: Part,
-        *,
-        device: str,
-        backend: str = "auto",
-        trust_model: bool = False,
+        **how: Unpack[Loading],
     ) -> Future[Model]:
         """Start to load one of a task's models in a thread, unless loading has already started."""
-        return self._start(_model_key(task, part, device, backend, trust_model))
+        return self._start(_model_key(task, part, **how))
 
     def take(
         self,
         task: Task,
         part: Part,
-        *,
-        device: str,
-        backend: str = "auto",
-        trust_model: bool = False,
+        **how: Unpack[Loading],
     ) -> Model:
         """Wait for one of a task's models; remove it from the store unless models are kept."""
-        key = _model_key(task, part, device, backend, trust_model)
+        key = _model_key(task, part, **how)
         future = self._start(key)
         try:
             model = future.result()
@@ -138,13 +144,10 @@ class ModelStore:
         self,
         task: Task,
         part: Part,
-        *,
-        device: str,
-        backend: str = "auto",
-        trust_model: bool = False,
+        **how: Unpack[Loading],
     ) -> bool:
         """Whether one of a task's models is in memory."""
-        key = _model_key(task, part, device, backend, trust_model)
+        key = _model_key(task, part, **how)
         with self._lock:
             future = self._models.get(key)
         return future is not None and future.done() and future.exception() is None
@@ -152,15 +155,10 @@ class ModelStore:
     def drop_others(
         self,
         models: Iterable[tuple[Task, Part]],
-        *,
-        device: str,
-        backend: str = "auto",
-        trust_model: bool = False,
+        **how: Unpack[Loading],
     ) -> None:
         """Free all loaded models but these."""
-        self._drop_all_but(
-            {_model_key(task, part, device, backend, trust_model) for task, part in models}
-        )
+        self._drop_all_but({_model_key(task, part, **how) for task, part in models})
 
     def announce_anew(self) -> None:
         """Forget the chosen devices, so that the next run logs the choice again."""
@@ -269,9 +267,14 @@ class ModelStore:
             release_device_memory()
 
 
-def _model_key(task: Task, part: Part, device: str, backend: str, trust_model: bool) -> _ModelKey:
-    folder = find_part(task, part)
-    return _ModelKey(folder, task.folds, device, resolve_backend(backend), trust_model)
+def _model_key(task: Task, part: Part, **how: Unpack[Loading]) -> _ModelKey:
+    return _ModelKey(
+        folder=find_part(task, part),
+        folds=task.folds,
+        device=how["device"],
+        backend=resolve_backend(how.get("backend", "auto")),
+        trust_model=how.get("trust_model", False),
+    )
 
 
 def _free_locals(error: BaseException | None) -> None:

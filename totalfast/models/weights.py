@@ -69,6 +69,12 @@ def ensure_part(task: Task, part: Part, *, offline: bool = False, quiet: bool = 
     return ensure_model(official_model(task, part), offline=offline, quiet=quiet)
 
 
+def ensure_parts(task: Task, *, offline: bool = False, quiet: bool = False) -> None:
+    """Find or download all models that a task needs; errors as ``ensure_model``."""
+    for needed, part in parts_of(task):
+        ensure_part(needed, part, offline=offline, quiet=quiet)
+
+
 def find_model(model: OfficialModel) -> Path:
     """Return the folder of a model that is whole.
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from totalfast.geometry import Grid
     from totalfast.models.model import Model
-    from totalfast.models.store import ModelStore
+    from totalfast.models.store import Loading, ModelStore
     from totalfast.options import Options
     from totalfast.run.memory_plan import Budget, MemoryPlan, StoredScan
     from totalfast.run.shared_scan import SharedScan
@@ -67,25 +67,28 @@ class RunContext:
         """Whether a step after the resampling needs the scan's intensities."""
         return self.scan.kept or self.shared is not None
 
+    @property
+    def _loading(self) -> Loading:
+        options = self.options
+        return {
+            "device": options.device,
+            "backend": options.backend,
+            "trust_model": options.trust_model,
+        }
+
     def start_loading(self, number: int) -> Future[Model]:
         """Start loading one of ``models``, unless it is loaded."""
-        options = self.options
         return self.store.load(
             *self.models[number],
-            device=options.device,
-            backend=options.backend,
-            trust_model=options.trust_model,
+            **self._loading,
         )
 
     def take(self, task: Task, part: Part) -> Model:
         """Wait until a model of a task is loaded, and start loading the next one."""
-        options = self.options
         model = self.store.take(
             task,
             part,
-            device=options.device,
-            backend=options.backend,
-            trust_model=options.trust_model,
+            **self._loading,
         )
         for number, (other_task, other_part) in enumerate(self.models, start=1):
             if other_task is task and other_part is part and number < len(self.models):
@@ -94,23 +97,17 @@ class RunContext:
 
     def is_loaded(self, task: Task, part: Part) -> bool:
         """Whether a model of a task is loaded."""
-        options = self.options
         return self.store.is_loaded(
             task,
             part,
-            device=options.device,
-            backend=options.backend,
-            trust_model=options.trust_model,
+            **self._loading,
         )
 
     def drop_other_models(self) -> None:
         """Free the models that a session keeps and this run does not need."""
-        options = self.options
         self.store.drop_others(
             self.models,
-            device=options.device,
-            backend=options.backend,
-            trust_model=options.trust_model,
+            **self._loading,
         )
 
     @property

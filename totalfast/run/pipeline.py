@@ -9,6 +9,7 @@ import logging
 import os
 import time
 from dataclasses import replace
+from functools import partial
 from threading import Thread
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ from totalfast.export.cell_export import prepare as prepare_linear
 from totalfast.files.read import open_scan, read_image
 from totalfast.files.targets import derives_body_and_skin
 from totalfast.geometry import Grid, to_canonical
-from totalfast.models.weights import ensure_part, parts_of
+from totalfast.models.weights import ensure_parts, parts_of
 from totalfast.resampling.model_grid import to_model_grid
 from totalfast.run.cleanup import clean, refine
 from totalfast.run.context import RunContext
@@ -113,19 +114,23 @@ def run(
     scan = open_scan(source)  # before models are looked for, or even downloaded
     files.require_space(outputs.sizes(scan.shape[:3]))
     _log_task(task, options)
-    for needed, part in parts_of(task):  # before the memory plan, which reads the models' plans
-        ensure_part(needed, part, offline=options.offline, quiet=options.quiet)
+    # Before the memory plan, which reads the models' plans.
+    ensure_parts(task, offline=options.offline, quiet=options.quiet)
     with progress or Progress(disable=options.quiet) as progress:
-        context = _context(scan, task, options=options, store=store, progress=progress, files=files)
-        context = replace(context, shared=shared)
+        context = _context(
+            scan,
+            task,
+            options=options,
+            store=store,
+            progress=progress,
+            files=files,
+            shared=shared,
+        )
         plan = _first_plan(context, Grid(shape=scan.shape[:3], affine=scan.affine), task)
         plan.refuse(context.budget)
         _prepare_models(context)
         progress.expect(context.work.total)
-
-        def wait() -> None:
-            progress.stage("Waiting")  # which ends a run that was cancelled
-
+        wait = partial(progress.stage, "Waiting")  # which ends a run that was cancelled
         wait()
         free_now = context.budget.host - plan.shared
         with store.gate.passed(plan.own, free=free_now, on_wait=wait) as free:
@@ -136,9 +141,8 @@ def run(
     context.empty_classes.log()
     elapsed_s = time.perf_counter() - began
     if options.report is not None:
-        device, _ = store.place(options.device, options.backend)
         with results.failures.kept("report"):
-            save_report(results, context.empty_classes, device=device, elapsed_s=elapsed_s)
+            save_report(results, context.empty_classes, device=context.device, elapsed_s=elapsed_s)
     save_marker(results)
     files.commit()
     results.failures.raise_first()
@@ -289,6 +293,7 @@ def _context(
     store: ModelStore,
     progress: Progress,
     files: PendingFiles,
+    shared: SharedScan | None,
 ) -> RunContext:
     return RunContext(
         options=options,
@@ -306,6 +311,7 @@ def _context(
             task.classes, enabled=options.verbose or options.report is not None
         ),
         models=tuple(parts_of(task)),
+        shared=shared,
     )
 
 

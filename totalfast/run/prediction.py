@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -75,10 +76,7 @@ def predict(context: RunContext, model_image: ModelImage, task: Task) -> NDArray
     -------
         uint8, (z, y, x), RAS+ axes, of ``label_grid``.
     """
-
-    def wait() -> None:
-        context.progress.stage("Waiting")  # which ends a run that was cancelled
-
+    wait = partial(context.progress.stage, "Waiting")  # which ends a run that was cancelled
     if context.store.predicting.taken:
         wait()
     with context.store.predicting.turn(wait):

@@ -27,6 +27,17 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
+@contextlib.contextmanager
+def kept_if_used(folder: Path) -> Iterator[None]:
+    """Create a folder, if it is missing, and remove it at the end if it is empty."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
 def lock_folder(folder: Path) -> filelock.BaseFileLock:
     """Show that this process works in a folder, as far as the disk has locks."""
     lock = filelock.FileLock(folder / LOCK, thread_local=False)
