@@ -8,8 +8,6 @@ import subprocess
 import sys
 from importlib.metadata import version
 
-import nibabel as nib
-import numpy as np
 import pytest
 
 import totalfast
@@ -28,14 +26,6 @@ def run(standin_home):
         )
 
     return run_command
-
-
-@pytest.fixture(scope="session")
-def scan(tmp_path_factory):
-    values = np.random.default_rng(0).normal(0, 300, (40, 36, 30)).astype(np.int16)
-    path = tmp_path_factory.mktemp("scan") / "ct.nii.gz"
-    nib.save(nib.Nifti1Image(values, np.diag([-2.0, 2.0, 3.0, 1.0])), path)
-    return path
 
 
 @pytest.mark.parametrize("flags", [["--help"], ["--version"], ["-lt"], ["-lc"], ["-lc", "body"]])

@@ -113,14 +113,6 @@ def own(standin_home):
 
 
 @pytest.fixture(scope="session")
-def scan(tmp_path_factory):
-    values = np.random.default_rng(0).normal(0, 300, (40, 36, 30)).astype(np.int16)
-    path = tmp_path_factory.mktemp("scan") / "ct.nii.gz"
-    nib.save(nib.Nifti1Image(values, np.diag([-2.0, 2.0, 3.0, 1.0])), path)
-    return path
-
-
-@pytest.fixture(scope="session")
 def long_scan(tmp_path_factory):
     """A scan whose networks run for some seconds: many tiles of the stand-in."""
     values = np.random.default_rng(0).normal(0, 300, (150, 150, 300)).astype(np.int16)

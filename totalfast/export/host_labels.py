@@ -36,7 +36,7 @@ def page_locked(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     try:
         return torch.empty(tuple(shape), dtype=dtype, pin_memory=True)
     except RuntimeError:
-        return torch.empty(tuple(shape), dtype=dtype)
+        return torch.zeros(tuple(shape), dtype=dtype)
 
 
 def signed(labels: NDArray[np.unsignedinteger]) -> torch.Tensor:

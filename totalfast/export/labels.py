@@ -9,7 +9,7 @@ import numpy as np
 from totalfast.errors import OptionError
 from totalfast.export.host_labels import empty_labels
 from totalfast.export.methods import METHODS, choose_method, resampling_axes, separate_axis
-from totalfast.export.nearest import first_maximum, gather, label_dtype
+from totalfast.export.nearest import gather, label_dtype, labels_at_source
 from totalfast.geometry import CENTERS, CORNERS, nearest_weights
 from totalfast.system.cores import usable_cores
 
@@ -188,16 +188,9 @@ def argmax(
     logits: torch.Tensor, *, dtype: type[np.unsignedinteger], regions: Sequence[int] | None
 ) -> NDArray[np.unsignedinteger]:
     """Labels at the logits' own resolution, (z, y, x), on the CPU."""
-    import torch
-
     labels = np.zeros(tuple(logits.shape[1:]), dtype=dtype)
     for start in range(0, logits.shape[1], SLICES_PER_BATCH):
         slab = logits[:, start : start + SLICES_PER_BATCH]
         part = labels[start : start + SLICES_PER_BATCH]
-        if regions is None:
-            part[...] = first_maximum(slab).cpu().numpy()
-            continue
-        inside = (torch.sigmoid(slab.float()) > 0.5).cpu().numpy()
-        for label, mask in zip(regions, inside, strict=True):
-            part[mask] = label
+        part[...] = labels_at_source(slab, regions).cpu().numpy()
     return labels

@@ -50,6 +50,23 @@ def _first_maximum_of_halves(logits: torch.Tensor) -> torch.Tensor:
     return behind.sub_(classes.view(-1, *[1] * (logits.dim() - 1))).amax(0).neg_()
 
 
+def labels_at_source(logits: torch.Tensor, regions: Sequence[int] | None) -> torch.Tensor:
+    """Return the labels of logits (classes, z, y, x) at their own resolution, on their device.
+
+    ``regions`` is the label of each channel of a region-based model, in the order of painting;
+    None takes the first maximum.
+    """
+    import torch
+
+    if regions is None:
+        return first_maximum(logits)
+    inside = torch.sigmoid(logits.float()) > 0.5
+    labels = torch.zeros(logits.shape[1:], dtype=torch.int32, device=logits.device)
+    for label, mask in zip(regions, inside, strict=True):
+        labels.masked_fill_(mask, int(label))
+    return labels
+
+
 def label_dtype(foreground_labels: int) -> type[np.unsignedinteger]:
     """Return uint8, or uint16 from 255 foreground labels on (nnU-Net, export_prediction.py)."""
     return np.uint8 if foreground_labels < 255 else np.uint16

@@ -8,7 +8,7 @@ import numpy as np
 
 from totalfast.export.device_slab import batches
 from totalfast.export.host_labels import signed
-from totalfast.export.nearest import first_maximum
+from totalfast.export.nearest import labels_at_source
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -45,7 +45,7 @@ def fill_nearest(
     labels = torch.empty(logits.shape[1:], dtype=host.dtype, device=logits.device)
     channels = 1 if regions is None else len(regions)
     for part in batches(len(labels), 12 * channels * labels[0].numel()):
-        labels[part] = _at_source(logits[:, part], regions)
+        labels[part] = labels_at_source(logits[:, part], regions)
     z, y, x = (torch.from_numpy(index.astype(np.int64)).to(labels.device) for index in indices)
     largest = max(host[0].numel(), labels[0].numel())
     for part in batches(len(host), 2 * largest * host.element_size()):
@@ -54,16 +54,3 @@ def fill_nearest(
         host[part].copy_(slices.index_select(0, z[part] - int(first)), non_blocking=True)
     if labels.device.type == "cuda":
         torch.cuda.current_stream(labels.device).synchronize()
-
-
-def _at_source(logits: torch.Tensor, regions: Sequence[int] | None) -> torch.Tensor:
-    """Labels of some source slices."""
-    import torch
-
-    if regions is None:
-        return first_maximum(logits)
-    inside = torch.sigmoid(logits.float()) > 0.5
-    labels = torch.zeros(logits.shape[1:], dtype=torch.int32, device=logits.device)
-    for label, mask in zip(regions, inside, strict=True):
-        labels.masked_fill_(mask, int(label))
-    return labels

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from totalfast.system.progress import Progress
+from totalfast.system.progress import CancellableProgress
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator
@@ -23,21 +23,11 @@ THREAD_NAME = "totalfast-case"
 """Prefix of the names of the threads that runs are in."""
 
 
-class _Cancelled(BaseException):
-    """The runs are to end; not an error of a run."""
-
-
-class StageClock(Progress):
-    """Takes the place of a run's bar: measures its stages, and ends it if all runs are cancelled.
-
-    Parameters
-    ----------
-    cancelled
-        Set to end the run at its next sign of progress.
-    """
+class StageClock(CancellableProgress):
+    """Takes the place of a run's bar, and measures its stages."""
 
     def __init__(self, cancelled: threading.Event) -> None:
-        self._cancelled = cancelled
+        super().__init__(cancelled)
         self._stage = "Preparing"
         self._since = time.perf_counter()
         self._total, self._done, self._ended = 1.0, 0.0, -1
@@ -75,10 +65,6 @@ class StageClock(Progress):
 
     def __exit__(self, *_: object) -> None:
         """There is no bar to close."""
-
-    def _check(self) -> None:
-        if self._cancelled.is_set():
-            raise _Cancelled
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

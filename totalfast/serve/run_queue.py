@@ -11,8 +11,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from totalfast.serve.runs import Cancelled, Ending, EventProgress, RunLog
+from totalfast.serve.runs import Ending, EventProgress, RunLog
 from totalfast.system.process_memory import release_free_memory
+from totalfast.system.progress import Cancelled
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine

@@ -8,13 +8,14 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from totalfast.system.progress import Progress
+from totalfast.system.progress import CancellableProgress
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from typing import TypeAlias
 
     from totalfast.serve.frames import Frame
+    from totalfast.system.progress import Progress
 
     Send: TypeAlias = Callable[[Frame], None]
     """Sends an event to a client, from any thread; does not wait and raises no error."""
@@ -27,10 +28,6 @@ SERVERS_OWN = "totalfast.serve"
 
 PAUSE_S = 0.05
 """Minimum pause between two events of progress."""
-
-
-class Cancelled(BaseException):
-    """The client is gone, or cancelled its run, or the server stops; not an error of the run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,10 +76,11 @@ class Run:
         return time.perf_counter() - self.since
 
 
-class EventProgress(Progress):
-    """Sends a run's progress to its client, and ends the run when it is cancelled."""
+class EventProgress(CancellableProgress):
+    """Sends a run's progress to its client."""
 
     def __init__(self, run: Run) -> None:
+        super().__init__(run.cancelled)
         self._run = run
         self._work = 0.0
         self._sent = 0.0
@@ -117,10 +115,6 @@ class EventProgress(Progress):
         if self._work:
             self._run.send({"event": "advance", "work": self._work})
         self._work, self._sent = 0.0, time.perf_counter()
-
-    def _check(self) -> None:
-        if self._run.cancelled.is_set():
-            raise Cancelled
 
 
 class RunLog(logging.Handler):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -59,6 +60,27 @@ class Progress:
     ) -> None:
         self._bar.refresh()
         self._bar.close()
+
+
+class Cancelled(BaseException):
+    """A run is to end; not an error of the run."""
+
+
+class CancellableProgress(Progress):
+    """A base for what takes the place of the bar where other threads can end a run.
+
+    Parameters
+    ----------
+    cancelled
+        Set to end the run at its next sign of progress.
+    """
+
+    def __init__(self, cancelled: threading.Event) -> None:
+        self._cancelled = cancelled
+
+    def _check(self) -> None:
+        if self._cancelled.is_set():
+            raise Cancelled
 
 
 @contextmanager
