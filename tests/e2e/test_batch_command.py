@@ -168,7 +168,7 @@ def test_other_options_are_refused_and_named(batch, tmp_path):
     write_scans(tmp_path / "scans", 1)
     batch.run("-i", "scans", "-o", "out", "-q")
     _, errors = batch.run("-i", "scans", "-o", "out", "--remove_small_blobs", code=2)
-    assert "remove_small_blobs was False and is now 200.0" in errors[-1]
+    assert "remove_small_blobs was not given and is now 200.0" in errors[-1]
 
 
 def test_paths_come_from_stdin_and_from_a_pattern(batch, tmp_path):
@@ -212,12 +212,38 @@ def test_results_may_be_in_the_folder_of_the_scans_but_not_be_it(batch, tmp_path
     assert not (tmp_path / "scans/manifest.jsonl").exists()
 
 
+@pytest.mark.parametrize("scans", ["missing", "empty"])
+def test_a_batch_without_scans_leaves_nothing(scans, batch, tmp_path):
+    (tmp_path / "empty").mkdir()
+    _, errors = batch.run("-i", scans, "-o", "new/out", code=1)
+    assert scans in errors[-1]
+    assert not (tmp_path / "new/out").exists()
+
+
+def test_a_table_that_cannot_be_written_does_not_hide_how_the_cases_ended(batch, tmp_path):
+    write_scans(tmp_path / "scans", 1)
+    (tmp_path / "table.csv").mkdir()
+    words = ("-i", "scans", "-o", "out", "-s", "--table", "table.csv")
+    printed, errors = batch.run(*words, code=1)
+    assert printed[-1].startswith("Done: 1 of 1 case")
+    assert "table.csv" in errors[-1]
+
+
+def test_debug_shows_the_tracebacks_of_failed_cases(batch, tmp_path):
+    (tmp_path / "scans").mkdir()
+    (tmp_path / "scans/empty.nii.gz").touch()
+    _, errors = batch.run("-i", "scans", "-o", "out", "--debug", code=1)
+    assert "Traceback (most recent call last):" in errors
+    _, errors = batch.run("-i", "scans", "-o", "out", code=1)
+    assert "Traceback (most recent call last):" not in errors
+
+
 def test_json_is_one_object_per_line(batch, tmp_path):
     write_scans(tmp_path / "scans", 2)
     (tmp_path / "scans/empty.nii.gz").touch()
     printed, errors = batch.run("-i", "scans", "-o", "out", "--json", code=1)
     events = [json.loads(line) for line in printed]
-    assert events[0] == {"event": "cases", "cases": 3, "done": 0}
+    assert events[0] == {"event": "cases", "cases": 3, "done": 0, "left_out": []}
     assert events[-1] == {"event": "end", "cases": 3, "failed": ["empty"]}
     cases = {event["name"]: event["state"] for event in events if event["event"] == "case"}
     assert cases == {"scan0": "done", "scan1": "done", "empty": "failed"}

@@ -492,3 +492,34 @@ def test_full_disk_is_an_output_error_and_leaves_whole_lines(tmp_path):
     data = (tmp_path / "manifest.jsonl").read_bytes()
     assert data.count(b"\n") == 1 + int(number) + 1 + 1  # header, whole, cut and last line
     assert list(read_entries(tmp_path)) == [*(f"{k:03}" for k in range(int(number))), "after"]
+
+
+def test_what_is_written_from_all_entries_is_written_by_one_part_at_a_time(tmp_path):
+    with opened(tmp_path, part=(0, 2)) as one, opened(tmp_path, part=(1, 2)) as other:
+        one.add(entry(one, "a"))
+        written, began = [], threading.Event()
+
+        def write_the_other():
+            other.add(entry(other, "b"))
+            began.set()
+            with other.summing_up() as entries:
+                written.append(sorted(entries))
+
+        thread = threading.Thread(target=write_the_other)
+        with one.summing_up() as entries:
+            thread.start()
+            assert began.wait(10)
+            written.append(sorted(entries))
+        thread.join(10)
+    assert written == [["a"], ["a", "b"]]
+
+
+def test_an_error_before_the_first_case_removes_the_file_but_never_entries(tmp_path):
+    with pytest.raises(KeyError), opened(tmp_path):
+        raise KeyError
+    assert list(tmp_path.iterdir()) == []
+    with opened(tmp_path) as manifest:
+        manifest.add(entry(manifest))
+    with pytest.raises(KeyError), opened(tmp_path):
+        raise KeyError
+    assert list(read_entries(tmp_path)) == ["a"]

@@ -137,6 +137,16 @@ def find_cases(
     return Found(cases=tuple(sorted(cases, key=lambda case: case.name)), left_out=left_out)
 
 
+def part_of(cases: Iterable[Case], number: int, parts: int) -> tuple[Case, ...]:
+    """Return the cases of one part of a batch, of which other processes segment the other parts.
+
+    Every ``parts``-th case belongs to a part, in the order of the sources and not of the names,
+    because a case can get another name while parts start.
+    """
+    ordered = sorted(cases, key=lambda case: (str(case.source), case.series or "", case.name))
+    return tuple(ordered[number::parts])
+
+
 def _nothing_found(inputs: Sequence[str | Path], left_out: Sequence[LeftOut]) -> str:
     places = ", ".join(
         "the standard input" if each == STANDARD_INPUT else str(each) for each in inputs

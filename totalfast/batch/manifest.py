@@ -31,7 +31,7 @@ from totalfast.files.targets import FILE_MARKER_ENDING, FOLDER_MARKER
 from totalfast.system.disk import sync_folder
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
     from types import TracebackType
     from typing import BinaryIO
 
@@ -43,6 +43,12 @@ logger = logging.getLogger(__name__)
 
 WAIT_S = 5.0
 """How long another process may hold a lock; others look at it for a moment when they start."""
+
+SUMMARY = "summary"
+"""Name of the lock of what is written from the entries of all parts."""
+
+SUMMARY_S = 600.0
+"""How long another part may take to write a table and a report."""
 
 POLL_S = 0.1
 """Time between two looks at another process's file."""
@@ -109,11 +115,40 @@ class Manifest:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if kind is not None and not any(
+            entry.part == self.part for entry in self._entries.values()
+        ):
+            self._forget()
         self.close()
 
     def close(self) -> None:
         """Let another process write this part."""
         self._lock.release(force=True)
+
+    def _forget(self) -> None:
+        """Remove the file if it has no entries: the batch found no cases, for example."""
+        with contextlib.suppress(OSError, OutputError):
+            if not read_content(self.file).entries:
+                self.file.unlink()
+                self.close()
+                Path(self._lock.lock_file).unlink()
+
+    @contextlib.contextmanager
+    def summing_up(self) -> Iterator[dict[str, Entry]]:
+        """Give the last entry of each case, and keep other parts from this until the context ends.
+
+        What is written from the entries in this context, such as a table, is not replaced by that
+        of a part that read its entries earlier.
+        """
+        lock = _lock_of(self.folder / SUMMARY, timeout_s=SUMMARY_S)
+        try:
+            lock.acquire(poll_interval=POLL_S)
+        except (filelock.Timeout, OSError, NotImplementedError) as error:
+            logger.debug("%s can't be locked: %s", self.folder, error)
+        try:
+            yield self.entries()
+        finally:
+            lock.release(force=True)
 
     def _open(self) -> None:
         """Compare the options, write the header, and read what is done."""

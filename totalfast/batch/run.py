@@ -3,37 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
-import socket
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-from totalfast.about import versions
-from totalfast.batch.entries import DONE, FAILED, Entry
-from totalfast.errors import InputError, OptionError, TotalfastError
-from totalfast.files.targets import marker_file, output_in
+from totalfast.errors import InputError, OptionError, OutputError
 from totalfast.models.weights import ensure_parts
 from totalfast.options import Options
-from totalfast.run.many import THREAD_NAME, Running, run_many
+from totalfast.run.many import run_many
 from totalfast.session import task_outputs
-from totalfast.system.disk import kept_if_used
-from totalfast.system.memory import peak_bytes
+from totalfast.system.disk import is_disk_full
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 
+    from totalfast.batch.attempts import Attempts
     from totalfast.batch.cases import Case
+    from totalfast.batch.entries import Entry
     from totalfast.batch.manifest import Manifest
-    from totalfast.options import SegmentKeywords
-    from totalfast.run.many import Outcome, StageClock
-    from totalfast.session import Session
+    from totalfast.run.many import Outcome, Running
 
 logger = logging.getLogger(__name__)
-
-PACKAGES = ("totalfast", "TotalSegmentator", "nnunetv2", "torch")
-"""What the labels depend on."""
 
 HOPELESS = (InputError, OptionError)
 """Errors that another attempt meets again."""
@@ -41,118 +34,92 @@ HOPELESS = (InputError, OptionError)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """Cases, and how they are segmented.
+    """A batch in the threads of this process.
 
     Parameters
     ----------
-    session
-        Runs them.
-    folder
-        Has a folder for each case.
-    keywords
-        Of ``Session.segment``; a completion marker is always written.
-    tasks
-        Names of tasks. The results of several are in a folder for each task.
+    attempts
+        Segments the cases.
     manifest
-        What is done, and where the end of each attempt is noted.
+        Where the end of each attempt is noted.
     retries
         How often a case is tried again.
     at_a_time
         Number of cases in work.
     """
 
-    session: Session
-    folder: Path
-    keywords: Mapping[str, Any]
-    tasks: Sequence[str]
+    attempts: Attempts
     manifest: Manifest
     retries: int
     at_a_time: int
 
-    def run(self, cases: Iterable[Case], running: Running[Case]) -> Generator[Entry, None, None]:
+    def run(
+        self,
+        cases: Iterable[Case],
+        running: Running[Case],
+        on_error: Callable[[Exception], None] | None = None,
+    ) -> Generator[Entry, None, None]:
         """Segment cases; yield an entry of the manifest as each attempt ends.
 
         A case that failed is tried again after all others. The entries are in the manifest when
-        they are yielded.
+        they are yielded; those of cases that end after the generator was closed are there, too.
+
+        Parameters
+        ----------
+        cases
+            Each case once.
+        running
+            Filled with the cases that have begun.
+        on_error
+            Called with each error, as long as it has a traceback, in the thread of its case.
+
+        Raises
+        ------
+        OutputError
+            If the disk is full: after the cases in work have ended, no others are begun.
         """
         attempt = 1
         while cases:
             failed = []
-            with contextlib.closing(self._outcomes(cases, running)) as outcomes:
+            entries: dict[Case, Entry] = {}
+
+            def note(outcome: Outcome[Case, None], attempt: int, into: dict[Case, Entry]) -> None:
+                if outcome.error is not None and on_error is not None:
+                    on_error(outcome.error)
+                into[outcome.key] = entry = self.attempts.entry(outcome, attempt)
+                self.manifest.add(entry)
+
+            outcomes = run_many(
+                _until_full(cases, full := threading.Event()),
+                self.attempts.segment,
+                threads=self.at_a_time,
+                running=running,
+                ended=functools.partial(note, attempt=attempt, into=entries),
+            )
+            with contextlib.closing(outcomes):
                 for outcome in outcomes:
-                    entry = self._entry(outcome, attempt)
-                    self.manifest.add(entry)
                     if outcome.error is not None and not isinstance(outcome.error, HOPELESS):
                         failed.append(outcome.key)
-                    yield entry
+                    if is_disk_full(outcome.error):
+                        full.set()
+                    yield entries.pop(outcome.key)
+            if full.is_set():
+                raise OutputError(
+                    f"the disk of {self.manifest.folder} is full, so no further cases were begun. "
+                    "Free some space and run the same command again; it goes on with what is "
+                    "missing."
+                )
             attempt += 1
             cases = failed if attempt <= 1 + self.retries else []
             if cases:
                 logger.info("Trying again what failed: %d of the cases ...", len(cases))
 
-    def outputs_of(self, case: Case) -> dict[str, Path]:
-        """Return the output of each task: a folder of masks, or a label map."""
-        folder = self.folder / case.name
-        if len(self.tasks) > 1:
-            return task_outputs(folder, self.tasks, self.keywords)
-        (task,) = self.tasks
-        return {task: output_in(folder, Options.from_keywords(self.keywords))}
 
-    def _outcomes(
-        self, cases: Iterable[Case], running: Running[Case]
-    ) -> Generator[Outcome[Case, None], None, None]:
-        return run_many(cases, self._segment, threads=self.at_a_time, running=running)
-
-    def _segment(self, case: Case, clock: StageClock) -> None:
-        threading.current_thread().name = f"{THREAD_NAME} {case.name}"
-        folder, clock.tasks = self.folder / case.name, len(self.tasks)
-        keywords = cast("SegmentKeywords", {**self.keywords, "series": case.series})
-        with kept_if_used(folder):
-            if len(self.tasks) > 1:
-                self.session.tasks_shown(case.source, folder, self.tasks, keywords, clock)
-                return
-            ((task, output),) = self.outputs_of(case).items()
-            keywords["task"] = task
-            self.session.segment_shown(case.source, output, keywords, clock)
-
-    def _entry(self, outcome: Outcome[Case, None], attempt: int) -> Entry:
-        case = outcome.key
-        if outcome.error is not None:
-            self._unmark(case)
-        return Entry(
-            name=case.name,
-            source=str(case.source),
-            series=case.series,
-            fingerprint=case.fingerprint(),
-            options=self.manifest.options_hash(),
-            state=DONE if outcome.error is None else FAILED,
-            attempt=attempt,
-            seconds={stage: round(s, 3) for stage, s in outcome.seconds.items()},
-            total_s=round(outcome.total_s, 3),
-            peak_bytes=peak_bytes(),
-            versions=versions(*PACKAGES),
-            error=None if outcome.error is None else one_line(outcome.error),
-            warnings=outcome.warnings,
-            files=self._files(case) if outcome.error is None else (),
-            host=socket.gethostname(),
-            part=self.manifest.part,
-        )
-
-    def _files(self, case: Case) -> tuple[str, ...]:
-        """The completion markers, which list all other files."""
-        return tuple(marker.relative_to(self.folder).as_posix() for marker in self._markers(case))
-
-    def _markers(self, case: Case) -> list[Path]:
-        options = Options.from_keywords(self.keywords)
-        return [marker_file(output, options) for output in self.outputs_of(case).values()]
-
-    def _unmark(self, case: Case) -> None:
-        """Remove the markers of older results, which are of another input or other options."""
-        for marker in self._markers(case):
-            if marker.exists():
-                logger.warning("WARNING: %s keeps older results.", marker.parent)
-                with contextlib.suppress(OSError):
-                    marker.unlink()
+def _until_full(cases: Iterable[Case], full: threading.Event) -> Iterator[Case]:
+    for case in cases:
+        if full.is_set():
+            return
+        yield case
 
 
 def check(keywords: Mapping[str, Any], tasks: Sequence[str]) -> Options:
@@ -169,12 +136,3 @@ def check(keywords: Mapping[str, Any], tasks: Sequence[str]) -> Options:
         options = Options.from_keywords({**keywords, "task": name})
         ensure_parts(options.resolved_task(), offline=options.offline, quiet=options.quiet)
     return options
-
-
-def one_line(error: Exception) -> str:
-    """Return the reason of a failure; messages of other libraries may quote a scan's header."""
-    if isinstance(error, TotalfastError):
-        return " ".join(str(error).split())
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    return type(error).__name__

@@ -7,6 +7,7 @@ import json
 import logging
 import re
 import sys
+import traceback
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from totalfast.errors import OptionError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from totalfast.batch.cases import Case
+    from totalfast.batch.cases import Case, Found
     from totalfast.batch.entries import Entry
     from totalfast.batch.manifest import Manifest
     from totalfast.batch.progress import Meter
@@ -175,30 +176,43 @@ def run(args: argparse.Namespace) -> int:
     from totalfast.batch.run import check
 
     options = check(keywords, args.task)
+    from totalfast.batch.cases import part_of
     from totalfast.batch.manifest import Manifest
     from totalfast.batch.progress import typical_first
     from totalfast.batch.shared_queue import SharedQueue
+    from totalfast.system.disk import kept_if_used
 
-    changing = {name: value for name, value in keywords.items() if name not in SAME_RESULT}
-    changing["task"] = args.task
     parent = SharedQueue.of_parent()
-    with Manifest(args.output, changing, part=(args.part_id, args.num_parts)) as manifest:
+    part = (args.part_id, args.num_parts)
+    with (
+        kept_if_used(args.output),
+        Manifest(args.output, _changing(args, keywords), part=part) as manifest,
+    ):
         if parent is not None:
             _segment(args, keywords, parent.cases(), manifest, parent)
             return 0
-        cases = _find(args, manifest)[args.part_id :: args.num_parts]
+        found = _find(args, manifest)
+        cases = part_of(found.cases, *part)
         waiting = [case for case in cases if not manifest.is_done(case)]
         done = len(cases) - len(waiting)
         _tell(
             args,
             _count(len(cases)) + (f", {done} of them already done" if done else ""),
-            {"event": "cases", "cases": len(cases), "done": done},
+            {
+                "event": "cases",
+                "cases": len(cases),
+                "done": done,
+                "left_out": [str(line) for line in found.left_out],
+            },
         )
         last = _segment(args, keywords, typical_first(waiting), manifest, None)
-        entries = manifest.entries()  # of other processes, too
-        _write_table(args, options, entries)
-        _write_report(args, entries, done)
-    return _end(args, last, len(cases))
+        try:
+            with manifest.summing_up() as entries:
+                _write_table(args, options, entries)
+                _write_report(args, entries, done)
+        finally:
+            code = _end(args, last, len(cases))
+    return code
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -242,7 +256,18 @@ def _keywords(args: argparse.Namespace) -> dict[str, Any]:
     return keywords | {"completion_marker": True, "quiet": True, "device": _devices(args)[0]}
 
 
-def _find(args: argparse.Namespace, manifest: Manifest) -> tuple[Case, ...]:
+def _changing(args: argparse.Namespace, keywords: dict[str, Any]) -> dict[str, Any]:
+    """Keywords that change results, where they differ from the defaults, and the tasks."""
+    defaults = _keywords(build_parser().parse_args(["-i", "", "-o", ""]))
+    changing = {
+        name: value
+        for name, value in keywords.items()
+        if name not in SAME_RESULT and value != defaults[name]
+    }
+    return changing | {"task": args.task}
+
+
+def _find(args: argparse.Namespace, manifest: Manifest) -> Found:
     """Find the cases; those of an earlier run keep their names."""
     from totalfast.batch.cases import find_cases
 
@@ -257,7 +282,7 @@ def _find(args: argparse.Namespace, manifest: Manifest) -> tuple[Case, ...]:
     )
     for line in found.left_out:
         logger.info("Left out: %s", line)
-    return found.cases
+    return found
 
 
 def _segment(
@@ -268,6 +293,7 @@ def _segment(
     parent: SharedQueue | None,
 ) -> dict[str, Entry]:
     """Segment the cases that are not done: the last entry of each."""
+    from totalfast.batch.attempts import Attempts
     from totalfast.batch.progress import Meter, Ticker
     from totalfast.batch.run import Batch
     from totalfast.batch.workers import Workers
@@ -286,16 +312,25 @@ def _segment(
             entries = workers.run(cases)
         else:
             session = stack.enter_context(Session(device=devices[0], follow_modality=True))
-            batch = Batch(
+            attempts = Attempts(
                 session=session,
                 folder=args.output,
                 keywords=keywords,
                 tasks=args.task,
+                options=manifest.options_hash(),
+                part=manifest.part,
+            )
+            batch = Batch(
+                attempts=attempts,
                 manifest=manifest,
                 retries=args.retries,
                 at_a_time=args.at_a_time or runs_at_a_time(devices[0]),
             )
-            entries = batch.run(cases if parent is None else parent.take(), running)
+            entries = batch.run(
+                cases if parent is None else parent.take(),
+                running,
+                _print_traceback if args.debug else None,
+            )
         stack.enter_context(closing(entries))
         show = stack.enter_context(_Bar(args, meter))
         stack.enter_context(Ticker(show, every_s=10.0 if args.json else 0.5))
@@ -310,6 +345,13 @@ def _segment(
                 {"event": "case", **entry.to_json()},
             )
     return last
+
+
+def _print_traceback(error: Exception) -> None:
+    from tqdm import tqdm
+
+    with tqdm.external_write_mode(file=sys.stderr):
+        print("".join(traceback.format_exception(error)), end="", file=sys.stderr, flush=True)
 
 
 def _devices(args: argparse.Namespace) -> list[str]:

@@ -112,6 +112,7 @@ def run_many(
     *,
     threads: int,
     running: Running[Key] | None = None,
+    ended: Callable[[Outcome[Key, Value]], None] | None = None,
 ) -> Generator[Outcome[Key, Value], None, None]:
     """Run a job for each key in threads; yield outcomes as the runs end.
 
@@ -129,28 +130,18 @@ def run_many(
         Number of runs at a time.
     running
         Filled with the runs that have begun.
+    ended
+        As in ``run_one``; also called for runs that end after the generator was closed.
     """
     cancelled = threading.Event()
     running = Running() if running is None else running
 
     def run(key: Key) -> Outcome[Key, Value]:
         clock = running.clocks[key] = StageClock(cancelled)
-        value, error, began = None, None, time.perf_counter()
-        with _warnings_of_this_thread() as warnings:
-            try:
-                value = job(key, clock)
-            except Exception as caught:  # noqa: BLE001 - an outcome
-                error = caught.with_traceback(None)  # its frames hold the scan
-            clock.end()
-        running.clocks.pop(key, None)  # a key may be given twice
-        return Outcome(
-            key=key,
-            value=value,
-            error=error,
-            seconds=clock.seconds,
-            total_s=time.perf_counter() - began,
-            warnings=tuple(warnings),
-        )
+        try:
+            return run_one(key, job, clock, ended=ended)
+        finally:
+            running.clocks.pop(key, None)  # a key may be given twice
 
     with ThreadPoolExecutor(threads, thread_name_prefix=THREAD_NAME) as pool:
         waiting: set[Future[Outcome[Key, Value]]] = set()
@@ -167,6 +158,46 @@ def run_many(
                     yield future.result()
         finally:
             cancelled.set()
+
+
+def run_one(
+    key: Key,
+    job: Callable[[Key, StageClock], Value],
+    clock: StageClock,
+    *,
+    ended: Callable[[Outcome[Key, Value]], None] | None = None,
+) -> Outcome[Key, Value]:
+    """Run a job for a key in this thread; an error of the job is an outcome.
+
+    Parameters
+    ----------
+    key, job
+        As in ``run_many``.
+    clock
+        Progress of the run.
+    ended
+        Called with the outcome in this thread, as long as an error has its traceback.
+    """
+    value, error, began = None, None, time.perf_counter()
+    with _warnings_of_this_thread() as warnings:
+        try:
+            value = job(key, clock)
+        except Exception as caught:  # noqa: BLE001 - an outcome
+            error = caught
+        clock.end()
+    outcome = Outcome(
+        key=key,
+        value=value,
+        error=error,
+        seconds=clock.seconds,
+        total_s=time.perf_counter() - began,
+        warnings=tuple(warnings),
+    )
+    if ended is not None:
+        ended(outcome)
+    if error is not None:
+        error.with_traceback(None)  # its frames hold the scan
+    return outcome
 
 
 class _Collector(logging.Handler):
