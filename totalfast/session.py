@@ -183,13 +183,16 @@ class Session:
 
     def tasks_shown(
         self,
-        source: Source,
+        source: Source | SeriesSource,
         output: Path,
         tasks: Sequence[str],
         keywords: SegmentKeywords,
         progress: Progress | None,
     ) -> dict[str, Result]:
-        """``segment_tasks``, with a place where progress is shown; None shows a bar."""
+        """``segment_tasks``, with a place where progress is shown; None shows a bar.
+
+        The source can also be a DICOM series that was not opened yet.
+        """
         from totalfast.run.shared_scan import SharedScan
 
         shared, results = SharedScan(), {}
@@ -203,30 +206,35 @@ class Session:
 
     def segment_shown(
         self,
-        source: Source,
+        source: Source | SeriesSource,
         output: str | Path | None,
         keywords: SegmentKeywords,
         progress: Progress | None,
     ) -> Result:
-        """``segment``, with a place where progress is shown; None shows a bar unless quiet."""
+        """``segment``, with a place where progress is shown; None shows a bar unless quiet.
+
+        The source can also be a DICOM series that was not opened yet.
+        """
         with self._opened(source, keywords) as opened:
             return self._segment(source, output, keywords, progress, opened, None)
 
     def _opened(
-        self, source: Source, keywords: SegmentKeywords
+        self, source: Source | SeriesSource, keywords: SegmentKeywords
     ) -> contextlib.AbstractContextManager[SeriesSource | None]:
         """Open the DICOM series of a source; None if it is no DICOM."""
         from totalfast.files.dicom.read import SeriesSource
         from totalfast.files.read import is_dicom
 
         self.models.check()
+        if isinstance(source, SeriesSource):
+            return source
         if not is_dicom(source):
             return contextlib.nullcontext()
         return SeriesSource(Path(source), wanted=keywords.get("series"))
 
     def _segment(
         self,
-        source: Source,
+        source: Source | SeriesSource,
         output: str | Path | None,
         keywords: SegmentKeywords,
         progress: Progress | None,
@@ -234,10 +242,11 @@ class Session:
         shared: SharedScan | None,
     ) -> Result:
         """Check everything that can be checked before the network runs, then run."""
-        from totalfast.files.dicom.read import refuse_slices
+        from totalfast.files.dicom.read import SeriesSource, refuse_slices
         from totalfast.files.dicom.write import check_packages, check_series
         from totalfast.run.pipeline import run
 
+        source = source.path if isinstance(source, SeriesSource) else source
         keywords = {"device": self.device, **keywords}
         if opened is not None and self.follow_modality:
             keywords["task"] = _task_of_modality(keywords.get("task", "total"), opened)

@@ -25,9 +25,10 @@ from totalfast import InputError, OptionError
 from totalfast.batch import series_cases
 from totalfast.batch.cases import Case, find_cases
 from totalfast.batch.names import LONGEST, Wish, folded_name, safe_name, unique_names
+from totalfast.files.dicom import header, series
 from totalfast.files.dicom.find import DicomFile, errors_of_damage, values_unchecked
 from totalfast.files.dicom.header import NotASlice, read_slices
-from totalfast.files.dicom.read import open_series
+from totalfast.files.dicom.read import SeriesSource, open_series
 from totalfast.files.dicom.survey import Survey, glance
 from totalfast.files.targets import FOLDER_MARKER
 
@@ -104,15 +105,41 @@ def test_each_series_of_a_tree_has_the_smallest_folder_and_can_be_read(tmp_path)
             assert len(series.slices) == (5 if case.name == "1.2.4" else 6)
 
 
-def test_folder_with_many_series_is_told(tmp_path, caplog, monkeypatch):
+def test_folder_with_many_series_is_told_where_their_files_are_not_listed(
+    tmp_path, caplog, monkeypatch
+):
     monkeypatch.setattr(series_cases, "MANY_HEADERS", 20)
     series_in(tmp_path / "own", "1.2.1")
+    series_in(tmp_path / "listed", "1.2.2", name="a")
+    series_in(tmp_path / "listed", "1.2.3", name="b")
     find_cases(tmp_path)
     assert not caplog.text
-    series_in(tmp_path / "shared", "1.2.2", name="a")
-    series_in(tmp_path / "shared", "1.2.3", name="b")
+    for name in ("a", "b"):
+        folder = series_in(tmp_path / "shared", f"1.2.4.{name == 'a':d}", name=name)
+        (folder / name).mkdir()
+        (folder / f"{name}000.dcm").rename(folder / name / "1")
     find_cases(tmp_path)
     assert "shared holds 2 series in 12 files, and each case reads" in caplog.text
+
+
+def test_the_files_of_several_series_in_one_folder_are_listed_and_no_others_are_opened(
+    tmp_path, monkeypatch
+):
+    shared = tmp_path / "shared"
+    for number in range(3):
+        series_in(shared, f"1.2.{number}", VOXELS + number, name=f"s{number}-")
+    series_in(tmp_path / "own", "1.3")
+    found = find_cases(tmp_path).cases
+    assert [len(case.files or ()) for case in found] == [6, 6, 6, 0]
+    opened = []
+    read = header.read_slices
+    monkeypatch.setattr(series, "read_slices", lambda file: opened.append(file) or read(file))
+    for number, case in enumerate(found[:3]):
+        with SeriesSource(case.source, wanted=case.series, only=case.files) as source:
+            listed = np.asanyarray(source.series().image.dataobj)
+        with open_series(case.source, wanted=case.series) as whole:
+            assert np.array_equal(listed, np.asanyarray(whole.image.dataobj))
+        assert len(opened) == (number + 1) * (6 + 18)
 
 
 def test_parts_in_folders_side_by_side_are_one_series_and_copies_are_two(tmp_path):

@@ -33,6 +33,12 @@ def test_each_case_is_taken_once(tmp_path):
     assert sorted(names) == sorted(case.name for case in cases_of(200))
 
 
+def test_a_queue_keeps_all_that_a_case_has(tmp_path):
+    case = Case(name="a", source=Path("x"), series="1.2", found="f", files=("1.dcm", "2.dcm"))
+    SharedQueue(tmp_path).fill([case])
+    assert SharedQueue(tmp_path).cases() == (case,)
+
+
 def test_a_process_knows_the_queue_of_its_parent(tmp_path, monkeypatch):
     monkeypatch.delenv(VARIABLE, raising=False)
     assert SharedQueue.of_parent() is None

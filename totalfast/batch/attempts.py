@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from totalfast.batch.cases import Case
+    from totalfast.files.dicom.read import SeriesSource
     from totalfast.options import SegmentKeywords
     from totalfast.run.many import Outcome, StageClock
     from totalfast.session import Session
@@ -74,13 +75,14 @@ class Attempts:
         threading.current_thread().name = f"{THREAD_NAME} {case.name}"
         folder, clock.tasks = self.folder / case.name, len(self.tasks)
         keywords = cast("SegmentKeywords", {**self.keywords, "series": case.series})
+        source = case.source if case.files is None else _series(case)
         with kept_if_used(folder):
             if len(self.tasks) > 1:
-                self.session.tasks_shown(case.source, folder, self.tasks, keywords, clock)
+                self.session.tasks_shown(source, folder, self.tasks, keywords, clock)
                 return
             ((task, output),) = self.outputs_of(case).items()
             keywords["task"] = task
-            self.session.segment_shown(case.source, output, keywords, clock)
+            self.session.segment_shown(source, output, keywords, clock)
 
     def entry(self, outcome: Outcome[Case, None], attempt: int) -> Entry:
         """Describe how an attempt ended. After an error, older results lose their markers."""
@@ -121,6 +123,12 @@ class Attempts:
                 logger.warning("WARNING: %s keeps older results.", marker.parent)
                 with contextlib.suppress(OSError):
                     marker.unlink()
+
+
+def _series(case: Case) -> SeriesSource:
+    from totalfast.files.dicom.read import SeriesSource
+
+    return SeriesSource(case.source, wanted=case.series, only=case.files)
 
 
 def one_line(error: Exception) -> str:

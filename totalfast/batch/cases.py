@@ -41,12 +41,16 @@ class Case:
     found
         Fingerprint of the files of a series, which may be some of its folder's; None if the files
         were not looked at.
+    files
+        Names of the files of the series, if the source is a folder with many others; None reads the
+        headers of all files there.
     """
 
     name: str
     source: Path
     series: str | None
     found: str | None = None
+    files: tuple[str, ...] | None = None
 
     def fingerprint(self) -> str:
         """What the input is: changes with the names, sizes and times of its files, and the series.
@@ -184,4 +188,10 @@ def _named(
     chosen = unique_names([candidates[index].wish for index in rest], taken=fixed.values())
     all_names = fixed | dict(zip(rest, chosen, strict=True))
     for index, each in enumerate(candidates):
-        yield Case(name=all_names[index], source=each.source, series=each.series, found=each.found)
+        yield Case(
+            name=all_names[index],
+            source=each.source,
+            series=each.series,
+            found=each.found,
+            files=each.files,
+        )

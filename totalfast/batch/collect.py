@@ -34,7 +34,7 @@ class Candidate:
 
     Parameters
     ----------
-    source, series, found
+    source, series, found, files
         Those of the case.
     wish
         Names that it could have.
@@ -48,6 +48,7 @@ class Candidate:
     given: str | None = None
     place: str = ""
     found: str | None = None
+    files: tuple[str, ...] | None = None
 
     @property
     def key(self) -> tuple[str, str | None]:
@@ -157,6 +158,7 @@ class Collector:
             series=series.uid,
             wish=_wish_of_series(series, self._names),
             found=series.fingerprint,
+            files=series.files,
         )
 
     def _add_listed(self, listed: Sequence[Listed]) -> None:
@@ -207,6 +209,7 @@ class Collector:
             given=listed.name,
             place=listed.place,
             found=series.fingerprint,
+            files=series.files,
         )
         return chosen, None
 

@@ -1,7 +1,8 @@
 """DICOM series among many files: one pass over the headers, a source for each series.
 
 The source of a series is the smallest folder that holds all of its files, so that reading it does
-not read the headers of the whole tree. Several series can lie in one folder; the UID selects one.
+not read the headers of the whole tree. Several series can lie in one folder; then the files of each
+are listed, and the UID selects one.
 """
 
 from __future__ import annotations
@@ -63,6 +64,9 @@ class FoundSeries:
         Number of different positions.
     fingerprint
         Of the files of the series, as they were found.
+    files
+        Names of its files in ``source``, a folder that has files of several series; None if all
+        headers there are to be read.
     """
 
     source: Path
@@ -70,6 +74,7 @@ class FoundSeries:
     header: SeriesHeader
     slices: int
     fingerprint: str
+    files: tuple[str, ...] | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -82,6 +87,8 @@ class _Part:
     files: int = 0
     images: int = 0
     marks: int = 0
+    names: list[str] | None = None
+    """Names of the files; None if they are not needed or not known."""
     positions: set[tuple[float, ...]] = field(default_factory=set)
     has_original: bool = False
     is_reformatted: bool = True
@@ -98,6 +105,7 @@ class _Part:
     def join(self, other: _Part) -> None:
         """Add the slices of the same series in another folder."""
         self.place = Path(os.path.commonpath((self.place, other.place)))
+        self.names = None
         self.files += other.files
         self.images += other.images
         self.marks += other.marks
@@ -164,6 +172,8 @@ class _Collection:
         self._on_file = on_file
         self._survey = Survey()
         self._parts: dict[tuple[Path, str], _Part] = {}
+        self._here: list[_Part] = []
+        """The parts of the last folder; files of one folder follow each other."""
 
     def parts(self) -> list[_Part]:
         return list(self._parts.values())
@@ -176,6 +186,13 @@ class _Collection:
                 self._sort(path, file, seen, version)
             if self._on_file is not None:
                 self._on_file(path)
+        self._leave()
+
+    def _leave(self) -> None:
+        """Forget the names of the files of a folder with one series."""
+        if len(self._here) == 1:
+            self._here[0].names = None
+        self._here = []
 
     def _sort(self, path: Path, file: DicomFile, seen: Glance, version: int) -> None:
         contents = self._survey.sort(file, seen)
@@ -189,7 +206,17 @@ class _Collection:
             first = path if file.member is None else file.path
             part = _Part(header=contents.series, place=place, first=first)
             self._parts[key] = part
+            if file.member is None:
+                self._enter(part)
+        if part.names is not None:
+            part.names.append(file.name)
         part.add(contents.series, contents.positions, mark_of(file.name, file.size, version))
+
+    def _enter(self, part: _Part) -> None:
+        if self._here and self._here[0].place != part.place:
+            self._leave()
+        part.names = []
+        self._here.append(part)
 
 
 _Seen = tuple[Path, "DicomFile | None", "Glance | str", int]
@@ -291,7 +318,8 @@ def _warn_of_shared_folders(volumes: Sequence[FoundSeries], parts: Sequence[_Par
     for part in parts:
         for place in (part.place, *part.place.parents):
             below[place] += part.files
-    for source, series in Counter(each.source for each in volumes).items():
+    unlisted = (each.source for each in volumes if each.files is None)
+    for source, series in Counter(unlisted).items():
         if series > 1 and series * below[source] > MANY_HEADERS:
             logger.warning(
                 "WARNING: %s holds %d series in %d files, and each case reads the headers of all "
@@ -334,4 +362,5 @@ def _series(source: Path, uid: str | None, parts: Sequence[_Part]) -> FoundSerie
         header=parts[0].header,
         slices=len(set().union(*(part.positions for part in parts))),
         fingerprint=fingerprint_of((part.marks for part in parts), uid),
+        files=tuple(parts[0].names) if len(parts) == 1 and parts[0].names else None,
     )

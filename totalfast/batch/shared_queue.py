@@ -6,7 +6,7 @@ import json
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from totalfast.batch.cases import Case
 
@@ -45,7 +45,7 @@ class SharedQueue:
     def cases(self) -> tuple[Case, ...]:
         """Read the list of cases."""
         content = json.loads((self.folder / CASES).read_text(encoding="utf-8"))
-        return tuple(Case(**{**item, "source": Path(item["source"])}) for item in content)
+        return tuple(map(_case, content))
 
     def take(self) -> Iterator[Case]:
         """Yield cases that no other process has taken, one at a time."""
@@ -56,3 +56,9 @@ class SharedQueue:
             except FileExistsError:
                 continue
             yield case
+
+
+def _case(content: dict[str, Any]) -> Case:
+    files = content["files"]
+    values = {"source": Path(content["source"]), "files": None if files is None else tuple(files)}
+    return Case(**{**content, **values})

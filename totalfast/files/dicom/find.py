@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from totalfast.errors import InputError, TotalfastError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from typing import BinaryIO
 
 BOMB_BYTES = 1 << 30
@@ -81,13 +81,15 @@ class DicomFile:
 
 
 @contextlib.contextmanager
-def open_source(source: Path) -> Iterator[list[DicomFile]]:
+def open_source(source: Path, *, only: Iterable[str] | None = None) -> Iterator[list[DicomFile]]:
     """List all files of a source, sorted by name; they can be read until the context ends.
 
     Parameters
     ----------
     source
         A folder, a zip file, or a file. Linked subfolders are searched, each folder once.
+    only
+        Paths of the folder's files that are listed, relative to it; the others are not looked at.
 
     Raises
     ------
@@ -97,7 +99,8 @@ def open_source(source: Path) -> Iterator[list[DicomFile]]:
     if not source.exists():
         raise InputError(f"{source} does not exist.")
     if source.is_dir():
-        yield [_on_disk(path) for path in sorted(_walk(source)) if path.is_file()]
+        paths = _walk(source) if only is None else (source / name for name in only)
+        yield [_on_disk(path) for path in sorted(paths) if path.is_file()]
     elif zipfile.is_zipfile(source):
         with contextlib.ExitStack() as stack:
             try:

@@ -18,7 +18,7 @@ from totalfast.files.dicom.series import choose_series, choose_volume, find_slic
 from totalfast.files.dicom.voxels import image_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
     import nibabel as nib
@@ -65,20 +65,34 @@ class SeriesSource(contextlib.AbstractContextManager["SeriesSource"]):
         file.
     wanted
         SeriesInstanceUID or SeriesNumber, if the source holds several series.
+    only
+        Paths of the files, relative to a folder, if it holds many others; None reads all headers.
     """
 
-    def __init__(self, source: Path, *, wanted: str | int | None = None) -> None:
+    def __init__(
+        self,
+        source: Path,
+        *,
+        wanted: str | int | None = None,
+        only: Sequence[str] | None = None,
+    ) -> None:
         self._source = source
+        self._only = only
         self._wanted = None if wanted is None else str(wanted).strip()
         self._stack = contextlib.ExitStack()
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
+    @property
+    def path(self) -> Path:
+        """The folder, zip file or file."""
+        return self._source
+
     @functools.cached_property
     def _slices(self) -> tuple[list[Slice], LeftOut]:
         """All slices of the series, before those that form a volume are chosen."""
-        files = self._stack.enter_context(open_source(self._source))
+        files = self._stack.enter_context(open_source(self._source, only=self._only))
         found, left_out = find_slices(self._source, files)
         return choose_series(self._source, found, left_out, wanted=self._wanted), left_out
 
