@@ -8,7 +8,7 @@ import logging
 import re
 import sys
 import traceback
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +18,16 @@ from totalfast.cli.flags import FLAG_GROUPS, add_file_flags, add_list_flags, key
 from totalfast.errors import OptionError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from totalfast.batch.cases import Case, Found
     from totalfast.batch.entries import Entry
     from totalfast.batch.manifest import Manifest
     from totalfast.batch.progress import Meter
+    from totalfast.batch.ray_engine import RayEngine
+    from totalfast.batch.run import Batch
     from totalfast.batch.shared_queue import SharedQueue
+    from totalfast.batch.workers import Workers
     from totalfast.options import Options
 
 logger = logging.getLogger(__name__)
@@ -44,6 +47,8 @@ OWN = (
     "json",
     "report",
     "workers",
+    "engine",
+    "ray_address",
     "words",
     "series",
 )
@@ -152,6 +157,15 @@ def _add_batch_flags(parser: argparse.ArgumentParser) -> None:
         "per GPU, else 1). Worth trying on a CPU with 16 cores or more, because one network uses 8 "
         "at most.",
     )
+    add(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="'ray' uses all nodes of a Ray cluster (pip install 'totalfast[ray]'), which must see "
+        "the files. --workers is then the number of processes of each node.",
+    )
+    add("--ray-address", metavar="host:port", help="Ray cluster (default: the environment variable "
+        "RAY_ADDRESS; without it, Ray is started on this machine).")  # fmt: skip
     add("--num-parts", type=int, default=1, metavar="N", help="Number of commands that share the "
         "cases, for job arrays.")  # fmt: skip
     add("--part-id", type=int, default=0, metavar="I", help="Number of this command, from 0.")
@@ -228,6 +242,15 @@ def _check(args: argparse.Namespace) -> None:
         raise OptionError(
             "--num-parts does not work with several workers; give each part one of the GPUs."
         )
+    if args.ray_address is not None and args.engine != "ray":
+        raise OptionError("--ray-address needs --engine ray.")
+    if args.engine == "ray" and args.num_parts > 1:
+        raise OptionError("--num-parts does not work with --engine ray, which shares the cases.")
+    if args.engine == "ray" and ":" in args.device:
+        raise OptionError(
+            f"--device {args.device} does not work with --engine ray, which chooses the GPUs; use "
+            "gpu."
+        )
     scans = Path(args.input).absolute()
     if scans.is_dir() and scans.resolve() == args.output.resolve():
         raise OptionError(
@@ -293,44 +316,21 @@ def _segment(
     parent: SharedQueue | None,
 ) -> dict[str, Entry]:
     """Segment the cases that are not done: the last entry of each."""
-    from totalfast.batch.attempts import Attempts
     from totalfast.batch.progress import Meter, Ticker
-    from totalfast.batch.run import Batch
-    from totalfast.batch.workers import Workers
     from totalfast.run.many import Running
-    from totalfast.session import Session, runs_at_a_time
 
     running: Running[Case] = Running()
     meter = Meter(cases, running)
     last: dict[str, Entry] = {}
-    devices = _devices(args)
     with ExitStack() as stack:
-        if len(devices) > 1 and parent is None:
-            workers = Workers(
-                words=args.words, devices=devices, manifest=manifest, retries=args.retries
-            )
-            entries = workers.run(cases)
+        if args.engine == "ray":
+            entries = _ray_engine(args, keywords, manifest).run(cases, running)
+        elif len(_devices(args)) > 1 and parent is None:
+            entries = _workers(args, manifest).run(cases)
         else:
-            session = stack.enter_context(Session(device=devices[0], follow_modality=True))
-            attempts = Attempts(
-                session=session,
-                folder=args.output,
-                keywords=keywords,
-                tasks=args.task,
-                options=manifest.options_hash(),
-                part=manifest.part,
-            )
-            batch = Batch(
-                attempts=attempts,
-                manifest=manifest,
-                retries=args.retries,
-                at_a_time=args.at_a_time or runs_at_a_time(devices[0]),
-            )
-            entries = batch.run(
-                cases if parent is None else parent.take(),
-                running,
-                _print_traceback if args.debug else None,
-            )
+            batch = stack.enter_context(_batch(args, keywords, manifest))
+            to_do = cases if parent is None else parent.take()
+            entries = batch.run(to_do, running, _print_traceback if args.debug else None)
         stack.enter_context(closing(entries))
         show = stack.enter_context(_Bar(args, meter))
         stack.enter_context(Ticker(show, every_s=10.0 if args.json else 0.5))
@@ -345,6 +345,57 @@ def _segment(
                 {"event": "case", **entry.to_json()},
             )
     return last
+
+
+@contextmanager
+def _batch(
+    args: argparse.Namespace, keywords: dict[str, Any], manifest: Manifest
+) -> Iterator[Batch]:
+    """A batch in the threads of this process."""
+    from totalfast.batch.attempts import Attempts
+    from totalfast.batch.run import Batch
+    from totalfast.session import Session, runs_at_a_time
+
+    device = _devices(args)[0]
+    with Session(device=device, follow_modality=True) as session:
+        attempts = Attempts(
+            session=session,
+            folder=args.output,
+            keywords=keywords,
+            tasks=args.task,
+            options=manifest.options_hash(),
+            part=manifest.part,
+        )
+        yield Batch(
+            attempts=attempts,
+            manifest=manifest,
+            retries=args.retries,
+            at_a_time=args.at_a_time or runs_at_a_time(device),
+        )
+
+
+def _workers(args: argparse.Namespace, manifest: Manifest) -> Workers:
+    """A batch in several processes of this machine."""
+    from totalfast.batch.workers import Workers
+
+    return Workers(
+        words=args.words, devices=_devices(args), manifest=manifest, retries=args.retries
+    )
+
+
+def _ray_engine(
+    args: argparse.Namespace, keywords: dict[str, Any], manifest: Manifest
+) -> RayEngine:
+    """A batch on the nodes of a Ray cluster."""
+    from totalfast.batch.ray_engine import RayEngine, job_of
+
+    return RayEngine(
+        job=job_of(args.output, keywords, args.task, manifest, at_a_time=args.at_a_time),
+        manifest=manifest,
+        retries=args.retries,
+        per_node=args.workers,
+        address=args.ray_address,
+    )
 
 
 def _print_traceback(error: Exception) -> None:
