@@ -14,12 +14,15 @@ from totalfast.batch.filters import Wanted
 from totalfast.batch.fingerprints import fingerprint_now
 from totalfast.batch.left_out import LeftOut
 from totalfast.batch.names import folded_name, safe_name, unique_names
+from totalfast.batch.remote import Remote, place_of
+from totalfast.batch.remote_search import scans_now
 from totalfast.errors import InputError, OptionError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from totalfast.batch.collect import Candidate, Naming
+    from totalfast.batch.remote import Place
 
 NAMES = ("auto", "uid", "accession")
 
@@ -34,7 +37,8 @@ class Case:
         Different from those of the other cases, also where letter case is ignored; a file name
         without an ending that Linux, macOS and Windows allow.
     source
-        Image file, or folder, zip file or file of DICOM; it may be missing if a list names it.
+        Image file, or folder, zip file or file of DICOM, on a disk or elsewhere; it may be missing
+        if a list names it.
     series
         SeriesInstanceUID if the source is DICOM; None for image files, and if the source has one
         series only.
@@ -44,20 +48,27 @@ class Case:
     files
         Names of the files of the series, if the source is a folder with many others; None reads the
         headers of all files there.
+    size
+        Bytes of all files, if the source is elsewhere.
     """
 
     name: str
-    source: Path
+    source: Place
     series: str | None
     found: str | None = None
     files: tuple[str, ...] | None = None
+    size: int | None = None
 
     def fingerprint(self) -> str:
         """What the input is: changes with the names, sizes and times of its files, and the series.
 
         No file is opened. That of a DICOM series is from the time when it was found.
         """
-        return self.found or fingerprint_now(self.source, self.series)
+        if self.found is not None:
+            return self.found
+        if isinstance(self.source, Remote):
+            return scans_now([self.source])[self.source].fingerprint(self.series)
+        return fingerprint_now(self.source, self.series)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,13 +80,13 @@ class Found:
 
 
 def find_cases(
-    inputs: str | Path | Iterable[str | Path],
+    inputs: str | Place | Iterable[str | Place],
     *,
     modality: str | None = None,
     series_description: str | None = None,
     min_slices: int | None = None,
     names: Naming = "auto",
-    skip: Path | None = None,
+    skip: Place | None = None,
     earlier: Mapping[tuple[str, str | None], str] | None = None,
     on_file: Callable[[Path], None] | None = None,
 ) -> Found:
@@ -87,7 +98,9 @@ def find_cases(
         One or several of: a folder, searched with its subfolders for image files and DICOM series;
         a pattern such as ``scans/**/*.nii.gz``; an image file, or a zip file or multi-frame file of
         DICOM; a list of cases (``.csv``, ``.tsv``); "-" for lines of the standard input. A path in
-        a list is one case, also if it is missing, and a DICOM folder in it holds one series.
+        a list is one case, also if it is missing, and a DICOM folder in it holds one series. All of
+        them may be elsewhere, such as ``s3://bucket/scans``; then a folder that directly holds
+        DICOM files is one case.
     modality
         Keep DICOM series of this modality only, for example "CT". Image files are kept.
     series_description
@@ -122,7 +135,7 @@ def find_cases(
     Names do not depend on the order of the inputs. A further scan can change the name of another
     one only if both had the same name; with ``earlier``, old cases keep theirs.
     """
-    given = [inputs] if isinstance(inputs, str | Path) else list(inputs)
+    given = [inputs] if isinstance(inputs, str | Path | Remote) else list(inputs)
     if names not in NAMES:
         raise OptionError(f"names is {names!r}, but must be one of {', '.join(map(repr, NAMES))}.")
     search = Collector(
@@ -151,9 +164,12 @@ def part_of(cases: Iterable[Case], number: int, parts: int) -> tuple[Case, ...]:
     return tuple(ordered[number::parts])
 
 
-def _nothing_found(inputs: Sequence[str | Path], left_out: Sequence[LeftOut]) -> str:
+def _nothing_found(inputs: Sequence[str | Place], left_out: Sequence[LeftOut]) -> str:
     places = ", ".join(
-        "the standard input" if each == STANDARD_INPUT else str(each) for each in inputs
+        "the standard input"
+        if each == STANDARD_INPUT
+        else str(each if isinstance(each, Remote) else place_of(each))
+        for each in inputs
     )
     reasons = "; ".join(map(str, left_out)) or "there are no files"
     return (
@@ -194,4 +210,5 @@ def _named(
             series=each.series,
             found=each.found,
             files=each.files,
+            size=each.size,
         )

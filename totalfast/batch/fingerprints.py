@@ -17,17 +17,20 @@ if TYPE_CHECKING:
 MODULUS = 1 << 256
 
 
-def mark_of(name: str, size: int, changed_ns: int) -> int:
+def mark_of(name: str, size: int, version: int | str) -> int:
     """A number for one file; the sum of several ones is the same in any order of the files.
 
     Parameters
     ----------
     name
         The file's name without folders.
-    size, changed_ns
-        In bytes, and as in ``os.stat_result.st_mtime_ns``.
+    size
+        In bytes.
+    version
+        Changes with its content: the time of the last change as in ``os.stat_result.st_mtime_ns``,
+        or what a server tells, such as a checksum.
     """
-    text = f"{name}\0{size}\0{changed_ns}".encode("utf-8", "surrogateescape")
+    text = f"{name}\0{size}\0{version}".encode("utf-8", "surrogateescape")
     return int.from_bytes(hashlib.sha256(text).digest(), "big")
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from totalfast.batch.remote import Place
 
 EXAMPLES = 3
 """Paths that are kept for each reason."""
@@ -30,7 +30,7 @@ class LeftOut:
 
     reason: str
     count: int
-    examples: tuple[Path, ...]
+    examples: tuple[Place, ...]
 
     def __str__(self) -> str:
         return f"{self.count} x {self.reason} (for example {self.examples[0]})"
@@ -41,9 +41,9 @@ class Counted:
 
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
-        self._examples: dict[str, list[Path]] = defaultdict(list)
+        self._examples: dict[str, list[Place]] = defaultdict(list)
 
-    def add(self, reason: str, path: Path) -> None:
+    def add(self, reason: str, path: Place) -> None:
         """Count a file, a folder or a series."""
         self._counts[reason] += 1
         if len(self._examples[reason]) < EXAMPLES:

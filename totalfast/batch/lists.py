@@ -9,10 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from totalfast.batch.remote import SCHEME, Remote, place_of
+from totalfast.batch.remote_files import read
 from totalfast.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+
+    from totalfast.batch.remote import Place
 
 ENDINGS = (".csv", ".tsv")
 
@@ -40,17 +44,17 @@ class Listed:
         Where it is listed, for messages.
     """
 
-    path: Path
+    path: Place
     name: str | None
     series: str | None
     place: str
 
 
-def read_list(path: Path) -> list[Listed]:
+def read_list(path: Place) -> list[Listed]:
     """Read a CSV or TSV file, whose first line names the columns.
 
     The delimiter of a CSV file is a comma, a semicolon or a tab. Relative paths are relative to the
-    file's folder.
+    file's folder; addresses such as ``s3://bucket/ct.nii.gz`` are allowed, too.
 
     Raises
     ------
@@ -58,7 +62,8 @@ def read_list(path: Path) -> list[Listed]:
         If the file can't be read, has no column of paths, or a line has no path.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        data = read(path) if isinstance(path, Remote) else path.read_bytes()
+        text = data.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else error.strerror
         raise InputError(f"{path} can't be read as a list of cases: {reason}.") from error
@@ -78,7 +83,7 @@ class _Columns:
     series: int | None
 
     @classmethod
-    def of(cls, file: Path, words: Sequence[str]) -> _Columns:
+    def of(cls, file: Place, words: Sequence[str]) -> _Columns:
         path = _column(file, words, PATH_COLUMNS)
         if path is None:
             raise InputError(
@@ -94,7 +99,7 @@ class _Columns:
         )
 
 
-def _rows(path: Path, text: str) -> Iterator[Listed]:
+def _rows(path: Place, text: str) -> Iterator[Listed]:
     first = next((line for line in text.splitlines() if line.strip()), "")
     delimiter = "\t" if path.suffix.lower() == ".tsv" else max(DELIMITERS, key=first.count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
@@ -111,7 +116,7 @@ def _rows(path: Path, text: str) -> Iterator[Listed]:
         raise InputError(f"{path} is empty; a list of cases has one per line, below a first line.")
 
 
-def _listed(row: Sequence[str], columns: _Columns, place: str, folder: Path) -> Listed:
+def _listed(row: Sequence[str], columns: _Columns, place: str, folder: Place) -> Listed:
     if len(row) > columns.count:
         raise InputError(
             f"{place} has {len(row)} values, but there are {columns.count} columns; put values "
@@ -121,14 +126,21 @@ def _listed(row: Sequence[str], columns: _Columns, place: str, folder: Path) -> 
     if not full[columns.path]:
         raise InputError(f"{place} has no path; each line needs one.")
     return Listed(
-        path=folder / full[columns.path],
+        path=_joined(folder, full[columns.path]),
         name=None if columns.name is None else full[columns.name] or None,
         series=None if columns.series is None else full[columns.series] or None,
         place=place,
     )
 
 
-def _column(path: Path, columns: Sequence[str], words: Sequence[str]) -> int | None:
+def _joined(folder: Place, text: str) -> Place:
+    """Return the place that a line names; a folder elsewhere has no place on this disk."""
+    if SCHEME.match(text) or (isinstance(folder, Remote) and Path(text).is_absolute()):
+        return place_of(text)
+    return folder / text
+
+
+def _column(path: Place, columns: Sequence[str], words: Sequence[str]) -> int | None:
     """Number of the column with one of these words; None if there is none."""
     found = [number for number, word in enumerate(columns) if word.lower() in words]
     if len(found) > 1:
@@ -168,5 +180,5 @@ def _line(line: str, number: int) -> Listed:
     if tab and not path.strip():
         raise InputError(f"{place} has no path behind its tab; it needs NAME, a tab, and PATH.")
     if not tab:
-        return Listed(path=Path(line), name=None, series=None, place=place)
-    return Listed(path=Path(path), name=name.strip() or None, series=None, place=place)
+        return Listed(path=place_of(line), name=None, series=None, place=place)
+    return Listed(path=place_of(path), name=name.strip() or None, series=None, place=place)

@@ -238,6 +238,13 @@ class Manifest:
         """Return a case's last entry, of those that were there at the start or added here."""
         return self._entries.get(name)
 
+    def waiting(self, cases: Iterable[Case]) -> list[Case]:
+        """Return the cases that are not done, in their order."""
+        return [case for case in cases if not self.is_done(case)]
+
+    def bring(self, files: Iterable[Path]) -> None:
+        """Make files of the batch's folder readable here, as far as they exist: they are."""
+
     def is_done(self, case: Case) -> bool:
         """Whether a case's results exist, whole, of these options and this input.
 
@@ -254,7 +261,7 @@ class Manifest:
         )
 
     def _is_complete(self, entry: Entry) -> bool:
-        markers = [self.folder / file for file in entry.files if _is_marker(file)]
+        markers = [self.folder / file for file in entry.files if is_marker(file)]
         return (
             bool(markers)
             and all(completed_files(marker, self.folder) for marker in markers)
@@ -278,7 +285,7 @@ def written_files(entry: Entry, folder: Path) -> set[str]:
     """
     files = set(entry.files)
     for file in entry.files:
-        if _is_marker(file):
+        if is_marker(file):
             files.update(completed_files(folder / file, folder))
     return files
 
@@ -307,7 +314,8 @@ def completed_files(marker: Path, folder: Path) -> tuple[str, ...]:
     return tuple(sorted(path.replace(os.sep, "/") for path in paths))
 
 
-def _is_marker(file: str) -> bool:
+def is_marker(file: str) -> bool:
+    """Whether a name is that of a completion marker."""
     return PurePosixPath(file).name == FOLDER_MARKER or file.endswith(FILE_MARKER_ENDING)
 
 

@@ -6,13 +6,13 @@ import os
 import threading
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-    from pathlib import Path
 
     from totalfast.batch.cases import Case
     from totalfast.run.many import Running
@@ -70,7 +70,7 @@ def typical_first(cases: Sequence[Case]) -> list[Case]:
     """
     if len(cases) <= len(FIRST):
         return list(cases)
-    by_size = sorted(cases, key=lambda case: bytes_of(case.source))
+    by_size = sorted(cases, key=_size)
     first = [by_size[round(place * (len(cases) - 1))] for place in FIRST]
     names = {case.name for case in first}
     return first + [case for case in cases if case.name not in names]
@@ -98,7 +98,7 @@ class Meter:
         running: Running[Case],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        sizes = {case.name: bytes_of(case.source) for case in cases}
+        sizes = {case.name: _size(case) for case in cases}
         mean = sum(sizes.values()) / max(len(sizes), 1) or 1.0
         self._work = {name: size + mean for name, size in sizes.items()}
         self._seconds = dict(self._work)
@@ -196,6 +196,12 @@ class Ticker:
     def _run(self) -> None:
         while not self._ended.wait(self._every_s):
             self._call()
+
+
+def _size(case: Case) -> float:
+    if isinstance(case.source, Path):
+        return bytes_of(case.source)
+    return float(case.size or 0)
 
 
 def bytes_of(source: Path) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,10 +18,10 @@ from totalfast.batch.table import count_structures
 from totalfast.batch.whole_file import write_whole
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
-    from pathlib import Path
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from totalfast.batch.entries import Entry
+    from totalfast.batch.remote import Place
 
 FIRST, WORST, SLOWEST = 3, 6, 10
 """How many pictures of the first and of the worst cases are shown, and how many slow cases."""
@@ -63,7 +63,13 @@ class _Picture:
 
 
 def write_report(
-    path: Path, entries: Mapping[str, Entry], folder: Path, *, skipped: int | None = None
+    path: Path,
+    entries: Mapping[str, Entry],
+    folder: Path,
+    *,
+    skipped: int | None = None,
+    place: Place | None = None,
+    bring: Callable[[Iterable[Path]], None] | None = None,
 ) -> None:
     """Write the report of a batch.
 
@@ -79,6 +85,10 @@ def write_report(
         statistics among them.
     skipped
         Number of cases that were done before this run; None if it is not known.
+    place
+        Where the results are, if ``folder`` has copies of them.
+    bring
+        Makes files of ``folder`` readable, if ``folder`` has copies.
 
     Raises
     ------
@@ -86,15 +96,16 @@ def write_report(
         If the file can't be written.
     """
     cases = tuple(entries.values())
+    place = folder if place is None else place
     parts = [
-        note(f"totalfast {version()}, {folder}"),
+        note(f"totalfast {version()}, {place}"),
         *_counts(cases, skipped),
         *_failures(cases),
         *_times(cases),
         *_warnings(cases),
-        *_pictures(cases, folder),
+        *_pictures(cases, folder, bring or list),
     ]
-    text = page(f"Batch {folder.resolve().name}", parts)
+    text = page(f"Batch {place.resolve().name if isinstance(place, Path) else place.name}", parts)
     data = text.encode("utf-8", "backslashreplace")
     write_whole(path, lambda staged: staged.write_bytes(data))
 
@@ -182,17 +193,23 @@ def _warnings(cases: Sequence[Entry]) -> Iterator[str]:
         yield note(f"{len(counts) - WARNINGS} other warnings are in the manifest.")
 
 
-def _pictures(cases: Sequence[Entry], folder: Path) -> Iterator[str]:
+def _pictures(
+    cases: Sequence[Entry], folder: Path, bring: Callable[[Iterable[Path]], object]
+) -> Iterator[str]:
     done = [case for case in cases if case.state == DONE]
+    bring(
+        folder / name for case in done for name in case.files if _matches(name, "*statistics.json")
+    )
     pictures = [picture for case in done if (picture := _picture(case, folder)) is not None]
     if not pictures:
         yield heading("Pictures")
         yield note("There are none; run the batch with --preview to have one of each case.")
         return
-    yield heading("First cases")
-    yield figures((picture.file, picture.caption) for picture in pictures[:FIRST])
     rated = [picture for picture in pictures[FIRST:] if picture.is_rated]
     worst = sorted(rated, key=lambda picture: picture.badness, reverse=True)[:WORST]
+    bring(picture.file for picture in (*pictures[:FIRST], *worst))
+    yield heading("First cases")
+    yield figures((picture.file, picture.caption) for picture in pictures[:FIRST])
     if worst:
         yield heading("Worst of the other cases")
         yield note("Those with most warnings, then those with the fewest structures.")

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from totalfast.batch.images import is_slicer_segmentation, stem_of
+from totalfast.batch.remote import Remote
+from totalfast.batch.remote_files import read
 from totalfast.errors import InputError
 from totalfast.files.itk import ENDINGS as ITK_ENDINGS
 from totalfast.files.read import NIFTI_ENDINGS
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
 
     from totalfast.batch.left_out import Counted
+    from totalfast.batch.remote import Place
 
 MAC_ARCHIVE = "__MACOSX"
 """Folder that macOS adds to zip files."""
@@ -73,21 +76,21 @@ def files_below(folder: Path, left_out: Counted, *, skip: Path | None = None) ->
         if kept is None:
             folders.clear()
             continue
-        for name in [each for each in folders if _is_hidden(each)]:
+        for name in [each for each in folders if is_hidden(each)]:
             folders.remove(name)
             left_out.add(HIDDEN, here / name)
         folders.sort()
         yield from (here / name for name in kept)
 
 
-def kept_names(folder: Path, names: Collection[str], left_out: Counted) -> list[str] | None:
+def kept_names(folder: Place, names: Collection[str], left_out: Counted) -> list[str] | None:
     """Sort out the files of one folder; None if the folder and its subfolders hold results."""
     if _holds_results(folder, names):
         left_out.add(RESULTS, folder)
         return None
     kept = []
     for name in sorted(names):
-        if _is_hidden(name):
+        if is_hidden(name):
             left_out.add(HIDDEN, folder / name)
         elif name.endswith(FILE_MARKER_ENDING) or name + FILE_MARKER_ENDING in names:
             left_out.add(RESULTS, folder / name)
@@ -162,17 +165,20 @@ def _names_in(folder: Path) -> list[str]:
         return []
 
 
-def _holds_results(folder: Path, names: Collection[str]) -> bool:
+def _holds_results(folder: Place, names: Collection[str]) -> bool:
     return FOLDER_MARKER in names or any(_is_manifest(folder / name) for name in names)
 
 
-def _is_hidden(name: str) -> bool:
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is hidden, or is macOS's own."""
     return name.startswith(".") or name == MAC_ARCHIVE
 
 
-def _is_manifest(path: Path) -> bool:
+def _is_manifest(path: Place) -> bool:
     if not path.name.startswith("manifest") or path.suffix != ".jsonl":
         return False
+    if isinstance(path, Remote):
+        return read(path, len(MANIFEST_START)) == MANIFEST_START
     try:
         with path.open("rb") as file:
             return file.read(len(MANIFEST_START)) == MANIFEST_START

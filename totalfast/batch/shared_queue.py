@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from totalfast.batch.cases import Case
+from totalfast.batch.remote import address_of, place_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -39,7 +40,7 @@ class SharedQueue:
 
     def fill(self, cases: Sequence[Case]) -> None:
         """Write the list of cases."""
-        content = [{**asdict(case), "source": str(case.source)} for case in cases]
+        content = [{**asdict(case), "source": address_of(case.source)} for case in cases]
         (self.folder / CASES).write_text(json.dumps(content), encoding="utf-8")
 
     def cases(self) -> tuple[Case, ...]:
@@ -60,5 +61,8 @@ class SharedQueue:
 
 def _case(content: dict[str, Any]) -> Case:
     files = content["files"]
-    values = {"source": Path(content["source"]), "files": None if files is None else tuple(files)}
+    values = {
+        "source": place_of(content["source"]),
+        "files": None if files is None else tuple(files),
+    }
     return Case(**{**content, **values})

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from totalfast.batch.manifest import Manifest
     from totalfast.batch.progress import Meter
     from totalfast.batch.ray_engine import RayEngine
+    from totalfast.batch.remote import Place
     from totalfast.batch.run import Batch
     from totalfast.batch.shared_queue import SharedQueue
     from totalfast.batch.workers import Workers
@@ -66,6 +67,7 @@ EXAMPLES = """examples:
   totalfast batch -i 'study*/ct.nii.gz' -o out -ml --statistics
   totalfast batch -i cases.csv -o out                        columns: case, path
   totalfast batch -i archive/ -o out --modality CT --min-slices 40
+  totalfast batch -i s3://bucket/scans/ -o s3://bucket/out -ml     needs totalfast[remote]
   totalfast batch -i scans/ -o out --num-parts 8 --part-id $SLURM_ARRAY_TASK_ID
 
 results:
@@ -98,6 +100,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="'gpu' (default; the CPU if there is no GPU), 'cpu', 'mps', 'gpu:X', or 'gpu:0,1,3' "
         "with a worker for each GPU.",
     )
+    parser.add_argument(
+        "--report", type=_place, metavar="file.html", help="Also write a report of the batch."
+    )
     return parser
 
 
@@ -111,6 +116,17 @@ def _device_list(text: str) -> str:
     return text
 
 
+def _place(text: str) -> Place:
+    """Return an absolute path, or an address."""
+    from totalfast.batch.remote import place_of
+
+    try:
+        place = place_of(text)
+    except OptionError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return place.absolute() if isinstance(place, Path) else place
+
+
 def _add_batch_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("batch").add_argument
     add(
@@ -119,15 +135,17 @@ def _add_batch_flags(parser: argparse.ArgumentParser) -> None:
         required=True,
         metavar="scans",
         help="A folder (searched with its subfolders for image files and DICOM series), a pattern "
-        "in quotes, a .csv file with columns case and path, or - for paths on stdin.",
+        "in quotes, a .csv file with columns case and path, or - for paths on stdin. All of them "
+        "may be addresses (s3://, gs://, https:// and others that fsspec knows).",
     )
     add(
         "-o",
         dest="output",
         required=True,
-        type=lambda text: Path(text).absolute(),
+        type=_place,
         metavar="folder",
-        help="Folder for the results; each case gets a folder in it.",
+        help="Folder for the results, or an address such as s3://bucket/out; each case gets a "
+        "folder in it.",
     )
     add(
         "--names",
@@ -171,12 +189,11 @@ def _add_batch_flags(parser: argparse.ArgumentParser) -> None:
     add("--part-id", type=int, default=0, metavar="I", help="Number of this command, from 0.")
     add(
         "--table",
-        type=Path,
+        type=_place,
         metavar="file",
         help="With --statistics: the table of all cases (default: statistics.csv in -o; .parquet "
         "needs pyarrow).",
     )
-    add("--report", type=Path, metavar="file.html", help="Also write a report of the batch.")
     add("--json", action="store_true", help="Print one JSON object per line, for programs.")
 
 
@@ -191,23 +208,19 @@ def run(args: argparse.Namespace) -> int:
 
     options = check(keywords, args.task)
     from totalfast.batch.cases import part_of
-    from totalfast.batch.manifest import Manifest
     from totalfast.batch.progress import typical_first
+    from totalfast.batch.remote_manifest import opened_manifest
     from totalfast.batch.shared_queue import SharedQueue
-    from totalfast.system.disk import kept_if_used
 
     parent = SharedQueue.of_parent()
     part = (args.part_id, args.num_parts)
-    with (
-        kept_if_used(args.output),
-        Manifest(args.output, _changing(args, keywords), part=part) as manifest,
-    ):
+    with opened_manifest(args.output, _changing(args, keywords), part=part) as manifest:
         if parent is not None:
             _segment(args, keywords, parent.cases(), manifest, parent)
             return 0
         found = _find(args, manifest)
         cases = part_of(found.cases, *part)
-        waiting = [case for case in cases if not manifest.is_done(case)]
+        waiting = manifest.waiting(cases)
         done = len(cases) - len(waiting)
         _tell(
             args,
@@ -222,8 +235,8 @@ def run(args: argparse.Namespace) -> int:
         last = _segment(args, keywords, typical_first(waiting), manifest, None)
         try:
             with manifest.summing_up() as entries:
-                _write_table(args, options, entries)
-                _write_report(args, entries, done)
+                _write_table(args, options, manifest, entries)
+                _write_report(args, manifest, entries, done)
         finally:
             code = _end(args, last, len(cases))
     return code
@@ -251,12 +264,13 @@ def _check(args: argparse.Namespace) -> None:
             f"--device {args.device} does not work with --engine ray, which chooses the GPUs; use "
             "gpu."
         )
-    scans = Path(args.input).absolute()
-    if scans.is_dir() and scans.resolve() == args.output.resolve():
+    if _is_same_folder(_place(args.input), args.output):
         raise OptionError(
             f"-i and -o are the same folder, {args.output}. Name another one with -o, which may be "
             "in the folder of the scans."
         )
+    if args.engine == "ray" and not isinstance(args.output, Path):
+        raise OptionError(f"--engine ray can't write to {args.output}; name a folder with -o.")
     if args.at_a_time is not None and args.at_a_time < 1:
         raise OptionError(f"--at-a-time must be 1 or more, not {args.at_a_time}.")
     if args.save_probabilities is not None:
@@ -271,6 +285,12 @@ def _check(args: argparse.Namespace) -> None:
         from totalfast.batch.table import check_table
 
         check_table(args.table)
+
+
+def _is_same_folder(scans: Place, output: Place) -> bool:
+    if isinstance(scans, Path) and isinstance(output, Path):
+        return scans.is_dir() and scans.resolve() == output.resolve()
+    return str(scans).rstrip("/") == str(output).rstrip("/")
 
 
 def _keywords(args: argparse.Namespace) -> dict[str, Any]:
@@ -455,30 +475,46 @@ class _Bar:
         self._bar.refresh()
 
 
-def _write_table(args: argparse.Namespace, options: Options, entries: Mapping[str, Entry]) -> None:
+def _write_table(
+    args: argparse.Namespace, options: Options, manifest: Manifest, entries: Mapping[str, Entry]
+) -> None:
     if not options.statistics:
         return
     from totalfast.batch.entries import DONE
+    from totalfast.batch.remote_cases import local_copy
     from totalfast.batch.table import StatisticsRows, write_table
 
     path = args.table or args.output / "statistics.csv"
     folders = [""] if len(args.task) == 1 else args.task
     files = {
-        str(Path(name, folder)): args.output / name / folder / "statistics.json"
+        str(Path(name, folder)): manifest.folder / name / folder / "statistics.json"
         for name, entry in entries.items()
         if entry.state == DONE
         for folder in folders
     }
-    write_table(path, StatisticsRows(files=files))
+    manifest.bring(files.values())
+    with local_copy(path) as file:
+        write_table(file, StatisticsRows(files=files))
     logger.info("Statistics of all cases: %s", path)
 
 
-def _write_report(args: argparse.Namespace, entries: Mapping[str, Entry], done: int) -> None:
+def _write_report(
+    args: argparse.Namespace, manifest: Manifest, entries: Mapping[str, Entry], done: int
+) -> None:
     if args.report is None:
         return
+    from totalfast.batch.remote_cases import local_copy
     from totalfast.batch.report import write_report
 
-    write_report(args.report, entries, args.output, skipped=done)
+    with local_copy(args.report) as file:
+        write_report(
+            file,
+            entries,
+            manifest.folder,
+            skipped=done,
+            place=args.output,
+            bring=manifest.bring,
+        )
     logger.info("Report of the batch: %s", args.report)
 
 
