@@ -17,7 +17,8 @@ from totalfast.backends.devices import validate_device
 from totalfast.cli.console import configure_output
 from totalfast.cli.exit_codes import failure
 from totalfast.cli.segment import segment_scan
-from totalfast.cli.serve_http import add_http_flags, http_serving, open_http, parse_quietly, seconds
+from totalfast.cli.serve_http import add_http_flags, http_serving, open_http, seconds
+from totalfast.cli.serve_requests import parse_quietly
 from totalfast.errors import OptionError, TotalfastError
 from totalfast.serve.places import HAS_UNIX_SOCKETS, SERVER_VARIABLE, Place, default_place
 from totalfast.system.signals import ENDING_SIGNALS

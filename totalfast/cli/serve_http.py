@@ -1,28 +1,37 @@
-"""The HTTP side of ``totalfast serve``: its flags, and what requests may ask for."""
+"""The HTTP side of ``totalfast serve``: its flags, and what it needs."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import logging
+import os
 import re
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from totalfast.cli.parser import build_parser
+from totalfast.cli.serve_requests import read_command
 from totalfast.errors import OptionError
 from totalfast.serve.places import LOOPBACK
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import AsyncIterator, Sequence
-    from typing import NoReturn
+    from collections.abc import AsyncIterator, Mapping
 
+    from totalfast.serve.dicomweb_servers import DicomWebServer
     from totalfast.serve.run_queue import RunQueue
 
-NOT_BY_HTTP = ("trust_model", "license_number", "nora_tag", "list_tasks", "list_classes", "debug")
-"""Arguments that run code of a model or another program, are stored, or quote files' content."""
+PACKAGES = ("starlette", "uvicorn")
+"""That ``--http`` needs, of the extra ``serve``; ``--dicomweb`` also needs aiohttp."""
+
+LOCAL_HOSTS = (LOOPBACK, "localhost", "::1")
+
+FREE_BYTES = 1 << 30
+"""Bytes of the disk for temporary files that stay free."""
+
+logger = logging.getLogger("totalfast.serve")
 
 SECONDS = {"s": 1, "m": 60, "h": 3600}
 
@@ -54,7 +63,30 @@ def add_http_flags(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="A folder in which requests may name inputs and outputs. Without it they must upload.",
     )
-    add("--max-upload", type=float, default=4, metavar="GB", help="Largest upload (4 GB).")
+    add(
+        "--max-upload",
+        type=float,
+        default=4,
+        metavar="GB",
+        help="Largest upload, or series of a DICOMweb server (4 GB).",
+    )
+    add(
+        "--max-storage",
+        type=float,
+        default=50,
+        metavar="GB",
+        help="Largest size of all uploads, fetched series and results together (50 GB).",
+    )
+    add(
+        "--dicomweb",
+        action="append",
+        default=[],
+        metavar="NAME=URL",
+        help="A DICOMweb server from which requests may fetch series, and where they may store "
+        "results. Its login: environment variable TOTALFAST_DICOMWEB_NAME with user:password or "
+        "'Bearer TOKEN', or TOTALFAST_DICOMWEB_NAME_FILE with the path of a file that holds it. "
+        "SSL_CERT_FILE: certificates of authorities to trust.",
+    )
     add(
         "--max-time",
         type=seconds,
@@ -83,12 +115,15 @@ class Http:
         Where clients find the token, and the token.
     folder
         For uploads.
+    servers
+        DICOMweb servers by name.
     """
 
     opened: socket.socket
     token_file: Path
     token: str
     folder: Path
+    servers: Mapping[str, DicomWebServer]
 
     @property
     def url(self) -> str:
@@ -100,18 +135,30 @@ class Http:
 def open_http(args: argparse.Namespace, stack: ExitStack) -> Http | None:
     """Listen for HTTP, if that is asked for."""
     if args.http is None:
+        if args.dicomweb:
+            raise OptionError("--dicomweb only works together with --http.")
         return None
+    from totalfast.serve.dicomweb_servers import take_servers
     from totalfast.serve.listening import listening_for_http
     from totalfast.serve.uploads import upload_folder
 
-    if any(importlib.util.find_spec(name) is None for name in ("starlette", "uvicorn")):
+    needed = (*PACKAGES, "aiohttp") if args.dicomweb else PACKAGES
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
         raise OptionError(
-            "--http needs Starlette and uvicorn, which are not installed: "
+            f"--http needs packages that are not installed ({', '.join(missing)}): "
             "pip install 'totalfast[serve]'."
         )
+    servers = take_servers(args.dicomweb, os.environ)
+    for server in servers.values():
+        if server.authorization and not server.is_encrypted and server.host not in LOCAL_HOSTS:
+            logger.warning(
+                "WARNING: The login of %s and scans are sent without encryption; use https.",
+                server.name,
+            )
     opened, file, token = stack.enter_context(listening_for_http(args.http_host, args.http))
     folder = stack.enter_context(upload_folder())
-    return Http(opened=opened, token_file=file, token=token, folder=folder)
+    return Http(opened=opened, token_file=file, token=token, folder=folder, servers=servers)
 
 
 @asynccontextmanager
@@ -120,8 +167,10 @@ async def http_serving(
 ) -> AsyncIterator[None]:
     """Serve HTTP until the context ends."""
     from totalfast.serve.http import create_app
-    from totalfast.serve.http_runs import HttpLimits, HttpRuns
+    from totalfast.serve.http_limits import HttpLimits
+    from totalfast.serve.http_runs import HttpRuns
     from totalfast.serve.http_server import serving
+    from totalfast.serve.storage import Storage
 
     limits = HttpLimits(
         roots=tuple(args.http_root),
@@ -129,49 +178,23 @@ async def http_serving(
         run_s=args.max_time,
         keep_s=args.keep,
     )
-    runs = HttpRuns(queue, limits=limits, paths_of=_paths_of_http, folder=http.folder)
-    async with serving(create_app(runs, http.token), http.opened):
+    storage = Storage(http.folder, limit_bytes=int(args.max_storage * 1e9), free_bytes=FREE_BYTES)
+    async with AsyncExitStack() as stack:
+        studies = None
+        if http.servers:
+            from totalfast.serve.dicomweb import open_client
+            from totalfast.serve.studies import Studies
+
+            client = await stack.enter_async_context(open_client())
+            studies = Studies(
+                client, http.servers, storage=storage, series_bytes=limits.upload_bytes
+            )
+        runs = HttpRuns(
+            queue, limits=limits, read_command=read_command, storage=storage, studies=studies
+        )
+        await stack.enter_async_context(serving(create_app(runs, http.token), http.opened))
+        stack.push_async_callback(runs.close)
         yield
-
-
-def _paths_of_http(words: Sequence[str]) -> dict[str, str]:
-    """Return the paths in a command line that came by HTTP.
-
-    Raises
-    ------
-    OptionError
-        If the command line is not valid, or has a flag that is not for HTTP.
-    """
-    from totalfast.serve.client import absolute_paths
-
-    args = parse_quietly(words)
-    parser = build_parser()
-    for name in NOT_BY_HTTP:
-        if getattr(args, name) != parser.get_default(name):
-            raise OptionError(f"{name} can't be set by HTTP.")
-    return absolute_paths(vars(args))
-
-
-def parse_quietly(words: Sequence[str]) -> argparse.Namespace:
-    """Parse a command line of the main command without printing or exiting.
-
-    Raises
-    ------
-    OptionError
-        If it is not valid, or wants help or the version.
-    """
-
-    def refuse(message: str) -> NoReturn:
-        raise OptionError(message)
-
-    parser = build_parser()
-    parser.error = refuse  # type: ignore[method-assign] # it would print and exit
-    if any(word in ("-h", "--help", "--version") for word in words):
-        raise OptionError("help and version are not for a server.")
-    try:
-        return parser.parse_args(words)
-    except SystemExit as error:  # an abbreviation of these
-        raise OptionError("the server only segments scans.") from error
 
 
 def seconds(text: str) -> float | None:

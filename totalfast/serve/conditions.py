@@ -20,6 +20,9 @@ PREFIXES = ("TOTALFAST_", "TOTALSEG_", "nnUNet_")
 NAMES = ("HOME", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "USERPROFILE")
 """Environment variables that change what a run does or which models it finds."""
 
+CREDENTIALS_PREFIX = "TOTALFAST_DICOMWEB_"
+"""Of environment variables with passwords for ``--dicomweb``, which are never sent."""
+
 
 def conditions() -> dict[str, str]:
     """Return what a run depends on beside its flags and its files: name to value.
@@ -40,7 +43,9 @@ def conditions() -> dict[str, str]:
     return found | {
         name: value
         for name, value in os.environ.items()
-        if (name.startswith(PREFIXES) or name in NAMES) and name != SERVER_VARIABLE
+        if (name.startswith(PREFIXES) or name in NAMES)
+        and name != SERVER_VARIABLE
+        and not name.startswith(CREDENTIALS_PREFIX)
     }
 
 

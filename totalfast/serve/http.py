@@ -21,7 +21,16 @@ from starlette.routing import Route
 from totalfast import about
 from totalfast.errors import OptionError
 from totalfast.serve.http_description import description
-from totalfast.serve.http_runs import BusyError, OutsideError
+from totalfast.serve.http_limits import OutsideError
+from totalfast.serve.http_metrics import metrics
+from totalfast.serve.http_runs import BusyError
+from totalfast.serve.http_submissions import (
+    discard_rest,
+    read_flags,
+    read_object,
+    store_upload,
+)
+from totalfast.serve.storage import FullError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -30,18 +39,14 @@ if TYPE_CHECKING:
     from starlette.responses import Response
     from starlette.types import ASGIApp, Receive, Scope, Send
 
-    from totalfast.serve.http_runs import HttpRuns, Submitted
+    from totalfast.serve.http_runs import HttpRuns
+    from totalfast.serve.storage import Storage
+    from totalfast.serve.submitted import Submitted
 
 logger = logging.getLogger(__name__)
 
 OPEN_PATHS = ("/health", "/openapi.json")
 """Answered without a token; they tell nothing about runs."""
-
-UPLOAD_S = 1800
-"""Maximum seconds of an upload."""
-
-SUBMISSION_BYTES = 1 << 20
-"""Maximum size of a submission that names paths."""
 
 
 class BearerToken:
@@ -105,76 +110,56 @@ class _Endpoints:
         return JSONResponse(description())
 
     async def metrics(self, request: Request) -> Response:
-        lines = ["# TYPE totalfast_runs_ended_total counter"]
-        for state, count in self._runs.ended.items():
-            lines.append(f'totalfast_runs_ended_total{{state="{state}"}} {count}')
-        lines += ["# TYPE totalfast_runs gauge", f"totalfast_runs {len(self._runs)}", ""]
-        return PlainTextResponse("\n".join(lines), media_type="text/plain; version=0.0.4")
+        return PlainTextResponse(metrics(self._runs), media_type="text/plain; version=0.0.4")
 
     async def submit(self, request: Request) -> Response:
         try:
+            submitted = await self._submitted(request)
+        except HTTPException:
+            await discard_rest(request)
+            raise
+        where = f"/runs/{submitted.id}"
+        return JSONResponse(submitted.as_json(), status_code=202, headers={"Location": where})
+
+    async def _submitted(self, request: Request) -> Submitted:
+        try:
             self._runs.check_open()
             if request.headers.get("content-type", "").startswith("application/json"):
-                submitted = await self._submit_paths(request)
-            else:
-                submitted = await self._submit_upload(request)
+                return self._submit_object(await read_object(request))
+            return await self._submit_upload(request)
         except BusyError as error:
             raise HTTPException(503, str(error)) from error
+        except FullError as error:
+            raise HTTPException(507, str(error)) from error
         except OutsideError as error:
             raise HTTPException(403, str(error)) from error
         except OptionError as error:
             raise HTTPException(400, str(error)) from error
-        where = f"/runs/{submitted.id}"
-        return JSONResponse(submitted.as_json(), status_code=202, headers={"Location": where})
 
-    async def _submit_paths(self, request: Request) -> Submitted:
-        body = b"".join([part async for part in _limited(request, SUBMISSION_BYTES)])
-        try:
-            wanted = json.loads(body)
-            source, output = Path(wanted["input"]), Path(wanted["output"])
-            flags = wanted.get("flags", [])
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise OptionError("a JSON object with input, output and flags is expected.") from error
-        if not isinstance(flags, list) or not all(isinstance(flag, str) for flag in flags):
-            raise OptionError("flags must be a list of texts.")
-        if not (source.is_absolute() and output.is_absolute()):
+    def _submit_object(self, wanted: dict[str, Any]) -> Submitted:
+        """Submit the paths or the study that a JSON object names."""
+        flags = read_flags(wanted.get("flags", []))
+        if "dicomweb" in wanted:
+            if self._runs.studies is None:
+                raise OptionError("this server was started without --dicomweb.")
+            return self._runs.submit_order(self._runs.studies.order(wanted), flags)
+        source, output = wanted.get("input"), wanted.get("output")
+        if not (isinstance(source, str) and isinstance(output, str)):
+            raise OptionError("a JSON object with input, output and flags is expected.")
+        if not (Path(source).is_absolute() and Path(output).is_absolute()):
             raise OptionError("input and output must be absolute paths.")
-        return self._runs.submit(source, output, flags, None)
+        return self._runs.submit_paths(Path(source), Path(output), flags)
 
     async def _submit_upload(self, request: Request) -> Submitted:
         name = request.query_params.get("name", "")
         flags = request.query_params.getlist("flags")
         if name in ("", ".", "..") or Path(name).name != name or "\\" in name or "\0" in name:
             raise OptionError("the query must have the file's name without a folder: ?name=...")
-        folder = self._runs.new_folder()
-        stored = await self._stored(request, folder, name)
-        (folder / "result").mkdir()
-        output = folder / "result" / _output_name(flags)
-        try:
-            return self._runs.submit(stored, output, flags, folder)
-        except (BusyError, OptionError, OutsideError):
-            self._runs.discard(folder)
-            raise
-
-    async def _stored(self, request: Request, folder: Path, name: str) -> Path:
-        """Write an upload to a file; nothing is left of one that is too large or is broken off."""
-        from anyio import fail_after, open_file
-
-        path = folder / "scan" / name
-        path.parent.mkdir()
-        complete = False
-        try:
-            with fail_after(UPLOAD_S):
-                async with await open_file(path, "wb") as file:
-                    async for part in _limited(request, self._runs.limits.upload_bytes):
-                        await file.write(part)
-            complete = True
-        except TimeoutError as error:
-            raise HTTPException(408, f"the upload took more than {UPLOAD_S} s") from error
-        finally:
-            if not complete:
-                self._runs.discard(folder)
-        return path
+        folder = self._runs.storage.new_folder()
+        with self._runs.removed_on_error(folder):
+            limit = self._runs.limits.upload_bytes
+            scan = await store_upload(request, self._runs.storage, folder, name, limit)
+            return self._runs.submit_upload(scan, flags, folder)
 
     async def state(self, request: Request) -> Response:
         return JSONResponse(self._wanted(request).as_json())
@@ -195,14 +180,17 @@ class _Endpoints:
 
     async def result(self, request: Request) -> Response:
         submitted = self._wanted(request)
-        if submitted.state != "done":
-            raise HTTPException(409, f"the run is {submitted.state}")
-        if submitted.folder is None:
+        if submitted.state == "done" and submitted.folder is None:
             raise HTTPException(409, "the result is in the output that was submitted")
+        if not submitted.has_result or submitted.folder is None:
+            raise HTTPException(409, f"the run is {submitted.state} and has no result")
         files = sorted(path for path in (submitted.folder / "result").rglob("*") if path.is_file())
         if len(files) == 1:
             return FileResponse(files[0], filename=files[0].name)
-        return await _zipped(submitted.folder, files)
+        try:
+            return await _zipped(self._runs.storage, submitted.folder, files)
+        except FullError as error:
+            raise HTTPException(507, str(error)) from error
 
     def _wanted(self, request: Request) -> Submitted:
         submitted = self._runs.get(request.path_params["id"])
@@ -211,17 +199,7 @@ class _Endpoints:
         return submitted
 
 
-async def _limited(request: Request, limit: int) -> AsyncIterator[bytes]:
-    """Yield the parts of a request's body, up to a number of bytes."""
-    received = 0
-    async for part in request.stream():
-        received += len(part)
-        if received > limit:
-            raise HTTPException(413, f"at most {limit} bytes are accepted")
-        yield part
-
-
-async def _zipped(folder: Path, files: Sequence[Path]) -> Response:
+async def _zipped(storage: Storage, folder: Path, files: Sequence[Path]) -> Response:
     """Return files as a zip file without compression; NIfTI files are compressed already."""
     import secrets
 
@@ -234,13 +212,14 @@ async def _zipped(folder: Path, files: Sequence[Path]) -> Response:
             for path in files:
                 opened.write(path, path.relative_to(folder / "result"))
 
-    await run_in_threadpool(write)
-    removal = BackgroundTask(archive.unlink, missing_ok=True)
-    return FileResponse(archive, filename="result.zip", background=removal)
+    async def remove() -> None:
+        archive.unlink(missing_ok=True)
+        storage.measure(folder)
 
-
-def _output_name(flags: Sequence[str]) -> str:
-    """Name of the output among the results, by the kind of output that flags ask for."""
-    if any(flag.startswith("dicom_") for flag in flags):
-        return "segmentation.dcm"
-    return "segmentation.nii.gz" if {"-ml", "--ml"} & {*flags} else "segmentations"
+    storage.claim(folder, sum(path.stat().st_size for path in files))
+    try:
+        await run_in_threadpool(write)
+    except BaseException:
+        await remove()
+        raise
+    return FileResponse(archive, filename="result.zip", background=BackgroundTask(remove))

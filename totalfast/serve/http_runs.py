@@ -1,4 +1,4 @@
-"""Runs that were submitted by HTTP: their state, their files, and who watches them.
+"""Runs that were submitted by HTTP: their steps, their files, their end.
 
 Knows nothing of HTTP itself.
 """
@@ -7,148 +7,57 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import secrets
-import shutil
-import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from totalfast.errors import OptionError, TotalfastError
+from totalfast.serve.run_queue import CANCELLED
 from totalfast.serve.runs import Run
+from totalfast.serve.submitted import Submitted
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+    from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+    from typing import Any, TypeVar
 
     from totalfast.serve.frames import Frame
+    from totalfast.serve.http_limits import HttpLimits
     from totalfast.serve.run_queue import RunQueue
+    from totalfast.serve.storage import Storage
+    from totalfast.serve.studies import Studies, StudyOrder
 
-KEPT_EVENTS = 10_000
-"""Maximum number of events of a run that are kept for late watchers; later ones are dropped."""
+    Result = TypeVar("Result")
 
-LAST_EVENTS = ("ended", "refused")
+logger = logging.getLogger(__name__)
+
+OWN = ("input", "output")
+"""Arguments with paths in the private folder of a run that has one."""
 
 
 class BusyError(TotalfastError):
     """No run is accepted now."""
 
 
-class OutsideError(TotalfastError):
-    """A path lies outside of the folders that the server may use."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HttpLimits:
-    """What clients may do.
+class Command:
+    """What a command line means.
 
     Parameters
     ----------
-    roots
-        Folders in which clients may name inputs and outputs; none allows uploads only.
-    upload_bytes
-        Maximum size of an upload.
-    run_s
-        Maximum seconds of a run, its waiting included.
-    keep_s
-        Seconds for which a run that has ended, and its uploaded and written files, are kept.
+    paths
+        Argument to absolute path.
+    output_name
+        Name of its output in a folder.
+    output_types
+        Those that its flags name; none for the default.
     """
 
-    roots: tuple[Path, ...] = ()
-    upload_bytes: int = 4 << 30
-    run_s: float = 3600.0
-    keep_s: float = 3600.0
-
-    def check(self, path: Path) -> None:
-        """Check that a path, with its symbolic links resolved, lies in one of the roots.
-
-        Raises
-        ------
-        OutsideError
-            If it does not.
-        """
-        place = path.resolve()
-        if not any(place.is_relative_to(root.resolve()) for root in self.roots):
-            raise OutsideError(f"{path} is outside of the folders that this server may use.")
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class Submitted:
-    """A submitted run.
-
-    Parameters
-    ----------
-    id
-        Random name.
-    folder
-        Private folder of an uploaded scan and its results; None for paths.
-    """
-
-    id: str
-    folder: Path | None
-    run: Run
-    state: str = "waiting"
-    stage: str = ""
-    code: int | None = None
-    error: str = ""
-    ended: float | None = None
-    total: float = 1.0
-    work: float = 0.0
-    events: list[Frame] = field(default_factory=list)
-    changed: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def note(self, event: Frame) -> None:
-        """Note what happened, and wake up watchers; for the event loop's thread."""
-        kind = event["event"]
-        if kind == "begun":
-            self.state = "running"
-        elif kind == "stage":
-            self.stage = event["name"]
-        elif kind == "expect":
-            self.total = event["total"] or 1.0
-        elif kind == "advance":
-            self.work += event["work"]
-        elif kind in LAST_EVENTS:
-            self._end(event)
-        if len(self.events) < KEPT_EVENTS or kind in LAST_EVENTS:
-            self.events.append(event)
-        self.changed.set()
-        self.changed = asyncio.Event()
-
-    def _end(self, event: Frame) -> None:
-        self.code = event.get("code", 1)
-        self.error = event.get("error") or event.get("reason", "")
-        failed = "cancelled" if self.run.cancelled.is_set() else "failed"
-        self.state = "done" if self.code == 0 else failed
-        self.ended = time.monotonic()
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the state for clients."""
-        return {
-            "id": self.id,
-            "state": self.state,
-            "stage": self.stage,
-            "fraction": 1.0 if self.state == "done" else min(self.work / self.total, 1.0),
-            "exit_code": self.code,
-            "error": self.error,
-            "log": [event["text"] for event in self.events if _is_shown(event)],
-        }
-
-    async def watch(self) -> AsyncIterator[Frame]:
-        """Yield all events, from the first to the last."""
-        number = 0
-        while True:
-            changed = self.changed
-            for event in self.events[number:]:
-                yield event
-                number += 1
-                if event["event"] in LAST_EVENTS:
-                    return
-            await changed.wait()
-
-
-def _is_shown(event: Frame) -> bool:
-    return bool(event["event"] == "log" and event["level"] >= logging.INFO)
+    paths: Mapping[str, str]
+    output_name: str
+    output_types: tuple[str, ...] = ()
 
 
 class HttpRuns:
@@ -160,11 +69,12 @@ class HttpRuns:
         Does the runs.
     limits
         What clients may do.
-    paths_of
-        Parses a command line; returns the absolute paths in it. It raises ``OptionError`` for one
-        that is not valid or not allowed.
-    folder
-        Private folder for uploads; its owner removes it.
+    read_command
+        Parses a command line. It raises ``OptionError`` for one that is not valid or not allowed.
+    storage
+        Folders for uploads and results.
+    studies
+        Fetches and stores studies; None if there are no DICOMweb servers.
     """
 
     def __init__(
@@ -172,15 +82,18 @@ class HttpRuns:
         queue: RunQueue,
         *,
         limits: HttpLimits,
-        paths_of: Callable[[Sequence[str]], dict[str, str]],
-        folder: Path,
+        read_command: Callable[[Sequence[str]], Command],
+        storage: Storage,
+        studies: Studies | None = None,
     ) -> None:
-        self.limits = limits
+        self.limits, self.storage, self.studies = limits, storage, studies
         self.ended: dict[str, int] = {"done": 0, "failed": 0, "cancelled": 0}
         """How many runs have ended, by state."""
-        self._queue, self._paths_of, self._folder = queue, paths_of, folder
+        self._queue, self._read_command = queue, read_command
         self._submitted: dict[str, Submitted] = {}
+        self._transfers: dict[Submitted, asyncio.Task[Any]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._closing = False
 
     def __len__(self) -> int:
         return len(self._queue)
@@ -201,70 +114,192 @@ class HttpRuns:
         if reason:
             raise BusyError(f"{reason}.")
 
-    def new_folder(self) -> Path:
-        """Return a new folder for an upload."""
-        folder = self._folder / secrets.token_hex(16)
-        folder.mkdir(mode=0o700)
-        return folder
-
-    def submit(
-        self, source: Path, output: Path, flags: Sequence[str], folder: Path | None
-    ) -> Submitted:
-        """Submit a run.
+    def submit_paths(self, source: Path, output: Path, flags: Sequence[str]) -> Submitted:
+        """Submit a run of a scan on this machine.
 
         Raises
         ------
         BusyError, OptionError, OutsideError
             If no run is accepted, the flags are not valid, or a path is outside of the roots.
         """
+        return self._submit(source, output, flags)
+
+    def submit_upload(self, scan: Path, flags: Sequence[str], folder: Path) -> Submitted:
+        """Submit a run of a scan in a folder of the storage; errors as ``submit_paths``."""
+        command = self._read_command([*flags, "-i", str(scan), "-o", str(folder)])
+        return self._submit(scan, _output_in(folder, command), flags, folder=folder)
+
+    def submit_order(self, order: StudyOrder, flags: Sequence[str]) -> Submitted:
+        """Submit a run of a series that is fetched first; errors as ``submit_paths``."""
+        folder = self.storage.new_folder()
+        with self.removed_on_error(folder):
+            scan = folder / "scan"
+            command = self._read_command([*flags, "-i", str(scan), "-o", str(folder)])
+            if order.push is not None and not command.output_types:
+                flags = [*flags, "-ot", "dicom_seg"]
+                command = self._read_command([*flags, "-i", str(scan), "-o", str(folder)])
+            if order.push is not None and {*command.output_types} == {"nifti"}:
+                raise OptionError("only DICOM results can be pushed: dicom_seg, dicom_rtstruct.")
+            output = _output_in(folder, command)
+            return self._submit(scan, output, flags, folder=folder, order=order)
+
+    def cancel(self, submitted: Submitted) -> None:
+        """End a run, or forget it and remove its uploaded and written files if it has ended."""
+        if submitted.ended is not None:
+            self._forget(submitted)
+            return
+        self._queue.cancel(submitted.run)
+        if submitted in self._transfers:
+            self._transfers[submitted].cancel()
+
+    async def close(self) -> None:
+        """Cancel all runs, and wait until they have ended."""
+        self._closing = True
+        for submitted in list(self._submitted.values()):
+            if submitted.ended is None:
+                self.cancel(submitted)
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+    @contextlib.contextmanager
+    def removed_on_error(self, folder: Path) -> Iterator[None]:
+        """Remove a folder of the storage if it does not become a run."""
+        try:
+            yield
+        except BaseException:
+            self.storage.remove(folder)
+            raise
+
+    def _submit(
+        self,
+        source: Path,
+        output: Path,
+        flags: Sequence[str],
+        *,
+        folder: Path | None = None,
+        order: StudyOrder | None = None,
+    ) -> Submitted:
         self.check_open()
         words = [*flags, "-i", str(source), "-o", str(output)]
-        paths = self._paths_of(words)
+        paths = self._read_command(words).paths
         if paths["input"] != str(source) or paths["output"] != str(output):
             raise OptionError("flags must not contain input or output.")
-        for name, path in paths.items():
-            if folder is None or name not in ("input", "output"):
-                self.limits.check(Path(path))
+        own = () if folder is None else OWN
+        for name in paths.keys() - own:
+            self.limits.check(Path(paths[name]))
         submitted = self._new(words, paths, folder)
-        task = asyncio.ensure_future(self._follow(submitted, self._queue.start(submitted.run)))
+        self._queue.reserve(submitted.run)
+        task = asyncio.ensure_future(self._follow(submitted, order))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return submitted
 
-    def discard(self, folder: Path) -> None:
-        """Remove the folder of an upload that did not become a run."""
-        shutil.rmtree(folder, ignore_errors=True)
-
-    def cancel(self, submitted: Submitted) -> None:
-        """End a run, or forget it and remove its uploaded and written files if it has ended."""
-        if submitted.ended is None:
-            self._queue.cancel(submitted.run)
-        else:
-            self._forget(submitted)
-
-    def _new(self, words: Sequence[str], paths: dict[str, str], folder: Path | None) -> Submitted:
+    def _new(
+        self, words: Sequence[str], paths: Mapping[str, str], folder: Path | None
+    ) -> Submitted:
         loop = asyncio.get_running_loop()
 
         def send(event: Frame) -> None:
             with contextlib.suppress(RuntimeError):  # the loop is closed: the server has ended
                 loop.call_soon_threadsafe(submitted.note, event)
 
-        run = Run(number=self._queue.next_number(), words=tuple(words), paths=paths, send=send)
+        own = () if folder is None else OWN
+        run = Run(
+            number=self._queue.next_number(),
+            words=tuple(words),
+            paths=dict(paths),
+            send=send,
+            check=functools.partial(self.limits.check_again, own=own),
+        )
         submitted = Submitted(id=secrets.token_hex(16), folder=folder, run=run)
         self._submitted[submitted.id] = submitted
         return submitted
 
-    async def _follow(self, submitted: Submitted, last_event: Awaitable[Frame]) -> None:
+    async def _follow(self, submitted: Submitted, order: StudyOrder | None) -> None:
+        """Do a run's steps, within its time, and note how it ends."""
         loop = asyncio.get_running_loop()
-        timer = loop.call_later(self.limits.run_s, self._queue.cancel, submitted.run)
+        run_s, keep_s = self.limits.run_s, self.limits.keep_s
+        timer = None if run_s is None else loop.call_later(run_s, self._end_late, submitted)
         try:
-            submitted.note(await last_event)
+            last = await self._last_event(submitted, order)
         finally:
-            timer.cancel()
+            self._queue.release(submitted.run)
+            if timer is not None:
+                timer.cancel()
+        if submitted.is_late:
+            last = {**last, "error": f"ERROR: the run took more than {run_s:.0f} s (--max-time)."}
+        if submitted.folder is not None:
+            self.storage.measure(submitted.folder)
+        submitted.note(last)
         self.ended[submitted.state] += 1
-        loop.call_later(self.limits.keep_s, self._forget, submitted)
+        if keep_s is not None:
+            loop.call_later(keep_s, self._forget, submitted)
+
+    def _end_late(self, submitted: Submitted) -> None:
+        submitted.is_late = True
+        self.cancel(submitted)
+
+    async def _last_event(self, submitted: Submitted, order: StudyOrder | None) -> Frame:
+        try:
+            return await self._steps(submitted, order)
+        except asyncio.CancelledError:
+            if not submitted.run.cancelled.is_set():
+                raise
+            return {"event": "ended", "code": CANCELLED, "error": ""}
+        except TotalfastError as error:
+            text = str(error)
+        except OSError as error:
+            text = f"{error.strerror or type(error).__name__}."
+        except Exception as error:  # noqa: BLE001 - it ends the run, not the server
+            logger.warning("WARNING: %s failed: %s.", submitted.run, type(error).__name__)
+            text = f"the server failed: unexpected {type(error).__name__}."
+        if submitted.has_result:
+            text = f"the result can be fetched, but it is not pushed: {text}"
+        return {"event": "ended", "code": 1, "error": f"ERROR: {text}"}
+
+    async def _steps(self, submitted: Submitted, order: StudyOrder | None) -> Frame:
+        """Fetch, run and push; return the last event."""
+        studies, folder = self.studies, submitted.folder
+        if order is None or studies is None or folder is None:
+            return await self._run(submitted)
+        fetch = studies.fetch(order, folder, submitted.note)
+        submitted.series = await self._transfer(submitted, fetch)
+        submitted.note({"event": "waiting"})
+        last = await self._run(submitted)
+        if submitted.has_result and order.push is not None:
+            submitted.note({"event": "pushing"})
+            push = studies.push(order, folder / "result")
+            submitted.stored = await self._transfer(submitted, push)
+        return last
+
+    async def _run(self, submitted: Submitted) -> Frame:
+        if submitted.run.cancelled.is_set():
+            raise asyncio.CancelledError
+        if self._queue.is_stopping:
+            return {"event": "refused", "reason": "the server ends"}
+        last = await self._queue.start(submitted.run)
+        submitted.has_result = last.get("code") == 0 and submitted.folder is not None
+        return last
+
+    async def _transfer(self, submitted: Submitted, work: Coroutine[Any, Any, Result]) -> Result:
+        """Await a transfer, which can be cancelled."""
+        self._queue.reserve(submitted.run)
+        task = asyncio.ensure_future(work)
+        self._transfers[submitted] = task
+        if self._closing or submitted.run.cancelled.is_set():
+            task.cancel()
+        try:
+            return await task
+        finally:
+            del self._transfers[submitted]
 
     def _forget(self, submitted: Submitted) -> None:
         self._submitted.pop(submitted.id, None)
         if submitted.folder is not None:
-            shutil.rmtree(submitted.folder, ignore_errors=True)
+            self.storage.remove(submitted.folder)
+
+
+def _output_in(folder: Path, command: Command) -> Path:
+    """Return the output of a command in a folder of the storage."""
+    (folder / "result").mkdir(exist_ok=True)
+    return folder / "result" / command.output_name

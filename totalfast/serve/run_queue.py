@@ -11,6 +11,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
+from totalfast.errors import TotalfastError
 from totalfast.serve.runs import Ending, EventProgress, RunLog
 from totalfast.system.process_memory import release_free_memory
 from totalfast.system.progress import Cancelled
@@ -61,13 +62,19 @@ class RunQueue:
         self._log = RunLog()
         logging.getLogger("totalfast").addHandler(self._log)
         self._runs: dict[Run, Future[Ending | None]] = {}
+        self._reserved: set[Run] = set()
         self._stopping = False
         self._count = 0
         self.idle_since = time.monotonic()
         """When a run has ended last."""
 
     def __len__(self) -> int:
-        return len(self._runs)
+        return len(self._runs) + len(self._reserved)
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether the server ends."""
+        return self._stopping
 
     def next_number(self) -> int:
         """Return the number of a new run."""
@@ -78,13 +85,23 @@ class RunQueue:
         """Why no run is accepted now; an empty text if one is."""
         if self._stopping:
             return "the server ends"
-        waiting = len(self._runs) - self._at_a_time
+        waiting = len(self) - self._at_a_time
         if waiting >= self._waiting:
             return f"{waiting} runs are waiting for the server"
         return ""
 
+    def reserve(self, run: Run) -> None:
+        """Keep a place for a run whose files are being fetched or stored."""
+        self._reserved.add(run)
+
+    def release(self, run: Run) -> None:
+        """Give up the place of a run that is not started, if it has one."""
+        self._reserved.discard(run)
+        self.idle_since = time.monotonic()
+
     def start(self, run: Run) -> Coroutine[None, None, Frame]:
         """Put a run into the queue; wait for its last event, "ended" or "refused", with await."""
+        self._reserved.discard(run)
         self._runs[run] = self._pool.submit(self._work, run)
         return self._ended(run)
 
@@ -150,8 +167,10 @@ class RunQueue:
         logger.info("%s begins after %.2f s: %s", run, run.elapsed_s(), " -> ".join(paths))
         self._log.add(run)
         try:
-            return self._job(run.words, run.paths, EventProgress(run))
+            return self._job(run.words, run.check(run.paths), EventProgress(run))
         except Cancelled:
             return None
+        except TotalfastError as error:
+            return Ending(code=2, error=f"ERROR: {error}")
         finally:
             self._log.remove()

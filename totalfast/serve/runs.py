@@ -58,12 +58,15 @@ class Run:
         The client's command line, and the absolute paths in it.
     send
         Sends events to the client.
+    check
+        Called with the paths when the run begins; returns those to use, or raises an error.
     """
 
     number: int
     words: tuple[str, ...]
     paths: dict[str, str]
     send: Send
+    check: Callable[[dict[str, str]], Mapping[str, str]] = dict
     cancelled: threading.Event = field(default_factory=threading.Event)
     """Set to end the run at its next sign of progress."""
     since: float = field(default_factory=time.perf_counter)
