@@ -93,6 +93,10 @@ def _file_system(scheme: str, host: str) -> Any:  # noqa: ANN401
         ) from error
     except ValueError as error:
         raise OptionError(f"{scheme}:// is not known to fsspec: {error}.") from error
+    except Exception as error:  # noqa: BLE001 - some protocols connect here
+        place = Remote(f"{scheme}://{host}")
+        shown = None if place.has_secrets else error
+        raise TransferError(f"{place} can't be reached: {_reason(error)}.") from shown
 
 
 def _web_settings() -> dict[str, Any]:

@@ -45,7 +45,7 @@ KNOWN_TYPES = mimetypes.MimeTypes(filenames=())
 """Endings that Python knows; not those of this machine, so that all machines find the same."""
 
 NO_SCAN = "file whose name is not that of a scan"
-NOT_DICOM = "file without an ending that is no DICOM"
+NOT_DICOM = "not DICOM"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
