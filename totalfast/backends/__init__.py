@@ -1,11 +1,10 @@
-"""Backends that run a model's networks: plain torch, torch's compiler, or OpenVINO.
+"""Backends that run a model's networks: torch, torch's compiler, OpenVINO, or loops of our own.
 
 A backend turns a network into a ``Forward``. All backends are called the same way.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import logging
 import os
@@ -28,11 +27,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-BACKENDS = ("auto", "torch", "compile", "openvino")
-"""- auto: OpenVINO on CPUs if it is installed, else torch
+BACKENDS = ("auto", "torch", "compile", "openvino", "winograd")
+"""- auto: on CPUs winograd, for networks that it can't run OpenVINO if it is installed, else torch
 - torch: plain torch, the only backend with exactly TotalSegmentator's voxels
 - compile: torch's compiler
 - openvino: OpenVINO
+- winograd: compiled loops of our own
 """
 
 DEFAULT_VARIABLE = "TOTALFAST_BACKEND"
@@ -65,12 +65,12 @@ def resolve_backend(name: str) -> str:
 
 
 def keeps_weights(backend: Backend) -> bool:
-    """Whether a backend computes with a network's own tensors. OpenVINO has copies of them."""
-    return backend.__module__ != f"{__name__}.openvino"
+    """Whether a backend computes with a network's own tensors. Others have copies of them."""
+    return backend.__module__ not in {f"{__name__}.{name}" for name in ("openvino", "winograd")}
 
 
 def choose_backend(name: str, device: torch.device) -> Backend:
-    """Return the backend for a device; log a message if "auto" selects OpenVINO.
+    """Return the backend for a device; log a message if "auto" selects one with other last bits.
 
     Raises
     ------
@@ -79,26 +79,66 @@ def choose_backend(name: str, device: torch.device) -> Backend:
     """
     is_auto = name == "auto"
     name = resolve_backend(name)
-    if name == "auto":
-        name = "openvino" if device.type == "cpu" and openvino_is_installed() else "torch"
-    if name == "openvino":
-        if device.type != "cpu":
-            raise OptionError(f"backend 'openvino' runs on device 'cpu' only, not {device.type}.")
-        if is_auto:
+    if name in ("openvino", "winograd") and device.type != "cpu":
+        raise OptionError(f"backend '{name}' runs on device 'cpu' only, not {device.type}.")
+    if name == "compile" and device.type == "mps":
+        raise OptionError("backend 'compile' runs on devices 'cpu' and 'gpu' only, not mps.")
+    if name == "auto" and device.type == "cpu":
+        name = _fastest_on_cpu()
+        backend = "Winograd's convolutions" if name == "fastest" else "OpenVINO"
+        if is_auto and name != "torch":
             logger.info(
-                "Using OpenVINO %s because it is installed: it is faster, but single voxels may "
-                "differ from TotalSegmentator's. --backend torch gives identical voxels.",
-                importlib.metadata.version("openvino"),
+                "Using %s: faster, but single voxels may differ from TotalSegmentator's. "
+                "--backend torch gives identical voxels.",
+                backend,
             )
-        from totalfast.backends.openvino import run_by_openvino
+    return _BACKENDS[name]()
 
-        return run_by_openvino
-    if name == "compile":
-        if device.type == "mps":
-            raise OptionError("backend 'compile' runs on devices 'cpu' and 'gpu' only, not mps.")
-        from totalfast.backends.compiled import run_compiled
 
-        return run_compiled
+def _fastest_on_cpu() -> str:
+    from totalfast.backends.winograd import is_fast_here
+
+    if is_fast_here():
+        return "fastest"
+    return "openvino" if openvino_is_installed() else "torch"
+
+
+def _torch() -> Backend:
     from totalfast.backends.forward import run_by_torch
 
     return run_by_torch
+
+
+def _compiled() -> Backend:
+    from totalfast.backends.compiled import run_compiled
+
+    return run_compiled
+
+
+def _openvino() -> Backend:
+    from totalfast.backends.openvino import run_by_openvino
+
+    return run_by_openvino
+
+
+def _winograd() -> Backend:
+    from totalfast.backends.winograd import run_by_winograd
+
+    return run_by_winograd
+
+
+def _fastest() -> Backend:
+    from totalfast.backends.winograd import run_fastest
+
+    return run_fastest
+
+
+_BACKENDS: dict[str, Callable[[], Backend]] = {
+    "auto": _torch,
+    "torch": _torch,
+    "compile": _compiled,
+    "openvino": _openvino,
+    "winograd": _winograd,
+    "fastest": _fastest,
+}
+"""Name to a function that imports and returns a backend; "auto" is that of devices."""

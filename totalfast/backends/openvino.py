@@ -17,6 +17,7 @@ from torch import nn
 from totalfast.backends.cache import PREFIX, cached_folder, content_key
 from totalfast.backends.conversion import CONVERTER, convert_network, import_openvino
 from totalfast.backends.forward import Forward, run_by_torch, split_head
+from totalfast.backends.last_layer import LastLayer
 from totalfast.system.cache_folder import cache_folder
 from totalfast.system.cores import network_threads
 from totalfast.system.forks import threads_started
@@ -128,23 +129,6 @@ class Compiled:
         self._request = None
         self._output = torch.empty(0)
         self.compiled.release_memory()
-
-
-class LastLayer(nn.Module):
-    """A 1x1x1 convolution of features that are channels last in memory."""
-
-    def __init__(self, layer: nn.Conv3d) -> None:
-        super().__init__()
-        # Copies, so that they do not keep the whole checkpoint in memory.
-        self.weight = layer.weight.detach().flatten(1).clone()
-        self.bias = self.weight.new_zeros(len(self.weight), 1)
-        if layer.bias is not None:
-            self.bias[:, 0] = layer.bias.detach()
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Logits (1, classes, z, y, x), channels first in memory."""
-        voxels = features[0].flatten(1)
-        return torch.addmm(self.bias, self.weight, voxels).view(1, -1, *features.shape[2:])
 
 
 def _is_cacheable(network: nn.Module) -> bool:

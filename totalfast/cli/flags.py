@@ -310,10 +310,10 @@ def add_hardware_flags(parser: argparse.ArgumentParser) -> None:
         "--backend",
         choices=BACKENDS,
         default="auto",
-        help="Library that runs the networks. 'torch': results identical to TotalSegmentator's; "
-        "'openvino': faster on CPUs, needs pip install 'totalfast[cpu]'; 'compile': torch's "
-        "compiler, for many tiles; 'auto' (default): openvino on a CPU if it is installed, else "
-        "torch.",
+        help="What runs the networks. 'torch': results identical to TotalSegmentator's; "
+        "'winograd': fastest on CPUs, single voxels may differ; 'openvino': faster than "
+        "torch on CPUs, needs pip install 'totalfast[cpu]'; 'compile': torch's compiler, for many "
+        "tiles; 'auto' (default): winograd on CPUs with AVX2, else openvino or torch.",
     )
     add(
         "--deterministic",

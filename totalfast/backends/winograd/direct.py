@@ -1,0 +1,322 @@
+"""Convolutions of any stride and kernel as matrix products, compiled, for several threads.
+
+A thread takes a row of the output: it copies the rows of the input that this needs, normalised and
+rectified and with zeros around the image, and multiplies them with the weights.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from totalfast.backends.winograd.layers import Shape, rows_in_piece
+from totalfast.backends.winograd.products import BLOCK, multiply
+from totalfast.backends.winograd.vectors import (
+    DOUBLE_BYTES,
+    FLOAT_BYTES,
+    LANES,
+    add_squares_to_doubles,
+    add_to_doubles,
+    copy_number,
+    fetch,
+    load,
+    store,
+    take_number,
+)
+from totalfast.system.loops import jit
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+CACHED_WEIGHTS = 1 << 19
+"""Bytes of weights up to which a row is computed for all outputs at once. Otherwise all rows are
+computed for one block of outputs, so that its weights stay in the cache."""
+
+FINISHED = 4096
+"""Voxels that a thread finishes at a time."""
+
+
+class Window(NamedTuple):
+    """Kernel and stride of a convolution; a kernel of three voxels has one voxel of padding."""
+
+    kernel: Shape
+    stride: Shape
+
+
+def direct_weights(weight: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Order a kernel for ``convolve``.
+
+    Parameters
+    ----------
+    weight
+        (outputs, inputs, z, y, x); the outputs fill whole blocks.
+
+    Returns
+    -------
+        (blocks of outputs, z, y, x, inputs, ``BLOCK``).
+    """
+    outputs = weight.shape[0]
+    blocks = weight.reshape(outputs // BLOCK, BLOCK, *weight.shape[1:])
+    return np.ascontiguousarray(blocks.transpose(0, 3, 4, 5, 2, 1))
+
+
+def transposed_weights(weight: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Order the kernel of a transposed convolution, whose stride is its size, for ``enlarge``.
+
+    Parameters
+    ----------
+    weight
+        (inputs, outputs, z, y, x); the outputs fill whole blocks.
+
+    Returns
+    -------
+        (z, y, x, blocks of outputs, inputs, ``BLOCK``).
+    """
+    inputs, outputs = weight.shape[:2]
+    blocks = weight.reshape(inputs, outputs // BLOCK, BLOCK, *weight.shape[2:])
+    return np.ascontiguousarray(blocks.transpose(3, 4, 5, 1, 0, 2))
+
+
+@jit
+def convolve(shape, source, second, new_shape, target, window, work):
+    """Convolve one or two sources, which have their channels one after the other.
+
+    Parameters
+    ----------
+    shape, new_shape
+        Of the sources, and of the target.
+    source, second
+        Sources; ``second`` has no channels if there is one only.
+    target
+        Its weights are those of ``direct_weights``, for both sources together.
+    window
+        Kernel and stride.
+    work
+        The counter starts at zero. The scratch memory holds ``scratch_floats``.
+    """
+    inputs = source.channels + second.channels
+    kernel = window.kernel
+    taps = kernel.z * kernel.y * kernel.x
+    block_bytes = taps * inputs * BLOCK * FLOAT_BYTES
+    blocks = target.channels // BLOCK
+    together = blocks if blocks * block_bytes <= CACHED_WEIGHTS else 1
+    rows = new_shape.z * new_shape.y
+    length = shape.x + kernel.x - 1
+    segment_bytes = kernel.x * inputs * BLOCK * FLOAT_BYTES
+    total = rows * (blocks // together)
+    size = rows_in_piece(total)
+    while True:
+        piece = take_number(work.counter)
+        if piece * size >= total:
+            return
+        sums = target.sums + piece * 2 * target.channels * DOUBLE_BYTES
+        for number in range(piece * size, min((piece + 1) * size, total)):
+            block, row = number // rows * together, number % rows
+            _copy_lines(shape, source, second, row // new_shape.y, row % new_shape.y, window, work)
+            for which in range(block, block + together):
+                here = (row * new_shape.x * target.channels + which * BLOCK) * FLOAT_BYTES
+                for part in range(kernel.z * kernel.y):
+                    multiply(
+                        work.scratch + part * length * inputs * FLOAT_BYTES,
+                        window.stride.x * inputs * FLOAT_BYTES,
+                        target.weights + which * block_bytes + part * segment_bytes,
+                        target.data + here,
+                        target.channels * FLOAT_BYTES,
+                        new_shape.x,
+                        kernel.x * inputs,
+                        part == 0,
+                    )
+                _add_to_sums(target, here, new_shape.x, which * BLOCK, sums)
+
+
+@jit
+def _copy_lines(shape, source, second, row, line, window, work):
+    """Copy the lines of the input that a row of the output needs."""
+    kernel = window.kernel
+    inputs = source.channels + second.channels
+    length = shape.x + kernel.x - 1
+    for part in range(kernel.z * kernel.y):
+        place = work.scratch + part * length * inputs * FLOAT_BYTES
+        z = row * window.stride.z + part // kernel.y - kernel.z // 2
+        y = line * window.stride.y + part % kernel.y - kernel.y // 2
+        is_inside = 0 <= z < shape.z and 0 <= y < shape.y
+        _copy(shape, source, z, y, is_inside, kernel.x // 2, place, inputs)
+        if second.channels:
+            there = place + source.channels * FLOAT_BYTES
+            _copy(shape, second, z, y, is_inside, kernel.x // 2, there, inputs)
+
+
+def scratch_floats(width: int, kernel: Shape, inputs: int) -> int:
+    """Return the size of a thread's scratch memory for ``convolve`` and ``enlarge``."""
+    return kernel.z * kernel.y * (width + kernel.x - 1) * inputs
+
+
+@jit
+def _copy(shape, source, z, y, is_inside, around, place, stride):
+    """Copy a line, normalised and rectified, with zeros at both ends."""
+    data = source.data + (z * shape.y + y) * shape.x * source.channels * FLOAT_BYTES
+    for channel in range(0, source.channels, LANES):
+        normalisation = source.normalisation + channel * FLOAT_BYTES
+        mean = load(normalisation)
+        factor = load(normalisation + source.channels * FLOAT_BYTES)
+        shift = load(normalisation + 2 * source.channels * FLOAT_BYTES)
+        for x in range(-around, shape.x + around):
+            voxel = fetch(
+                data + (x * source.channels + channel) * FLOAT_BYTES,
+                is_inside and 0 <= x < shape.x,
+                mean,
+                factor,
+                shift,
+                source.slope,
+            )
+            store(place + ((x + around) * stride + channel) * FLOAT_BYTES, voxel)
+
+
+@jit
+def _add_to_sums(target, here, length, channel, all_sums):
+    """Add a line of a block of channels to the sums, four voxels at a time.
+
+    The sum of four equal voxels, as in air, is exact.
+    """
+    step = target.channels * FLOAT_BYTES
+    for vector in range(0, BLOCK, LANES):
+        address = target.data + here + vector * FLOAT_BYTES
+        sums = all_sums + (channel + vector) * DOUBLE_BYTES
+        squares = sums + target.channels * DOUBLE_BYTES
+        x = 0
+        while x + 4 <= length:
+            a, b = load(address + x * step), load(address + (x + 1) * step)
+            c, d = load(address + (x + 2) * step), load(address + (x + 3) * step)
+            add_to_doubles(sums, (a + b) + (c + d))
+            add_squares_to_doubles(squares, a)
+            add_squares_to_doubles(squares, b)
+            add_squares_to_doubles(squares, c)
+            add_squares_to_doubles(squares, d)
+            x += 4
+        while x < length:
+            a = load(address + x * step)
+            add_to_doubles(sums, a)
+            add_squares_to_doubles(squares, a)
+            x += 1
+
+
+@jit
+def convolve_image(shape, image, channels, terms, new_shape, target, window, work):
+    """Convolve the image itself, which has few channels: all values of a row's windows are listed.
+
+    Parameters
+    ----------
+    shape, new_shape, target, window, work
+        As for ``convolve``. The scratch memory holds ``terms`` for each voxel of a row.
+    image
+        Address of float32 (channels, z, y, x).
+    channels
+        Number of channels.
+    terms
+        Channels times voxels of the kernel.
+    """
+    rows = new_shape.z * new_shape.y
+    size = rows_in_piece(rows)
+    while True:
+        piece = take_number(work.counter)
+        if piece * size >= rows:
+            return
+        sums = target.sums + piece * 2 * target.channels * DOUBLE_BYTES
+        for row in range(piece * size, min((piece + 1) * size, rows)):
+            z, y = row // new_shape.y, row % new_shape.y
+            _list_windows(shape, image, channels, terms, z, y, new_shape.x, window, work)
+            for column in range(0, target.channels, BLOCK):
+                here = (row * new_shape.x * target.channels + column) * FLOAT_BYTES
+                multiply(
+                    work.scratch,
+                    terms * FLOAT_BYTES,
+                    target.weights + column * terms * FLOAT_BYTES,
+                    target.data + here,
+                    target.channels * FLOAT_BYTES,
+                    new_shape.x,
+                    terms,
+                    True,
+                )
+                _add_to_sums(target, here, new_shape.x, column, sums)
+
+
+@jit
+def _list_windows(shape, image, channels, terms, row, line, length, window, work):
+    """List the values of the windows of a row of the output, with zeros outside of the image."""
+    kernel, stride = window.kernel, window.stride
+    term = 0
+    for part in range(kernel.z * kernel.y * kernel.x):
+        z = row * stride.z + part // (kernel.y * kernel.x) - kernel.z // 2
+        y = line * stride.y + part // kernel.x % kernel.y - kernel.y // 2
+        first = part % kernel.x - kernel.x // 2
+        is_inside = 0 <= z < shape.z and 0 <= y < shape.y
+        for channel in range(channels):
+            data = image + ((channel * shape.z + z) * shape.y + y) * shape.x * FLOAT_BYTES
+            for number in range(length):
+                x = number * stride.x + first
+                copy_number(
+                    data + x * FLOAT_BYTES,
+                    is_inside and 0 <= x < shape.x,
+                    work.scratch + (number * terms + term) * FLOAT_BYTES,
+                )
+            term += 1
+
+
+@jit
+def enlarge(shape, source, target, stride, work):
+    """Convolve transposed, with a kernel of the size of the stride: each voxel becomes a block.
+
+    Parameters
+    ----------
+    shape
+        Of the source; the target has ``stride`` times as many voxels along each axis.
+    source, target, work
+        As for ``convolve``; the weights are those of ``transposed_weights``. No sums are added.
+    stride
+        Voxels along each axis.
+    """
+    rows = shape.z * shape.y
+    width = shape.x * stride.x
+    weight_bytes = source.channels * BLOCK * FLOAT_BYTES
+    blocks = target.channels // BLOCK
+    while True:
+        row = take_number(work.counter)
+        if row >= rows:
+            return
+        z, y = row // shape.y, row % shape.y
+        _copy(shape, source, z, y, True, 0, work.scratch, source.channels)
+        for part in range(stride.z * stride.y):
+            line = (z * stride.z + part // stride.y) * shape.y * stride.y
+            line += y * stride.y + part % stride.y
+            for tap in range(stride.x):
+                for block in range(blocks):
+                    voxel = (line * width + tap) * target.channels + block * BLOCK
+                    number = (part * stride.x + tap) * blocks + block
+                    multiply(
+                        work.scratch,
+                        source.channels * FLOAT_BYTES,
+                        target.weights + number * weight_bytes,
+                        target.data + voxel * FLOAT_BYTES,
+                        stride.x * target.channels * FLOAT_BYTES,
+                        shape.x,
+                        source.channels,
+                        True,
+                    )
+
+
+@jit
+def finish(voxels, source, work):
+    """Normalise and rectify features in place, some thousand voxels at a time."""
+    while True:
+        start = take_number(work.counter) * FINISHED
+        if start >= voxels:
+            return
+        for voxel in range(start, min(start + FINISHED, voxels)):
+            for channel in range(0, source.channels, LANES):
+                normalisation = source.normalisation + channel * FLOAT_BYTES
+                address = source.data + (voxel * source.channels + channel) * FLOAT_BYTES
+                mean = load(normalisation)
+                factor = load(normalisation + source.channels * FLOAT_BYTES)
+                shift = load(normalisation + 2 * source.channels * FLOAT_BYTES)
+                store(address, fetch(address, True, mean, factor, shift, source.slope))

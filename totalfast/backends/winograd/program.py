@@ -1,0 +1,309 @@
+"""A U-Net as a list of compiled layers that run one after another on one tile."""
+
+from __future__ import annotations
+
+import functools
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from totalfast.backends.winograd import direct, winograd
+from totalfast.backends.winograd.features import (
+    NOTHING,
+    Features,
+    assign_places,
+    with_zeros,
+)
+from totalfast.backends.winograd.layers import PIECES, Shape, Target, Work
+from totalfast.backends.winograd.products import BLOCK
+from totalfast.backends.winograd.transforms import POINTS, transform_kernel
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import torch
+    from numpy.typing import NDArray
+
+    from totalfast.backends.winograd.network import (
+        Convolution,
+        Enlargement,
+        Layers,
+        Normalisation,
+    )
+
+    Memory = Sequence[NDArray[np.float32]]
+    Call = Callable[[Work], None]
+    """Does a thread's share of a layer."""
+
+LARGEST_TRANSFORMED = 40 << 20
+"""Bytes of a transformed kernel, which is eight times as large as the kernel. Larger ones belong to
+coarse stages with few voxels, and would take more memory than time."""
+
+LINE = 64
+"""Bytes of a cache line."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """A layer.
+
+    Parameters
+    ----------
+    sources, target
+        What it reads and writes; the first layer has no sources, because it reads the image.
+    bind
+        Gives the compiled call, from the memory of the features, and the addresses of the image and
+        of the sums.
+    scratch
+        Number of float32 of each thread's scratch memory.
+    normalisation
+        Of the target; None if there is none.
+    """
+
+    sources: tuple[Features, ...]
+    target: Features
+    bind: Callable[[Memory, int, int], Call]
+    scratch: int
+    normalisation: Normalisation | None
+
+
+class Program:
+    """A U-Net without its last layer, for tiles of one shape.
+
+    Parameters
+    ----------
+    layers
+        Of the network.
+    shape
+        (1, channels, z, y, x).
+    threads
+        Number of threads.
+    """
+
+    def __init__(self, layers: Layers, shape: tuple[int, ...], *, threads: int) -> None:
+        self._threads = threads
+        self._steps = _steps(layers, Shape(*shape[2:]))
+        self._output = self._steps[-1].target
+        self._sizes = assign_places(_with_last_uses(self._steps))
+        self._memory: list[NDArray[np.float32]] = []
+        self._scratch: list[NDArray[np.float32]] = []
+        self._counter = np.zeros(1, dtype=np.int64)
+
+    def __call__(self, tile: torch.Tensor) -> torch.Tensor:
+        """Compute the features of a tile.
+
+        Parameters
+        ----------
+        tile
+            float32, of the program's shape.
+
+        Returns
+        -------
+            float32 (1, features, z, y, x), channels last in memory, and valid until the next call.
+        """
+        import torch
+
+        if not self._memory:
+            self._allocate()
+        image = tile.contiguous()
+        for step in self._steps:
+            sums = np.zeros((PIECES, 2, step.target.channels))
+            self._run(step.bind(self._memory, image.data_ptr(), sums.ctypes.data))
+            if step.normalisation is not None:
+                step.target.normalise(step.normalisation, sums.sum(axis=0))
+        source = self._output.source(self._memory)
+        voxels = int(np.prod(self._output.shape))
+        self._run(lambda work: direct.finish(voxels, source, work))
+        features = torch.from_numpy(self._memory[self._output.place][: self._output.size])
+        features = features.view(1, *self._output.shape, -1)[..., : self._output.count]
+        return features.permute(0, 4, 1, 2, 3)
+
+    def release(self) -> None:
+        """Free the memory that is kept between tiles."""
+        self._memory, self._scratch = [], []
+
+    def _allocate(self) -> None:
+        self._memory = [np.empty(size, dtype=np.float32) for size in self._sizes]
+        floats = max(step.scratch for step in self._steps) + LINE // 4
+        self._scratch = [np.empty(floats, dtype=np.float32) for _ in range(self._threads)]
+
+    def _run(self, call: Call) -> None:
+        """Run a layer in all threads."""
+        self._counter[0] = 0
+
+        def share(thread: int) -> None:
+            scratch = -(-self._scratch[thread].ctypes.data // LINE) * LINE
+            call(Work(counter=self._counter.ctypes.data, scratch=scratch))
+
+        list(_pool(self._threads).map(share, range(self._threads)))
+
+
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="totalfast-network")
+
+
+def _with_last_uses(steps: Sequence[Step]) -> list[tuple[Features, int]]:
+    last = {id(step.target): number for number, step in enumerate(steps)}
+    for number, step in enumerate(steps):
+        last.update({id(source): number for source in step.sources})
+    return [(step.target, last[id(step.target)]) for step in steps]
+
+
+def _steps(layers: Layers, shape: Shape) -> list[Step]:
+    """All layers in their order."""
+    steps: list[Step] = []
+    skips: list[Features] = []
+    for stage in layers.encoder:
+        for convolution in stage:
+            before: tuple[Features, ...] = (steps[-1].target,) if steps else ()
+            steps.append(_convolution(convolution, before, shape))
+        skips.append(steps[-1].target)
+    skips.pop()
+    for enlargement, stage in layers.decoder:
+        steps.append(_enlargement(enlargement, steps[-1].target))
+        before = (steps[-1].target, skips.pop())
+        for convolution in stage:
+            steps.append(_convolution(convolution, before, shape))
+            before = (steps[-1].target,)
+    return steps
+
+
+def _convolution(layer: Convolution, sources: tuple[Features, ...], image: Shape) -> Step:
+    shape = sources[0].shape if sources else image
+    target = Features(
+        Shape(*(-(-size // step) for size, step in zip(shape, layer.stride, strict=True))),
+        len(layer.weight),
+        layer.slope,
+    )
+    if layer.normalisation is None:
+        target.normalisation[2, : target.count] = layer.bias
+    if not sources:
+        return _of_image(layer, shape, target)
+    weight = _for_sources(layer.weight, sources, target)
+    transformed_bytes = POINTS * weight.shape[0] * weight.shape[1] * weight.itemsize
+    is_winograds = weight.shape[2:] == (3, 3, 3) and layer.stride == (1, 1, 1)
+    if is_winograds and transformed_bytes <= LARGEST_TRANSFORMED:
+        return _by_winograd(layer, weight, sources, target)
+    return _directly(layer, weight, sources, target)
+
+
+def _for_sources(
+    weight: NDArray[np.float32], sources: Sequence[Features], target: Features
+) -> NDArray[np.float32]:
+    """Weights with zeros for the channels that fill the sources' and the target's last blocks."""
+    first, parts = 0, []
+    for source in sources:
+        own = weight[:, first : first + source.count]
+        parts.append(with_zeros(own, {0: target.channels, 1: source.channels}))
+        first += source.count
+    return np.concatenate(parts, axis=1)
+
+
+def _by_winograd(
+    layer: Convolution,
+    weight: NDArray[np.float32],
+    sources: tuple[Features, ...],
+    target: Features,
+) -> Step:
+    inputs = max(source.channels for source in sources)
+    outputs = BLOCK if len(sources) == 1 else target.channels
+    tiles = winograd.tiles_at_a_time(inputs, outputs)
+    bounds = np.cumsum([source.channels for source in sources])[:-1]
+    parts = np.split(weight, bounds, axis=1)
+    weights = np.concatenate([transform_kernel(part).ravel() for part in parts])
+
+    def bind(memory: Memory, image: int, sums: int) -> Call:
+        first, *rest = (source.source(memory) for source in sources)
+        second, data = rest[0] if rest else NOTHING, memory[target.place].ctypes.data
+
+        to = Target(data, sums, target.channels, weights.ctypes.data)
+
+        def call(work: Work) -> None:
+            winograd.convolve(target.shape, first, second, to, work, tiles)
+
+        return call
+
+    scratch = winograd.scratch_floats(inputs, outputs, tiles)
+    return Step(
+        sources=sources,
+        target=target,
+        bind=bind,
+        scratch=scratch,
+        normalisation=layer.normalisation,
+    )
+
+
+def _directly(
+    layer: Convolution,
+    weight: NDArray[np.float32],
+    sources: tuple[Features, ...],
+    target: Features,
+) -> Step:
+    window = direct.Window(kernel=Shape(*weight.shape[2:]), stride=Shape(*layer.stride))
+    weights, shape = direct.direct_weights(weight), sources[0].shape
+
+    def bind(memory: Memory, image: int, sums: int) -> Call:
+        first, *rest = (source.source(memory) for source in sources)
+        second, data = rest[0] if rest else NOTHING, memory[target.place].ctypes.data
+
+        to = Target(data, sums, target.channels, weights.ctypes.data)
+
+        def call(work: Work) -> None:
+            direct.convolve(shape, first, second, target.shape, to, window, work)
+
+        return call
+
+    scratch = direct.scratch_floats(shape.x, window.kernel, weight.shape[1])
+    return Step(
+        sources=sources,
+        target=target,
+        bind=bind,
+        scratch=scratch,
+        normalisation=layer.normalisation,
+    )
+
+
+def _of_image(layer: Convolution, shape: Shape, target: Features) -> Step:
+    window = direct.Window(kernel=Shape(*layer.weight.shape[2:]), stride=Shape(*layer.stride))
+    weights = direct.direct_weights(with_zeros(layer.weight, {0: target.channels}))
+    channels, terms = layer.weight.shape[1], int(np.prod(layer.weight.shape[1:]))
+
+    def bind(memory: Memory, image: int, sums: int) -> Call:
+        data = memory[target.place].ctypes.data
+
+        to = Target(data, sums, target.channels, weights.ctypes.data)
+
+        def call(work: Work) -> None:
+            direct.convolve_image(shape, image, channels, terms, target.shape, to, window, work)
+
+        return call
+
+    scratch = target.shape.x * terms
+    return Step(
+        sources=(), target=target, bind=bind, scratch=scratch, normalisation=layer.normalisation
+    )
+
+
+def _enlargement(layer: Enlargement, source: Features) -> Step:
+    stride = Shape(*layer.weight.shape[2:])
+    shape = Shape(*(size * step for size, step in zip(source.shape, stride, strict=True)))
+    target = Features(shape, layer.weight.shape[1], 1.0)
+    target.normalisation[2, : target.count] = layer.bias
+    sizes = {0: source.channels, 1: target.channels}
+    weights = direct.transposed_weights(with_zeros(layer.weight, sizes))
+
+    def bind(memory: Memory, image: int, sums: int) -> Call:
+        first, data = source.source(memory), memory[target.place].ctypes.data
+
+        to = Target(data, sums, target.channels, weights.ctypes.data)
+
+        def call(work: Work) -> None:
+            direct.enlarge(source.shape, first, to, stride, work)
+
+        return call
+
+    scratch = direct.scratch_floats(source.shape.x, Shape(1, 1, 1), source.channels)
+    return Step(sources=(source,), target=target, bind=bind, scratch=scratch, normalisation=None)

@@ -1,0 +1,238 @@
+"""Vectors of float32 for compiled loops, as wide as the processor's registers.
+
+numba leaves it to LLVM whether a loop is vectorised. Here a value of the type ``VECTOR`` is a
+register, so that what is computed in one step is known. Addresses are integers, in bytes.
+"""
+
+from __future__ import annotations
+
+import operator
+
+import numba
+from llvmlite import binding, ir
+from numba import types
+from numba.extending import intrinsic, models, overload, register_model
+
+from totalfast.system.loops import jit
+
+FLOAT, DOUBLE, INDEX = ir.FloatType(), ir.DoubleType(), ir.IntType(64)
+
+FLOAT_BYTES, DOUBLE_BYTES = 4, 8
+
+CONTRACT = ("contract",)
+"""Allows LLVM to round a product and a sum once (FMA), and nothing else."""
+
+
+def processor_features() -> frozenset[str]:
+    """Return the features of the processor that numba compiles for, with LLVM's names."""
+    if numba.config.CPU_FEATURES is not None:
+        words = numba.config.CPU_FEATURES.split(",")
+        return frozenset(word[1:] for word in words if word.startswith("+"))
+    return frozenset(name for name, is_there in binding.get_host_cpu_features().items() if is_there)
+
+
+def lanes_of(features: frozenset[str]) -> int:
+    """Return the number of float32 in a register."""
+    if "avx512f" in features:
+        return 16
+    return 8 if {"avx2", "fma"} <= features else 4
+
+
+LANES = lanes_of(processor_features())
+"""Number of float32 in a vector."""
+
+VECTOR_BYTES = LANES * FLOAT_BYTES
+
+
+class Vector(types.Type):
+    """Type of a vector, for numba."""
+
+    def __init__(self) -> None:
+        super().__init__(name=f"float32x{LANES}")
+
+
+VECTOR = Vector()
+SINGLES, DOUBLES = ir.VectorType(FLOAT, LANES), ir.VectorType(DOUBLE, LANES)
+
+
+@register_model(Vector)
+class _Model(models.PrimitiveModel):
+    def __init__(self, manager, kind):
+        super().__init__(manager, kind, SINGLES)
+
+
+def at(builder, address, kind):
+    """Pointer to a value at an address, for code generators."""
+    return builder.inttoptr(address, kind.as_pointer())
+
+
+def load_from(builder, address, kind, bytes_each):
+    """Load a value that is aligned like its elements, for code generators."""
+    value = builder.load(at(builder, address, kind))
+    value.align = bytes_each
+    return value
+
+
+def store_to(builder, value, address, bytes_each):
+    """Store a value that is aligned like its elements, for code generators."""
+    builder.store(value, at(builder, address, value.type)).align = bytes_each
+
+
+def filled(builder, number):
+    """Vector of one number, for code generators."""
+    nothing, first = ir.Constant(SINGLES, ir.Undefined), ir.Constant(ir.IntType(32), 0)
+    places = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
+    return builder.shuffle_vector(builder.insert_element(nothing, number, first), nothing, places)
+
+
+@intrinsic
+def load(typing_context, address):
+    """Vector at an address."""
+
+    def generate(context, builder, signature, arguments):
+        return load_from(builder, arguments[0], SINGLES, FLOAT_BYTES)
+
+    return VECTOR(types.intp), generate
+
+
+@intrinsic
+def store(typing_context, address, vector):
+    """Store a vector at an address."""
+
+    def generate(context, builder, signature, arguments):
+        store_to(builder, arguments[1], arguments[0], FLOAT_BYTES)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, VECTOR), generate
+
+
+@intrinsic
+def zeros(typing_context):
+    """Vector of zeros."""
+
+    def generate(context, builder, signature, arguments):
+        return ir.Constant(SINGLES, [0.0] * LANES)
+
+    return VECTOR(), generate
+
+
+@intrinsic
+def scaled(typing_context, vector, number):
+    """Vector times a number."""
+
+    def generate(context, builder, signature, arguments):
+        factor = context.cast(builder, arguments[1], signature.args[1], types.float32)
+        return builder.fmul(arguments[0], filled(builder, factor), flags=CONTRACT)
+
+    return VECTOR(VECTOR, number), generate
+
+
+@intrinsic
+def rectified(typing_context, vector, slope):
+    """Leaky ReLU: what is not positive is multiplied by a number."""
+
+    def generate(context, builder, signature, arguments):
+        vector, slope = arguments
+        slope = context.cast(builder, slope, signature.args[1], types.float32)
+        positive = builder.fcmp_ordered(">", vector, ir.Constant(SINGLES, [0.0] * LANES))
+        return builder.select(positive, vector, builder.fmul(vector, filled(builder, slope)))
+
+    return VECTOR(VECTOR, slope), generate
+
+
+@intrinsic
+def add_to_doubles(typing_context, address, vector):
+    """Add a vector to float64 numbers at an address."""
+
+    def generate(context, builder, signature, arguments):
+        old = load_from(builder, arguments[0], DOUBLES, DOUBLE_BYTES)
+        new = builder.fadd(old, builder.fpext(arguments[1], DOUBLES))
+        store_to(builder, new, arguments[0], DOUBLE_BYTES)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, VECTOR), generate
+
+
+@intrinsic
+def add_squares_to_doubles(typing_context, address, vector):
+    """Add the squares of a vector, computed in float64, to float64 numbers at an address."""
+
+    def generate(context, builder, signature, arguments):
+        old = load_from(builder, arguments[0], DOUBLES, DOUBLE_BYTES)
+        wide = builder.fpext(arguments[1], DOUBLES)
+        square = builder.fmul(wide, wide, flags=CONTRACT)
+        store_to(builder, builder.fadd(old, square, flags=CONTRACT), arguments[0], DOUBLE_BYTES)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, VECTOR), generate
+
+
+@intrinsic
+def take_number(typing_context, address):
+    """Return the integer at an address and add one to it; other threads get other numbers."""
+
+    def generate(context, builder, signature, arguments):
+        place = at(builder, arguments[0], INDEX)
+        return builder.atomic_rmw("add", place, ir.Constant(INDEX, 1), "monotonic")
+
+    return types.intp(types.intp), generate
+
+
+@intrinsic
+def copy_number(typing_context, address, is_inside, target):
+    """Copy a float32; zero from outside of the image."""
+
+    def generate(context, builder, signature, arguments):
+        address, is_inside, target = arguments
+        place = builder.select(is_inside, address, target)  # reads nothing outside
+        number = load_from(builder, place, FLOAT, FLOAT_BYTES)
+        number = builder.select(is_inside, number, ir.Constant(FLOAT, 0.0))
+        store_to(builder, number, target, FLOAT_BYTES)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.boolean, types.intp), generate
+
+
+def _operation(name):
+    @intrinsic
+    def operation(typing_context, one, other):
+        def generate(context, builder, signature, arguments):
+            return getattr(builder, name)(*arguments, flags=CONTRACT)
+
+        return VECTOR(VECTOR, VECTOR), generate
+
+    return operation
+
+
+added, subtracted, multiplied = map(_operation, ("fadd", "fsub", "fmul"))
+
+
+@overload(operator.add)
+def _add(one, other):
+    if one is other is VECTOR:
+        return lambda one, other: added(one, other)
+    return None
+
+
+@overload(operator.sub)
+def _subtract(one, other):
+    if one is other is VECTOR:
+        return lambda one, other: subtracted(one, other)
+    return None
+
+
+@overload(operator.mul)
+def _multiply(one, other):
+    if one is other is VECTOR:
+        return lambda one, other: multiplied(one, other)
+    if one is VECTOR and isinstance(other, types.Number):
+        return lambda one, other: scaled(one, other)
+    return None
+
+
+@jit
+def fetch(address, is_inside, mean, factor, shift, slope):
+    """Normalised and rectified values of L channels; zeros outside of the image."""
+    if is_inside:
+        return rectified((load(address) - mean) * factor + shift, slope)
+    return zeros()

@@ -1,0 +1,312 @@
+"""A 3x3x3 convolution of stride 1 by Winograd's method, compiled, for several threads.
+
+A thread takes a row of some tiles of 4x4x4 voxels, transforms their windows, multiplies the 216
+points of each with the transformed kernel, and transforms back. What is between these steps stays
+in the processor's second-level cache.
+"""
+
+from __future__ import annotations
+
+from totalfast.backends.winograd.layers import rows_in_piece
+from totalfast.backends.winograd.products import BLOCK, multiply
+from totalfast.backends.winograd.transforms import (
+    PLANE,
+    POINTS,
+    TILE,
+    WINDOW,
+    from_points,
+    to_points,
+)
+from totalfast.backends.winograd.vectors import (
+    DOUBLE_BYTES,
+    FLOAT_BYTES,
+    LANES,
+    VECTOR_BYTES,
+    add_squares_to_doubles,
+    add_to_doubles,
+    fetch,
+    load,
+    store,
+    take_number,
+    zeros,
+)
+from totalfast.system.loops import jit
+
+GAP_BYTES = 64
+"""Between the values of two points, so that their addresses do not fall on the same cache lines."""
+
+CACHE_BYTES = 1 << 20
+"""Of the second-level cache."""
+
+
+def tiles_at_a_time(inputs: int, outputs: int) -> int:
+    """Number of tiles that a thread has in work: fewer, if there are many channels."""
+    many = POINTS * 16 * (inputs + outputs) * FLOAT_BYTES <= CACHE_BYTES
+    return 16 if many else 8
+
+
+def scratch_floats(inputs: int, outputs: int, tiles: int) -> int:
+    """Return the size of a thread's scratch memory."""
+    gap = GAP_BYTES // FLOAT_BYTES
+    points = POINTS * (tiles * (inputs + outputs) + 2 * gap)
+    columns = PLANE * LANES * (1 + TILE * tiles + 2)
+    back = LANES * (PLANE * TILE + TILE * WINDOW)
+    return points + max(columns, back) + gap
+
+
+@jit
+def convolve(shape, first, second, target, work, tiles):
+    """Convolve one or two sources, which have their channels one after the other.
+
+    Parameters
+    ----------
+    shape
+        Of sources and target.
+    first, second
+        Sources; ``second`` has no channels if there is one only.
+    target
+        Its weights are those of ``transform_kernel`` for the first source, then for the second.
+    work
+        The counter starts at zero.
+    tiles
+        Of ``tiles_at_a_time``.
+    """
+    inputs = max(first.channels, second.channels)
+    columns = BLOCK if second.channels == 0 else target.channels
+    point_bytes = tiles * inputs * FLOAT_BYTES + GAP_BYTES
+    result_bytes = tiles * columns * FLOAT_BYTES + GAP_BYTES
+    results = work.scratch + POINTS * point_bytes
+    scratch = results + POINTS * result_bytes
+    second_weights = target.weights + POINTS * first.channels * target.channels * FLOAT_BYTES
+    rows, across = _tiles(shape.y), -(-_tiles(shape.x) // tiles)
+    total = _tiles(shape.z) * rows * across
+    size = rows_in_piece(total)
+    while True:
+        piece = take_number(work.counter)
+        if piece * size >= total:
+            return
+        sums = target.sums + piece * 2 * target.channels * DOUBLE_BYTES
+        for number in range(piece * size, min((piece + 1) * size, total)):
+            z, y = number // (across * rows) * TILE, number // across % rows * TILE
+            start = number % across * tiles
+            count = min(tiles, _tiles(shape.x) - start)
+            corner = (z, y, start * TILE)
+            _windows(shape, first, corner, count, work.scratch, point_bytes, scratch)
+            for column in range(0, target.channels, BLOCK):
+                place = results if second.channels == 0 else results + column * FLOAT_BYTES
+                weights = target.weights + column * POINTS * first.channels * FLOAT_BYTES
+                _multiply_points(
+                    work.scratch, point_bytes, first.channels, weights, place, result_bytes,
+                    columns, count, True,
+                )  # fmt: skip
+                if second.channels == 0:
+                    _voxels(
+                        shape, target, corner, column, count, place, result_bytes, columns,
+                        scratch, sums,
+                    )  # fmt: skip
+            if second.channels == 0:
+                continue
+            _windows(shape, second, corner, count, work.scratch, point_bytes, scratch)
+            for column in range(0, target.channels, BLOCK):
+                place = results + column * FLOAT_BYTES
+                weights = second_weights + column * POINTS * second.channels * FLOAT_BYTES
+                _multiply_points(
+                    work.scratch, point_bytes, second.channels, weights, place, result_bytes,
+                    columns, count, False,
+                )  # fmt: skip
+                _voxels(
+                    shape, target, corner, column, count, place, result_bytes, columns,
+                    scratch, sums,
+                )  # fmt: skip
+
+
+@jit
+def _tiles(voxels):
+    return (voxels + TILE - 1) // TILE
+
+
+@jit
+def _windows(shape, source, corner, tiles, points, point_bytes, scratch):
+    """Read the windows of a row of tiles, normalise and rectify them, and transform them."""
+    z, y, x = corner
+    line_bytes = shape.x * source.channels * FLOAT_BYTES
+    slice_bytes = shape.y * line_bytes
+    length = TILE * tiles + 2
+    point = length * VECTOR_BYTES
+    is_inner = z > 0 and z + TILE < shape.z and y > 0 and y + TILE < shape.y
+    for channel in range(0, source.channels, LANES):
+        normalisation = source.normalisation + channel * FLOAT_BYTES
+        mean = load(normalisation)
+        factor = load(normalisation + source.channels * FLOAT_BYTES)
+        shift = load(normalisation + 2 * source.channels * FLOAT_BYTES)
+        for column in range(length):
+            here = scratch + PLANE * VECTOR_BYTES + column * VECTOR_BYTES
+            across = x + column - 1
+            if not 0 <= across < shape.x:
+                for number in range(PLANE):
+                    store(here + number * point, zeros())
+                continue
+            corner_address = (
+                source.data
+                + (z - 1) * slice_bytes
+                + (y - 1) * line_bytes
+                + (across * source.channels + channel) * FLOAT_BYTES
+            )
+            for row in range(WINDOW):
+                address = corner_address + row * line_bytes
+                is_row = is_inner or 0 <= y + row - 1 < shape.y
+                p0, p1, p2, p3, p4, p5 = to_points(
+                    fetch(address, is_row and z > 0, mean, factor, shift, source.slope),
+                    fetch(address + slice_bytes, is_row, mean, factor, shift, source.slope),
+                    fetch(address + 2 * slice_bytes, is_row and (is_inner or z + 1 < shape.z),
+                          mean, factor, shift, source.slope),
+                    fetch(address + 3 * slice_bytes, is_row and (is_inner or z + 2 < shape.z),
+                          mean, factor, shift, source.slope),
+                    fetch(address + 4 * slice_bytes, is_row and (is_inner or z + 3 < shape.z),
+                          mean, factor, shift, source.slope),
+                    fetch(address + 5 * slice_bytes, is_row and (is_inner or z + 4 < shape.z),
+                          mean, factor, shift, source.slope),
+                )  # fmt: skip
+                place = scratch + row * VECTOR_BYTES
+                _store(place, WINDOW * VECTOR_BYTES, p0, p1, p2, p3, p4, p5)
+            for number in range(WINDOW):
+                place = scratch + number * WINDOW * VECTOR_BYTES
+                p0, p1, p2, p3, p4, p5 = _to_points_at(place, VECTOR_BYTES)
+                _store(here + number * WINDOW * point, point, p0, p1, p2, p3, p4, p5)
+        for number in range(PLANE):
+            line = scratch + PLANE * VECTOR_BYTES + number * point
+            place = points + number * WINDOW * point_bytes + channel * FLOAT_BYTES
+            for tile in range(tiles):
+                p0, p1, p2, p3, p4, p5 = _to_points_at(
+                    line + tile * TILE * VECTOR_BYTES, VECTOR_BYTES
+                )
+                there = place + tile * source.channels * FLOAT_BYTES
+                _store(there, point_bytes, p0, p1, p2, p3, p4, p5)
+
+
+@jit
+def _to_points_at(address, step):
+    return to_points(
+        load(address),
+        load(address + step),
+        load(address + 2 * step),
+        load(address + 3 * step),
+        load(address + 4 * step),
+        load(address + 5 * step),
+    )
+
+
+@jit
+def _store(address, step, p0, p1, p2, p3, p4, p5):
+    store(address, p0)
+    store(address + step, p1)
+    store(address + 2 * step, p2)
+    store(address + 3 * step, p3)
+    store(address + 4 * step, p4)
+    store(address + 5 * step, p5)
+
+
+@jit
+def _multiply_points(
+    points, point_bytes, inputs, weights, results, result_bytes, columns, tiles, is_first
+):
+    for number in range(POINTS):
+        multiply(
+            points + number * point_bytes,
+            inputs * FLOAT_BYTES,
+            weights + number * inputs * BLOCK * FLOAT_BYTES,
+            results + number * result_bytes,
+            columns * FLOAT_BYTES,
+            tiles,
+            inputs,
+            is_first,
+        )
+
+
+@jit
+def _voxels(
+    shape, target, corner, column, tiles, results, result_bytes, columns, scratch, all_sums
+):
+    """Transform a row of tiles back, write its voxels, and add to the sums."""
+    z, y, x = corner
+    line_bytes = shape.x * target.channels * FLOAT_BYTES
+    slice_bytes = shape.y * line_bytes
+    slices, rows = min(TILE, shape.z - z), min(TILE, shape.y - y)
+    for tile in range(tiles):
+        for channel in range(0, BLOCK, LANES):
+            result = results + (tile * columns + channel) * FLOAT_BYTES
+            for number in range(PLANE):
+                here = result + number * WINDOW * result_bytes
+                a, b, c, d = _from_points_at(here, result_bytes)
+                place = scratch + number * VECTOR_BYTES
+                store(place, a)
+                store(place + PLANE * VECTOR_BYTES, b)
+                store(place + 2 * PLANE * VECTOR_BYTES, c)
+                store(place + 3 * PLANE * VECTOR_BYTES, d)
+            first = x + tile * TILE
+            sums = all_sums + (column + channel) * DOUBLE_BYTES
+            for across in range(min(TILE, shape.x - first)):
+                _plane(scratch, across)
+                address = (
+                    target.data
+                    + z * slice_bytes
+                    + y * line_bytes
+                    + ((first + across) * target.channels + column + channel) * FLOAT_BYTES
+                )
+                for number in range(slices):
+                    place = scratch + (TILE * PLANE + number * WINDOW) * VECTOR_BYTES
+                    a, b, c, d = _from_points_at(place, VECTOR_BYTES)
+                    _write_line(
+                        address + number * slice_bytes, line_bytes, rows, a, b, c, d,
+                        sums, sums + target.channels * DOUBLE_BYTES,
+                    )  # fmt: skip
+
+
+@jit
+def _from_points_at(address, step):
+    return from_points(
+        load(address),
+        load(address + step),
+        load(address + 2 * step),
+        load(address + 3 * step),
+        load(address + 4 * step),
+        load(address + 5 * step),
+    )
+
+
+@jit
+def _plane(scratch, across):
+    """Transform a plane of points back along z."""
+    for row in range(WINDOW):
+        place = scratch + (across * PLANE + row) * VECTOR_BYTES
+        a, b, c, d = _from_points_at(place, WINDOW * VECTOR_BYTES)
+        there = scratch + (TILE * PLANE + row) * VECTOR_BYTES
+        store(there, a)
+        store(there + WINDOW * VECTOR_BYTES, b)
+        store(there + 2 * WINDOW * VECTOR_BYTES, c)
+        store(there + 3 * WINDOW * VECTOR_BYTES, d)
+
+
+@jit
+def _write_line(address, step, count, a, b, c, d, sums, squares):
+    """Write up to four voxels along y. Their sum is exact if they are equal, as in air."""
+    store(address, a)
+    add_squares_to_doubles(squares, a)
+    if count == TILE:
+        store(address + step, b)
+        store(address + 2 * step, c)
+        store(address + 3 * step, d)
+        add_to_doubles(sums, (a + b) + (c + d))
+        add_squares_to_doubles(squares, b)
+        add_squares_to_doubles(squares, c)
+        add_squares_to_doubles(squares, d)
+        return
+    add_to_doubles(sums, a)
+    if count > 1:
+        store(address + step, b)
+        add_to_doubles(sums, b)
+        add_squares_to_doubles(squares, b)
+    if count > 2:
+        store(address + 2 * step, c)
+        add_to_doubles(sums, c)
+        add_squares_to_doubles(squares, c)
