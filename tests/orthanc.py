@@ -80,6 +80,11 @@ def instance(address: str, uid: str) -> bytes:
         return answer.content
 
 
+def version(address: str) -> str:
+    """Version of Orthanc."""
+    return str(requests.get(f"{address}/system", auth=LOGIN, timeout=60).json()["Version"])
+
+
 def _wait(address: str, process: subprocess.Popen) -> None:
     end = time.monotonic() + START_S
     while True:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
+import ssl
+import subprocess
 import time
 
 import numpy as np
@@ -45,12 +48,14 @@ def order(series=None, push=None):
     return StudyOrder(server="pacs", study=STUDY, series=series, push=push)
 
 
-def with_studies(double, folder, work, *, series_bytes=1 << 20, login=LOGIN, limit=1 << 20):
-    """Await ``work(studies, storage, notes)`` in a loop with the server."""
+def with_studies(
+    double, folder, work, *, series_bytes=1 << 20, login=LOGIN, limit=1 << 20, certificate=None
+):
+    """Await ``work(studies, storage)`` in a loop with the server."""
 
     async def main():
-        server = TestServer(double.app())
-        await server.start_server()
+        server = TestServer(double.app(), scheme="http" if certificate is None else "https")
+        await server.start_server(ssl=certificate)
         pacs = DicomWebServer(name="pacs", url=str(server.make_url(ROOT)), authorization=login)
         storage = Storage(folder, limit_bytes=limit, free_bytes=0)
         try:
@@ -190,6 +195,22 @@ def test_another_content_type_is_refused(double, tmp_path):
     double.faults["retrieve"] = [page]
     with pytest.raises(DicomWebError, match="something else than multipart/related"):
         fetched(double, tmp_path)
+
+
+def test_certificates_are_verified(double, tmp_path, monkeypatch):
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("needs openssl for a certificate")
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    command = [openssl, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
+    command += ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
+    subprocess.run([*command, "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    own = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    own.load_cert_chain(certificate, key)
+    with pytest.raises(DicomWebError, match="no safe connection to pacs"):
+        fetched(double, tmp_path, certificate=own)
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    assert len(fetched(double, tmp_path, certificate=own)[1]) == 5
 
 
 @pytest.mark.parametrize("service", ["series", "retrieve"])

@@ -35,11 +35,11 @@ def quick(words, paths, progress):
     return Ending(code=0)
 
 
-def in_loop(job, work, folder, **limits):
+def in_loop(job, work, folder, *, waiting=1, **limits):
     """Await ``work(runs)`` in a loop with runs of a job."""
 
     async def main():
-        queue = RunQueue(job, at_a_time=1, waiting=1)
+        queue = RunQueue(job, at_a_time=1, waiting=waiting)
         limits_of_runs = HttpLimits(roots=(folder,), **limits)
         storage = Storage(folder, limit_bytes=1 << 20, free_bytes=0)
         runs = HttpRuns(queue, limits=limits_of_runs, read_command=read_command, storage=storage)
@@ -255,6 +255,23 @@ def test_fetches_count_as_runs_that_wait(tmp_path):
         return len(runs)
 
     assert in_loop(quick, work, tmp_path) == 0
+
+
+def test_few_series_are_fetched_before_their_runs_begin(tmp_path):
+    async def work(runs):
+        runs.studies = FakeStudies()
+        runs.submit_paths(tmp_path / "a", tmp_path / "b", [])  # it runs until it is cancelled
+        waiting = [runs.submit_order(Order(), []) for _ in range(4)]
+        await asyncio.sleep(0.2)
+        fetched = [each.series is not None for each in waiting]
+        for each in waiting:
+            runs.cancel(each)
+            await events_of(each)
+        return fetched, [each.state for each in waiting]
+
+    fetched, states = in_loop(endless, work, tmp_path, waiting=10)
+    assert fetched == [True, True, False, False]
+    assert states == ["cancelled"] * 4
 
 
 def test_runs_without_limits_of_time(tmp_path):

@@ -190,7 +190,9 @@ class DicomWeb:
 
 def open_client() -> aiohttp.ClientSession:
     """Return a client without cookies; it uses neither proxies nor .netrc."""
+    trusted = ssl.create_default_context()  # reads SSL_CERT_FILE
     return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(ssl=trusted),
         cookie_jar=aiohttp.DummyCookieJar(),
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=STALL_S),
     )

@@ -36,6 +36,9 @@ logger = logging.getLogger(__name__)
 OWN = ("input", "output")
 """Arguments with paths in the private folder of a run that has one."""
 
+AHEAD = 2
+"""Series that are fetched before their runs begin; more would only fill the disk."""
+
 
 class BusyError(TotalfastError):
     """No run is accepted now."""
@@ -93,6 +96,7 @@ class HttpRuns:
         self._submitted: dict[str, Submitted] = {}
         self._transfers: dict[Submitted, asyncio.Task[Any]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._ahead = asyncio.Semaphore(AHEAD)
         self._closing = False
 
     def __len__(self) -> int:
@@ -262,15 +266,30 @@ class HttpRuns:
         studies, folder = self.studies, submitted.folder
         if order is None or studies is None or folder is None:
             return await self._run(submitted)
-        fetch = studies.fetch(order, folder, submitted.note)
-        submitted.series = await self._transfer(submitted, fetch)
-        submitted.note({"event": "waiting"})
-        last = await self._run(submitted)
+        running = await self._fetch(submitted, studies.fetch(order, folder, submitted.note))
+        last = await running
         if submitted.has_result and order.push is not None:
             submitted.note({"event": "pushing"})
             push = studies.push(order, folder / "result")
             submitted.stored = await self._transfer(submitted, push)
         return last
+
+    async def _fetch(
+        self, submitted: Submitted, fetch: Coroutine[Any, Any, str]
+    ) -> asyncio.Task[Frame]:
+        """Fetch a series and wait until its run begins, so that few series wait on the disk."""
+        with contextlib.closing(fetch):
+            await self._transfer(submitted, self._ahead.acquire())
+            try:
+                submitted.series = await self._transfer(submitted, fetch)
+                submitted.note({"event": "waiting"})
+                running = asyncio.ensure_future(self._run(submitted))
+                begun = asyncio.ensure_future(submitted.begun.wait())
+                await asyncio.wait([running, begun], return_when=asyncio.FIRST_COMPLETED)
+                begun.cancel()
+            finally:
+                self._ahead.release()
+        return running
 
     async def _run(self, submitted: Submitted) -> Frame:
         if submitted.run.cancelled.is_set():

@@ -64,13 +64,16 @@ class Submitted:
     total: float = 1.0
     work: float = 0.0
     events: list[Frame] = field(default_factory=list)
+    begun: asyncio.Event = field(default_factory=asyncio.Event)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def note(self, event: Frame) -> None:
         """Note what happened, and wake up watchers; for the event loop's thread."""
         kind = event["event"]
         self.state = BEGINNINGS.get(kind, self.state)
-        if kind == "fetching":
+        if kind == "begun":
+            self.begun.set()
+        elif kind == "fetching":
             of = "" if event["of"] is None else f" of {event['of']}"
             self.stage = f"{event['instances']}{of} instances"
         elif kind == "stage":
