@@ -36,6 +36,9 @@ logger = logging.getLogger(__name__)
 OWN = ("input", "output")
 """Arguments with paths in the private folder of a run that has one."""
 
+CLOSING_S = 5.0
+"""Seconds within which cancelled transfers end."""
+
 AHEAD = 2
 """Series that are fetched before their runs begin; more would only fill the disk."""
 
@@ -157,13 +160,13 @@ class HttpRuns:
             self._transfers[submitted].cancel()
 
     async def close(self) -> None:
-        """Cancel all runs, and wait until they have ended."""
+        """Cancel all runs, and wait a moment until they have ended."""
         self._closing = True
         for submitted in list(self._submitted.values()):
             if submitted.ended is None:
                 self.cancel(submitted)
         if self._tasks:
-            await asyncio.wait(self._tasks)
+            await asyncio.wait(self._tasks, timeout=CLOSING_S)
 
     @contextlib.contextmanager
     def removed_on_error(self, folder: Path) -> Iterator[None]:
