@@ -35,14 +35,20 @@ def quick(words, paths, progress):
     return Ending(code=0)
 
 
-def in_loop(job, work, folder, *, waiting=1, **limits):
+def in_loop(job, work, folder, *, waiting=1, studies=None, **limits):
     """Await ``work(runs)`` in a loop with runs of a job."""
 
     async def main():
         queue = RunQueue(job, at_a_time=1, waiting=waiting)
         limits_of_runs = HttpLimits(roots=(folder,), **limits)
         storage = Storage(folder, limit_bytes=1 << 20, free_bytes=0)
-        runs = HttpRuns(queue, limits=limits_of_runs, read_command=read_command, storage=storage)
+        runs = HttpRuns(
+            queue,
+            limits=limits_of_runs,
+            read_command=read_command,
+            storage=storage,
+            studies=studies,
+        )
         try:
             return await work(runs)
         finally:
@@ -158,7 +164,6 @@ def ordered(tmp_path, studies, *, job=quick, push="pacs", flags=(), act=None, **
     """Submit an order; return its events and its last state."""
 
     async def work(runs):
-        runs.studies = studies
         submitted = runs.submit_order(Order(push=push), [*flags])
         assert len(runs) == 1
         if act is not None:
@@ -168,7 +173,7 @@ def ordered(tmp_path, studies, *, job=quick, push="pacs", flags=(), act=None, **
         assert len(runs) == 0
         return events, submitted, runs
 
-    return in_loop(job, work, tmp_path, **limits)
+    return in_loop(job, work, tmp_path, studies=studies, **limits)
 
 
 def test_a_study_is_fetched_run_and_pushed(tmp_path):
@@ -233,18 +238,17 @@ def test_a_fetch_ends_with_the_time_of_the_run(tmp_path):
 
 def test_the_end_of_the_server_ends_fetches(tmp_path):
     async def work(runs):
-        runs.studies = FakeStudies(fetch_s=30)
         submitted = runs.submit_order(Order(), [])
         await asyncio.sleep(0.05)
         await asyncio.wait_for(runs.close(), 5)
         return submitted.as_json()["state"]
 
-    assert in_loop(quick, work, tmp_path) == "cancelled"
+    studies = FakeStudies(fetch_s=30)
+    assert in_loop(quick, work, tmp_path, studies=studies) == "cancelled"
 
 
 def test_fetches_count_as_runs_that_wait(tmp_path):
     async def work(runs):
-        runs.studies = FakeStudies(fetch_s=30)
         for _ in range(2):
             runs.submit_order(Order(), [])
         with pytest.raises(BusyError):
@@ -254,12 +258,11 @@ def test_fetches_count_as_runs_that_wait(tmp_path):
         await runs.close()
         return len(runs)
 
-    assert in_loop(quick, work, tmp_path) == 0
+    assert in_loop(quick, work, tmp_path, studies=FakeStudies(fetch_s=30)) == 0
 
 
 def test_few_series_are_fetched_before_their_runs_begin(tmp_path):
     async def work(runs):
-        runs.studies = FakeStudies()
         runs.submit_paths(tmp_path / "a", tmp_path / "b", [])  # it runs until it is cancelled
         waiting = [runs.submit_order(Order(), []) for _ in range(4)]
         await asyncio.sleep(0.2)
@@ -269,7 +272,7 @@ def test_few_series_are_fetched_before_their_runs_begin(tmp_path):
             await events_of(each)
         return fetched, [each.state for each in waiting]
 
-    fetched, states = in_loop(endless, work, tmp_path, waiting=10)
+    fetched, states = in_loop(endless, work, tmp_path, waiting=10, studies=FakeStudies())
     assert fetched == [True, True, False, False]
     assert states == ["cancelled"] * 4
 

@@ -1,4 +1,4 @@
-"""Runs that were submitted by HTTP: their steps, their files, their end.
+"""Runs that were submitted by HTTP: which ones there are, their files, how long they are kept.
 
 Knows nothing of HTTP itself.
 """
@@ -8,20 +8,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import logging
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from totalfast.errors import OptionError, TotalfastError
-from totalfast.serve.run_queue import CANCELLED
+from totalfast.serve.http_steps import Steps
 from totalfast.serve.runs import Run
 from totalfast.serve.submitted import Submitted
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
-    from typing import Any, TypeVar
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from totalfast.serve.frames import Frame
     from totalfast.serve.http_limits import HttpLimits
@@ -29,18 +27,11 @@ if TYPE_CHECKING:
     from totalfast.serve.storage import Storage
     from totalfast.serve.studies import Studies, StudyOrder
 
-    Result = TypeVar("Result")
-
-logger = logging.getLogger(__name__)
-
 OWN = ("input", "output")
 """Arguments with paths in the private folder of a run that has one."""
 
 CLOSING_S = 5.0
 """Seconds within which cancelled transfers end."""
-
-AHEAD = 2
-"""Series that are fetched before their runs begin; more would only fill the disk."""
 
 
 class BusyError(TotalfastError):
@@ -97,10 +88,8 @@ class HttpRuns:
         """How many runs have ended, by state."""
         self._queue, self._read_command = queue, read_command
         self._submitted: dict[str, Submitted] = {}
-        self._transfers: dict[Submitted, asyncio.Task[Any]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._ahead = asyncio.Semaphore(AHEAD)
-        self._closing = False
+        self._steps = Steps(queue, studies)
 
     def __len__(self) -> int:
         return len(self._queue)
@@ -155,13 +144,10 @@ class HttpRuns:
         if submitted.ended is not None:
             self._forget(submitted)
             return
-        self._queue.cancel(submitted.run)
-        if submitted in self._transfers:
-            self._transfers[submitted].cancel()
+        self._steps.cancel(submitted)
 
     async def close(self) -> None:
         """Cancel all runs, and wait a moment until they have ended."""
-        self._closing = True
         for submitted in list(self._submitted.values()):
             if submitted.ended is None:
                 self.cancel(submitted)
@@ -228,12 +214,12 @@ class HttpRuns:
         run_s, keep_s = self.limits.run_s, self.limits.keep_s
         timer = None if run_s is None else loop.call_later(run_s, self._end_late, submitted)
         try:
-            last = await self._last_event(submitted, order)
+            last = await self._steps.last_event(submitted, order)
         finally:
             self._queue.release(submitted.run)
             if timer is not None:
                 timer.cancel()
-        if submitted.is_late:
+        if submitted.is_late and last["code"] != 0:
             last = {**last, "error": f"ERROR: the run took more than {run_s:.0f} s (--max-time)."}
         if submitted.folder is not None:
             self.storage.measure(submitted.folder)
@@ -245,75 +231,6 @@ class HttpRuns:
     def _end_late(self, submitted: Submitted) -> None:
         submitted.is_late = True
         self.cancel(submitted)
-
-    async def _last_event(self, submitted: Submitted, order: StudyOrder | None) -> Frame:
-        try:
-            return await self._steps(submitted, order)
-        except asyncio.CancelledError:
-            if not submitted.run.cancelled.is_set():
-                raise
-            return {"event": "ended", "code": CANCELLED, "error": ""}
-        except TotalfastError as error:
-            text = str(error)
-        except OSError as error:
-            text = f"{error.strerror or type(error).__name__}."
-        except Exception as error:  # noqa: BLE001 - it ends the run, not the server
-            logger.warning("WARNING: %s failed: %s.", submitted.run, type(error).__name__)
-            text = f"the server failed: unexpected {type(error).__name__}."
-        if submitted.has_result:
-            text = f"the result can be fetched, but it is not pushed: {text}"
-        return {"event": "ended", "code": 1, "error": f"ERROR: {text}"}
-
-    async def _steps(self, submitted: Submitted, order: StudyOrder | None) -> Frame:
-        """Fetch, run and push; return the last event."""
-        studies, folder = self.studies, submitted.folder
-        if order is None or studies is None or folder is None:
-            return await self._run(submitted)
-        running = await self._fetch(submitted, studies.fetch(order, folder, submitted.note))
-        last = await running
-        if submitted.has_result and order.push is not None:
-            submitted.note({"event": "pushing"})
-            push = studies.push(order, folder / "result")
-            submitted.stored = await self._transfer(submitted, push)
-        return last
-
-    async def _fetch(
-        self, submitted: Submitted, fetch: Coroutine[Any, Any, str]
-    ) -> asyncio.Task[Frame]:
-        """Fetch a series and wait until its run begins, so that few series wait on the disk."""
-        with contextlib.closing(fetch):
-            await self._transfer(submitted, self._ahead.acquire())
-            try:
-                submitted.series = await self._transfer(submitted, fetch)
-                submitted.note({"event": "waiting"})
-                running = asyncio.ensure_future(self._run(submitted))
-                begun = asyncio.ensure_future(submitted.begun.wait())
-                await asyncio.wait([running, begun], return_when=asyncio.FIRST_COMPLETED)
-                begun.cancel()
-            finally:
-                self._ahead.release()
-        return running
-
-    async def _run(self, submitted: Submitted) -> Frame:
-        if submitted.run.cancelled.is_set():
-            raise asyncio.CancelledError
-        if self._queue.is_stopping:
-            return {"event": "refused", "reason": "the server ends"}
-        last = await self._queue.start(submitted.run)
-        submitted.has_result = last.get("code") == 0 and submitted.folder is not None
-        return last
-
-    async def _transfer(self, submitted: Submitted, work: Coroutine[Any, Any, Result]) -> Result:
-        """Await a transfer, which can be cancelled."""
-        self._queue.reserve(submitted.run)
-        task = asyncio.ensure_future(work)
-        self._transfers[submitted] = task
-        if self._closing or submitted.run.cancelled.is_set():
-            task.cancel()
-        try:
-            return await task
-        finally:
-            del self._transfers[submitted]
 
     def _forget(self, submitted: Submitted) -> None:
         self._submitted.pop(submitted.id, None)
