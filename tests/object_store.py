@@ -115,6 +115,12 @@ def proxy_to(upstream: int) -> Iterator[Proxy]:
                 self.end_headers()
                 return
             status, headers, content = self.ask(body)
+            is_cut = fault is not None and fault.kind == "cut"
+            with lock:
+                if self.command == "GET" and status in (200, 206) and not is_cut:
+                    proxy.bodies[path] += 1
+                if self.command in ("PUT", "POST", "DELETE"):
+                    proxy.order.append((self.command, path))
             self.send_response_only(status)
             for name, value in headers:
                 if name.lower() not in HOP | {"content-length"}:
@@ -124,15 +130,10 @@ def proxy_to(upstream: int) -> Iterator[Proxy]:
             self.end_headers()
             if self.command == "HEAD":
                 return
-            if fault is not None and fault.kind == "cut":
+            if is_cut:
                 self.wfile.write(content[: len(content) // 2])
                 self.close_connection = True
                 return
-            with lock:
-                if self.command == "GET" and status in (200, 206):
-                    proxy.bodies[path] += 1
-                if self.command in ("PUT", "POST", "DELETE"):
-                    proxy.order.append((self.command, path))
             self.wfile.write(content)
 
         do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = answer

@@ -393,7 +393,6 @@ def test_a_manifest_is_read_at_the_start_and_uploaded_at_the_end(s3):
         for name in files:
             s3.put(f"out/{name}", b"{}")
         manifest.add(entry(options=manifest.options_hash(), fingerprint="print", files=files))
-        assert not [name for name in s3.names() if "manifest" in name]
     with opened_manifest(out, {"fast": True}) as manifest:
         assert manifest.waiting([case]) == []
         s3.files.rm_file("bucket/out/case/x.nii.gz")
@@ -417,7 +416,7 @@ def test_a_killed_batch_is_known_by_the_markers_of_its_cases(s3, tmp_path):
             return entry(**made, files=[f"case/{name}" for name in files]).to_json()
 
         publish(place, out / "case", markers=markers, stamp=stamp, check=nothing)
-    assert not [name for name in s3.names() if "manifest" in name]
+    assert b"case" not in s3.files.cat_file("bucket/out/manifest.jsonl")
     with opened_manifest(out, {"fast": True}) as manifest:
         assert manifest.waiting([other]) == [other]
         assert manifest.waiting([case]) == []
@@ -431,15 +430,32 @@ def test_a_killed_batch_is_known_by_the_markers_of_its_cases(s3, tmp_path):
 
 def test_a_manifest_that_cannot_be_uploaded_is_kept(s3, tmp_path, monkeypatch):
     monkeypatch.setenv("TOTALFAST_RESCUE_DIR", str(tmp_path / "rescued"))
-    s3.proxy.faults.append(Fault("status", "PUT", "manifest", times=1000, status=403))
     with (
         pytest.raises(OutputError, match="It is kept in") as caught,
         opened_manifest(Remote("s3://bucket/out"), {}) as manifest,
     ):
+        s3.proxy.faults.append(Fault("status", "PUT", "manifest", times=1000, status=403))
         manifest.add(Entry(name="a", state=FAILED, error="why"))
     (kept,) = (tmp_path / "rescued").rglob("manifest.jsonl")
     assert str(kept) in str(caught.value)
     assert '"why"' in kept.read_text()
+
+
+def test_a_place_that_cannot_be_written_to_is_refused_at_the_start(s3):
+    with (
+        pytest.raises(OutputError, match="there is no such bucket"),
+        opened_manifest(Remote("s3://no-bucket/out"), {}),
+    ):
+        pass
+
+
+def test_a_batch_that_finds_no_cases_leaves_nothing(s3):
+    with (
+        pytest.raises(InputError, match="no cases"),
+        opened_manifest(Remote("s3://bucket/out"), {}),
+    ):
+        raise InputError("no cases")
+    assert not s3.names()
 
 
 def test_parts_see_what_other_parts_uploaded(s3):

@@ -41,6 +41,8 @@ NOT_FOUND, REFUSED, PASSING = (404, 410), (401, 403), (408, 425, 429)
 
 CLIENT_ERRORS = range(400, 500)
 
+NO_BUCKET = "there is no such bucket or folder"
+
 ONE_AT_A_TIME = threading.Lock()
 """For protocols whose libraries may not work in several threads."""
 
@@ -204,7 +206,8 @@ def _sleep(seconds: float, check: Check) -> None:
 
 def _final(remote: Remote, cause: BaseException, *, writes: bool, passes: bool) -> TotalfastError:
     if writes:
-        return OutputError(f"can't write {remote}: {_reason(cause)}.")
+        reason = NO_BUCKET if isinstance(cause, FileNotFoundError) else _reason(cause)
+        return OutputError(f"can't write {remote}: {reason}.")
     if passes:
         return TransferError(f"{remote} can't be read now: {_reason(cause)}.")
     return InputError(f"{remote} can't be read: {_reason(cause)}.")
@@ -245,6 +248,8 @@ def _reason(error: BaseException) -> str:
         return "access is refused; check the credentials in the environment"
     if status is not None:
         return f"the server answers with status {status}"
+    if "Connect" in type(error).__name__:
+        return "there is no connection to the server"
     if isinstance(error, TimeoutError):
         return "there was no progress for too long"
     if isinstance(error, OSError) and error.strerror:

@@ -27,10 +27,11 @@ from totalfast.batch.remote_files import (
     for_each,
     look_at,
     read,
+    remove,
     write,
 )
 from totalfast.batch.work_folders import work_folder
-from totalfast.errors import InputError, OptionError, OutputError
+from totalfast.errors import InputError, OptionError, OutputError, TotalfastError
 from totalfast.system.disk import kept_if_used
 from totalfast.system.rescue import new_rescue_folder
 
@@ -85,6 +86,8 @@ class RemoteManifest(Manifest):
     ------
     OptionError
         As for ``Manifest``, and if nothing can be written to the protocol.
+    OutputError
+        If the folder can't be written to.
     InputError
         If the folder can't be read.
     TransferError
@@ -93,7 +96,7 @@ class RemoteManifest(Manifest):
     Notes
     -----
     There are no locks elsewhere: two processes of one part are not noticed, and two batches with
-    other options are not, if they start before the other one has uploaded its first entry.
+    different options are not if they start at the same time.
     """
 
     def __init__(
@@ -119,6 +122,8 @@ class RemoteManifest(Manifest):
         self._copy_manifests(children, folder)
         with named_elsewhere({folder: place}):
             super().__init__(folder, options, part=part)
+        if self.file.name not in self._copies:  # shows that the place can be written to
+            write(place / self.file.name, self.file.read_bytes())
 
     def __exit__(
         self,
@@ -133,6 +138,12 @@ class RemoteManifest(Manifest):
             self._upload_last(is_interrupted=kind is not None)
         finally:
             super().__exit__(kind, error, traceback)
+
+    def _forget(self) -> None:
+        super()._forget()
+        if not self.file.exists():
+            with contextlib.suppress(TotalfastError):
+                remove(self.place / self.file.name)
 
     def _copy_manifests(self, children: Iterable[RemoteFile], folder: Path) -> None:
         """Download the manifests that changed."""
