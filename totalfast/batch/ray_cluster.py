@@ -11,6 +11,7 @@ import logging
 import os
 import secrets
 import signal
+import socket
 import tempfile
 import threading
 from dataclasses import dataclass
@@ -33,6 +34,9 @@ QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
 
 OBJECT_STORE_BYTES = 80 * 1024**2
 """About Ray's minimum. Only cases and entries are sent; Ray would take 30 % of the memory."""
+
+ANSWER_S = 10.0
+"""How long to wait for the head of a running cluster; Ray would wait for many minutes."""
 
 LONGEST_FOLDER = 40
 """Length of a path from which Ray's sockets would have names that are too long for the system."""
@@ -109,17 +113,31 @@ def connected(address: str | None) -> Iterator[None]:
         ray = _import_ray()
         stack.callback(ray.shutdown)
         try:
+            _reach(address)
             with _sigterm_kept():
                 ray.init(log_to_driver=False, configure_logging=False, **options)
         except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
-            reason = str(error).partition("\n")[0]
+            reason = str(error).partition("\n")[0].rstrip(".")
             raise ClusterError(
-                f"Ray can't be started on this machine: {reason}"
+                f"Ray can't be started on this machine: {reason}."
                 if address == "local"
-                else f"no Ray cluster can be used at {address}: {reason} Check --ray-address or "
+                else f"no Ray cluster can be used at {address}: {reason}. Check --ray-address or "
                 f"{ADDRESS_VARIABLE}."
             ) from error
         yield
+
+
+def _reach(address: str) -> None:
+    """Connect to a host and a port for a moment; words such as "auto" are Ray's.
+
+    Raises
+    ------
+    OSError
+        If nothing answers.
+    """
+    host, colon, port = address.rpartition("://")[2].rpartition(":")
+    if colon and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), ANSWER_S).close()
 
 
 def _import_ray() -> Any:  # noqa: ANN401 - a module
