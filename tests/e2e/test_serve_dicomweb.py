@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import io
 import os
 import re
@@ -93,13 +95,15 @@ def pacs(request, scans):
         yield server
 
 
-@pytest.fixture(scope="module")
-def client(standin_home, pacs):
+@contextlib.contextmanager
+def serving(standin_home, **servers):
+    """Start ``totalfast serve``; yield a client, and end it."""
     folder = Path(tempfile.mkdtemp(prefix="tf", dir="/tmp"))
     (folder / "login").write_text("alice:secret\n")
     command = [sys.executable, "-m", "totalfast", "serve", "-d", "cpu", "--http", "0"]
-    command += ["--socket", folder / "s.sock", "--dicomweb", f"pacs={pacs.url}"]
-    command += ["--dicomweb", "closed=http://127.0.0.1:9/dicom-web"]
+    command += ["--socket", folder / "s.sock"]
+    for name, url in servers.items():
+        command += ["--dicomweb", f"{name}={url}"]
     process = subprocess.Popen(
         command,
         env={
@@ -108,15 +112,18 @@ def client(standin_home, pacs):
             "XDG_RUNTIME_DIR": str(folder),
             "TMPDIR": str(folder),
             "TOTALFAST_DICOMWEB_PACS_FILE": str(folder / "login"),
+            "TOTALFAST_DICOMWEB_FAR": "alice:secret",
         },
         stdout=subprocess.PIPE,
         text=True,
     )
-    process.stdout.readline()
-    _, url, _, _, token_file = process.stdout.readline().replace(",", "").split()
+    printed = [process.stdout.readline()]
+    while not printed[-1].startswith("HTTP: "):
+        printed.append(process.stdout.readline())
+    _, url, _, _, token_file = printed[-1].replace(",", "").split()
     with requests.Session() as session:
         session.headers["Authorization"] = f"Bearer {Path(token_file).read_text()}"
-        yield Client(url, session)
+        yield Client(url, session, "".join(printed))
     process.terminate()
     assert process.wait(30) == 0
     process.stdout.close()
@@ -124,11 +131,18 @@ def client(standin_home, pacs):
     shutil.rmtree(folder)
 
 
+@pytest.fixture(scope="module")
+def client(standin_home, pacs):
+    servers = {"pacs": pacs.url, "closed": "http://127.0.0.1:9/dicom-web"}
+    with serving(standin_home, **servers) as found:
+        yield found
+
+
 class Client:
     """Requests to the server of totalfast."""
 
-    def __init__(self, url, session):
-        self.url, self.session = url, session
+    def __init__(self, url, session, printed):
+        self.url, self.session, self.printed = url, session, printed
 
     def submit(self, **wanted):
         return self.session.post(
@@ -250,3 +264,21 @@ def test_metrics_count_transfers(client, pushed):
     counted = re.search(r"^totalfast_dicomweb_stored_instances_total (\d+)$", text, re.MULTILINE)
     assert int(counted[1]) >= 1
     assert 'totalfast_dicomweb_failures_total{step="push"}' in text
+
+
+def test_a_server_ends_while_it_fetches(standin_home, scans):
+    async def stalled(request):
+        await asyncio.sleep(60)
+
+    with DoubleServer(scans) as pacs:
+        pacs.double.faults["retrieve"] = [stalled]
+        began = None
+        with serving(standin_home, pacs=pacs.url, far="http://pacs.invalid") as client:
+            assert "WARNING: The login and the scans of far are sent" in client.printed
+            assert "scans of pacs" not in client.printed
+            where = client.submit(flags=FLAGS).headers["Location"]
+            while not pacs.double.requests["retrieve"]:
+                time.sleep(0.01)
+            assert client.get(where).json()["state"] == "fetching"
+            began = time.monotonic()
+        assert time.monotonic() - began < 10

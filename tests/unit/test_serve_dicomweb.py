@@ -20,7 +20,7 @@ from tests.dicom_series import write_multi_frame, write_series
 from tests.dicomweb_double import BOUNDARY, ROOT, Double, multipart, status, store_answer
 from totalfast.errors import OptionError
 from totalfast.files.dicom.instances import is_uid, read_instance
-from totalfast.serve import dicomweb
+from totalfast.serve import dicomweb, dicomweb_fetch
 from totalfast.serve.dicomweb import DicomWebError
 from totalfast.serve.dicomweb_servers import DicomWebServer
 from totalfast.serve.storage import FullError, Storage
@@ -246,6 +246,18 @@ def test_an_endless_series_is_broken_off(double, tmp_path):
         fetched(double, tmp_path, limit=100_000)
     written = [path for path in (tmp_path / "runs").rglob("*") if path.is_file()]
     assert all(path.stat().st_size <= 100_000 for path in written)
+
+
+def test_a_series_of_endless_instances_is_broken_off(double, tmp_path, monkeypatch):
+    monkeypatch.setattr(dicomweb_fetch, "MOST_INSTANCES", 20)
+
+    async def tiny(request):
+        return await multipart(request, [b""] * 1000)
+
+    double.faults["retrieve"] = [tiny]
+    with pytest.raises(DicomWebError, match="more than 20 instances"):
+        fetched(double, tmp_path)
+    assert len([path for path in (tmp_path / "runs").rglob("*.dcm")]) == 20
 
 
 async def stalled(request):

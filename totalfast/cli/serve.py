@@ -137,8 +137,8 @@ def run(args: argparse.Namespace) -> int:
     )
     with ExitStack() as stack:
         opened, place, token = stack.enter_context(listening(_place(args)))
-        http = open_http(args, stack)
         _configure_log(args)
+        http = open_http(args, stack)
         if not args.quiet:
             use = f"export {SERVER_VARIABLE}={shlex.quote(str(place))}"
             print(f"Ready; in another terminal: {use}", flush=True)

@@ -153,7 +153,7 @@ def open_http(args: argparse.Namespace, stack: ExitStack) -> Http | None:
     for server in servers.values():
         if server.authorization and not server.is_encrypted and server.host not in LOCAL_HOSTS:
             logger.warning(
-                "WARNING: The login of %s and scans are sent without encryption; use https.",
+                "WARNING: The login and the scans of %s are sent without encryption; use https.",
                 server.name,
             )
     opened, file, token = stack.enter_context(listening_for_http(args.http_host, args.http))

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 PIECE_BYTES = 1 << 18
 
+MOST_INSTANCES = 100_000
+"""Instances after which a series counts as endless."""
+
 NOT_ACCEPTABLE = 406
 MISSING = (404, 410)
 
@@ -91,7 +94,7 @@ class SeriesFetch:
             raise DicomWebError(f"{name} can't send the series (HTTP status {response.status}).")
         if response.status != 200:  # noqa: PLR2004
             raise DicomWebError(f"{name} answers with HTTP status {response.status}.")
-        if response.content_type != "multipart/related":
+        if response.content_type.lower() != "multipart/related":
             raise DicomWebError(
                 f"{name} sends the series as something else than multipart/related "
                 "(a DICOMweb server was expected)."
@@ -100,6 +103,8 @@ class SeriesFetch:
         try:
             async for part in _parts(response):
                 number += 1
+                if number > MOST_INSTANCES:
+                    raise DicomWebError(f"{name} sends more than {MOST_INSTANCES} instances.")
                 await self._write(part, self._folder / f"{number:06d}.dcm")
                 self._tell(number)
         except (ValueError, HttpProcessingError) as error:
