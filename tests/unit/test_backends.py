@@ -19,7 +19,7 @@ from dynamic_network_architectures.architectures.unet import PlainConvUNet
 import totalfast
 from tests.mapped_files import resident_kb
 from totalfast import OptionError, backends
-from totalfast.backends import choose_backend, compiled, resolve_backend
+from totalfast.backends import choose_backend, compiled, resolve_backend, winograd
 from totalfast.backends.forward import run_by_torch
 from totalfast.backends.norms import normalised_in_place
 from totalfast.engine.sliding_window import inference_settings, predict_labels
@@ -121,21 +121,33 @@ def test_normalisation_in_place_gives_identical_bits(kind, affine):
         assert torch.equal(other(pair), network(pair))
 
 
-def test_auto_is_openvino_on_cpus_if_it_is_installed_and_logs_this(installed, monkeypatch, caplog):
+@pytest.mark.parametrize(
+    ("fast", "there", "name", "told"),
+    [
+        (True, True, "run_fastest", "Winograd's convolutions"),
+        (True, False, "run_fastest", "Winograd's convolutions"),
+        (False, True, "run_by_openvino", "OpenVINO"),
+        (False, False, "run_by_torch", None),
+    ],
+)
+def test_auto_is_the_fastest_on_cpus_and_logs_this(
+    fast, there, name, told, installed, monkeypatch, caplog
+):
     monkeypatch.delenv(backends.DEFAULT_VARIABLE)
-    monkeypatch.setattr(backends.importlib.metadata, "version", lambda name: "2025.0")
-    installed(False)
-    assert choose_backend("auto", CPU) is run_by_torch
-    installed(True)
+    monkeypatch.setattr(winograd, "is_fast_here", lambda: fast)
+    installed(there)
     with caplog.at_level(logging.INFO, logger="totalfast"):
         assert choose_backend("auto", torch.device("cuda")) is run_by_torch
         assert choose_backend("auto", torch.device("mps")) is run_by_torch
         assert choose_backend("torch", CPU) is run_by_torch
         assert not caplog.messages
-        assert choose_backend("auto", CPU).__name__ == "run_by_openvino"
-    (message,) = caplog.messages
-    assert "OpenVINO 2025.0" in message
-    assert "--backend torch" in message
+        assert choose_backend("auto", CPU).__name__ == name
+    if told is None:
+        assert not caplog.messages
+    else:
+        (message,) = caplog.messages
+        assert told in message
+        assert "--backend torch" in message
 
 
 def test_the_environment_variable_changes_auto_only(installed, monkeypatch):
@@ -144,7 +156,9 @@ def test_the_environment_variable_changes_auto_only(installed, monkeypatch):
     assert choose_backend("auto", CPU).__name__ == "run_compiled"
     assert choose_backend("torch", CPU) is run_by_torch
     monkeypatch.setenv(backends.DEFAULT_VARIABLE, "fastest")
-    with pytest.raises(OptionError, match="must be one of auto, torch, compile, openvino, not 'fa"):
+    with pytest.raises(
+        OptionError, match="one of auto, torch, compile, openvino, winograd, not 'f"
+    ):
         resolve_backend("auto")
 
 

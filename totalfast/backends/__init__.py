@@ -85,13 +85,12 @@ def choose_backend(name: str, device: torch.device) -> Backend:
         raise OptionError("backend 'compile' runs on devices 'cpu' and 'gpu' only, not mps.")
     if name == "auto" and device.type == "cpu":
         name = _fastest_on_cpu()
-        backend = "Winograd's convolutions" if name == "fastest" else "OpenVINO"
-        if is_auto and name != "torch":
-            logger.info(
-                "Using %s: faster, but single voxels may differ from TotalSegmentator's. "
-                "--backend torch gives identical voxels.",
-                backend,
-            )
+    if is_auto and name in _OTHER_BITS:
+        logger.info(
+            "Using %s: it is faster, but single voxels may differ from TotalSegmentator's. "
+            "--backend torch gives identical voxels.",
+            _OTHER_BITS[name],
+        )
     return _BACKENDS[name]()
 
 
@@ -132,6 +131,9 @@ def _fastest() -> Backend:
 
     return run_fastest
 
+
+_OTHER_BITS = {"fastest": "Winograd's convolutions", "openvino": "OpenVINO"}
+"""Backends that "auto" selects and that give other last bits, with their names in messages."""
 
 _BACKENDS: dict[str, Callable[[], Backend]] = {
     "auto": _torch,

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import logging
 import pickle
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numba
@@ -77,6 +79,9 @@ class _LenientCache(FunctionCache):  # type: ignore[misc]
 
     _impl_class = _Places
 
+    def _index_key(self, sig: object, codegen: object) -> tuple[object, ...]:
+        return (*super()._index_key(sig, codegen), _state_of_the_package())
+
     def load_overload(self, sig: object, target_context: object) -> object:
         try:
             return super().load_overload(sig, target_context)
@@ -91,6 +96,19 @@ class _LenientCache(FunctionCache):  # type: ignore[misc]
             super().save_overload(sig, data)
         except OSError as error:
             _warn(f"{self.cache_path}: {error.strerror}")
+
+
+@functools.cache
+def _state_of_the_package() -> str:
+    """Sizes and times of all files of the package.
+
+    Loops contain the code and the constants of other modules; numba only looks at the file of the
+    loop itself, and would run old code after a change of another one.
+    """
+    package = Path(__file__).parents[1]
+    files = ((path, path.stat()) for path in sorted(package.rglob("*.py")))
+    states = [f"{path} {state.st_size} {state.st_mtime_ns}" for path, state in files]
+    return hashlib.sha256("\n".join(states).encode()).hexdigest()
 
 
 def jit(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:  # noqa: ANN401

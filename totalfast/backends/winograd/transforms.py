@@ -21,17 +21,22 @@ TILE, WINDOW = 4, 6
 
 PLANE, POINTS = WINDOW**2, WINDOW**3
 
-KERNEL = np.array(
-    [
-        [1 / 4, 0, 0],
-        [-1 / 6, -1 / 6, -1 / 6],
-        [-1 / 6, 1 / 6, -1 / 6],
-        [1 / 24, 1 / 12, 1 / 6],
-        [1 / 24, -1 / 12, 1 / 6],
-        [0, 0, 1],
-    ]
-)
-"""Transform of a kernel along one axis: G."""
+NEAR, FAR = 0.625, 1.5
+"""The points are 0, these two and their negatives, and infinity. With the usual points 0, 1, 2 the
+largest error of a layer is nine times as large, and the mean error three times. These numbers and
+their products that are needed are exact in float32."""
+
+NEAR_2, FAR_2, NEAR_3, FAR_3 = NEAR**2, FAR**2, NEAR**3, FAR**3
+BOTH_2, SUM_2 = NEAR_2 * FAR_2, NEAR_2 + FAR_2
+
+
+def _kernel_transform() -> NDArray[np.float64]:
+    """Transform of a kernel along one axis: G."""
+    near, far = 2 * NEAR_2 * (NEAR_2 - FAR_2), 2 * FAR_2 * (FAR_2 - NEAR_2)
+    rows = [np.array([1.0, 0.0, 0.0]) / BOTH_2]
+    for point, divisor in ((NEAR, near), (-NEAR, near), (FAR, far), (-FAR, far)):
+        rows.append(np.array([1.0, point, point**2]) / divisor)
+    return np.stack([*rows, [0.0, 0.0, 1.0]])
 
 
 def transform_kernel(weight: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -47,9 +52,9 @@ def transform_kernel(weight: NDArray[np.float32]) -> NDArray[np.float32]:
         (blocks of outputs, 216, inputs, ``BLOCK``).
     """
     outputs, inputs = weight.shape[:2]
-    wide = weight.astype(np.float64)
+    wide, kernel = weight.astype(np.float64), _kernel_transform()
     for _ in range(3):  # the first axis becomes the last one
-        wide = np.moveaxis(np.tensordot(KERNEL, wide, axes=(1, 2)), 0, -1)
+        wide = np.moveaxis(np.tensordot(kernel, wide, axes=(1, 2)), 0, -1)
     points = wide.reshape(outputs // BLOCK, BLOCK, inputs, POINTS)
     return np.ascontiguousarray(points.transpose(0, 3, 2, 1), dtype=np.float32)
 
@@ -57,26 +62,26 @@ def transform_kernel(weight: NDArray[np.float32]) -> NDArray[np.float32]:
 @jit
 def to_points(d0, d1, d2, d3, d4, d5):
     """Transform six voxels along one axis: B transposed."""
-    even, odd = d4 - d2 * 4, d3 - d1 * 4
-    far, near = d4 - d2, (d3 - d1) * 2
+    even, odd = d4 - d2 * FAR_2, (d3 - d1 * FAR_2) * NEAR
+    far_even, far_odd = d4 - d2 * NEAR_2, (d3 - d1 * NEAR_2) * FAR
     return (
-        d0 * 4 - d2 * 5 + d4,
+        d0 * BOTH_2 - d2 * SUM_2 + d4,
         even + odd,
         even - odd,
-        far + near,
-        far - near,
-        d1 * 4 - d3 * 5 + d5,
+        far_even + far_odd,
+        far_even - far_odd,
+        d1 * BOTH_2 - d3 * SUM_2 + d5,
     )
 
 
 @jit
 def from_points(m0, m1, m2, m3, m4, m5):
     """Transform six points back to four voxels along one axis: A transposed."""
-    sum_1, difference_1 = m1 + m2, m1 - m2
-    sum_2, difference_2 = m3 + m4, m3 - m4
+    near, near_odd = m1 + m2, m1 - m2
+    far, far_odd = m3 + m4, m3 - m4
     return (
-        m0 + sum_1 + sum_2,
-        difference_1 + difference_2 * 2,
-        sum_1 + sum_2 * 4,
-        difference_1 + difference_2 * 8 + m5,
+        m0 + near + far,
+        near_odd * NEAR + far_odd * FAR,
+        near * NEAR_2 + far * FAR_2,
+        near_odd * NEAR_3 + far_odd * FAR_3 + m5,
     )

@@ -1,0 +1,273 @@
+"""The backend of our own loops: every layer against torch, and what it can't run."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
+from torch import nn
+
+from totalfast.backends import keeps_weights, winograd
+from totalfast.backends.forward import run_by_torch
+from totalfast.backends.winograd import features, program, run_by_winograd, run_fastest, transforms
+from totalfast.backends.winograd.layers import Shape
+from totalfast.backends.winograd.vectors import lanes_of
+from totalfast.engine.sliding_window import inference_settings
+
+CPU = torch.device("cpu")
+
+LARGEST_ERROR, MEAN_ERROR = 5e-5, 5e-6
+"""Of the logits, as a share of their standard deviation; torch's are 7e-6 and 1e-6."""
+
+
+def unet(
+    counts=(32, 64, 96), *, kernels=3, strides=None, inputs=1, kind=PlainConvUNet, **keywords
+) -> nn.Module:
+    """A U-Net of nnU-Net with random weights; its normalisations are not the identity."""
+    torch.manual_seed(sum(counts))
+    blocks = {"n_conv_per_stage": 2} if kind is PlainConvUNet else {"n_blocks_per_stage": 2}
+    settings = {
+        "conv_op": nn.Conv3d,
+        "conv_bias": True,
+        "norm_op": nn.InstanceNorm3d,
+        "norm_op_kwargs": {"eps": 1e-5, "affine": True},
+        "nonlin": nn.LeakyReLU,
+        "nonlin_kwargs": {"inplace": True},
+    }
+    network = kind(
+        input_channels=inputs,
+        n_stages=len(counts),
+        features_per_stage=counts,
+        kernel_sizes=kernels,
+        strides=strides or [1] + [2] * (len(counts) - 1),
+        num_classes=7,
+        n_conv_per_stage_decoder=2,
+        **blocks | settings | keywords,
+    )
+    for layer in network.modules():
+        if isinstance(layer, nn.InstanceNorm3d) and layer.affine:
+            nn.init.normal_(layer.weight, 1.0, 0.3)
+            nn.init.normal_(layer.bias, 0.0, 0.5)
+    return network.eval()
+
+
+def errors(network, tile) -> tuple[float, float]:
+    """Largest and mean error of the logits against float64, as a share of their deviation."""
+    with inference_settings(CPU):
+        logits = run_by_winograd(network, tuple(tile.shape))(tile).double()
+        exact = network.double()(tile.double())
+        network.float()
+    error = (logits - exact) / exact.std()
+    return error.abs().max().item(), error.square().mean().sqrt().item()
+
+
+def tile_of(*shape, seed=0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_transforms_are_an_exact_convolution_along_one_axis():
+    kernel, voxels = np.array([1.0, -2.0, 3.0]), np.arange(6.0) ** 2
+    points = np.array(transforms.to_points.py_func(*voxels))
+    products = points * (transforms._kernel_transform() @ kernel)
+    result = transforms.from_points.py_func(*products)
+    assert np.allclose(result, np.convolve(voxels, kernel[::-1], "valid"), atol=1e-12)
+
+
+def test_what_is_multiplied_in_the_transforms_is_exact_in_float32():
+    for name in ("NEAR", "FAR", "NEAR_2", "FAR_2", "NEAR_3", "FAR_3", "BOTH_2", "SUM_2"):
+        number = getattr(transforms, name)
+        assert number == np.float32(number)
+
+
+@pytest.mark.parametrize(
+    ("network", "shape"),
+    [
+        (unet(), (1, 1, 16, 24, 32)),
+        (unet((32, 64), strides=[1, (1, 2, 2)]), (1, 1, 9, 14, 18)),
+        (unet((32, 48, 64), kernels=[(1, 3, 3), 3, (3, 3, 1)]), (1, 1, 12, 20, 28)),
+        (unet((8, 20, 40), inputs=4), (1, 4, 12, 12, 20)),
+        (unet((32, 64), strides=[2, 2]), (1, 1, 16, 16, 24)),
+        (unet((33, 70)), (1, 1, 6, 10, 14)),
+        (unet((32, 64), nonlin=nn.ReLU), (1, 1, 8, 8, 40)),
+        (unet((32, 64), nonlin=None, nonlin_kwargs=None), (1, 1, 8, 8, 8)),
+        (unet((32, 64), norm_op_kwargs={"affine": False}), (1, 1, 8, 8, 8)),
+        (unet((32, 64), conv_bias=False), (1, 1, 8, 8, 8)),
+        (unet((32, 64), dropout_op=nn.Dropout3d, dropout_op_kwargs={"p": 0.5}), (1, 1, 8, 8, 8)),
+        (unet((32, 64), kernels=1), (1, 1, 8, 8, 8)),
+    ],
+    ids=lambda value: value.__class__.__name__ if isinstance(value, nn.Module) else str(value),
+)
+def test_logits_agree_with_float64(network, shape, caplog):
+    largest, mean = errors(network, tile_of(*shape))
+    assert not caplog.messages
+    assert largest < LARGEST_ERROR
+    assert mean < MEAN_ERROR
+
+
+def test_convolutions_without_normalisation_keep_their_bias(caplog):
+    network = unet((32, 64), norm_op=None, norm_op_kwargs=None)
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv3d):
+            nn.init.normal_(layer.bias, 0.0, 0.5)
+    largest, mean = errors(network, tile_of(1, 1, 8, 12, 20))
+    assert not caplog.messages
+    assert largest < LARGEST_ERROR
+    assert mean < MEAN_ERROR
+
+
+def test_kernels_that_are_too_large_to_transform_are_multiplied_directly(monkeypatch):
+    monkeypatch.setattr(program, "LARGEST_TRANSFORMED", 0)
+    largest, mean = errors(unet(), tile_of(1, 1, 16, 24, 32))
+    assert largest < LARGEST_ERROR / 3
+    assert mean < MEAN_ERROR / 3
+
+
+def test_air_is_normalised_like_by_torch():
+    """A million equal voxels must not be rounded in one direction a million times."""
+    tile = torch.full((1, 1, 40, 64, 64), -2.5)
+    tile[:, :, 10:20, 20:40, 20:40] = tile_of(10, 20, 20)
+    largest, mean = errors(unet((32, 64)), tile)
+    assert largest < LARGEST_ERROR
+    assert mean < MEAN_ERROR
+
+
+def test_features_far_from_zero_are_normalised_like_by_torch():
+    network = unet((32, 64), norm_op_kwargs={"affine": True, "eps": 1e-5})
+    largest, mean = errors(network, 1000 + tile_of(1, 1, 12, 16, 24))
+    with inference_settings(CPU):
+        tile = 1000 + tile_of(1, 1, 12, 16, 24)
+        logits = run_by_torch(network, tuple(tile.shape))(tile).double()
+        exact = network.double()(tile.double())
+    torchs = (logits - exact).abs().max() / exact.std()
+    assert largest < max(LARGEST_ERROR, 5 * torchs)
+    assert mean < largest
+
+
+def test_the_number_of_threads_changes_no_bit(monkeypatch):
+    network, tile = unet(), tile_of(1, 1, 20, 28, 36)
+    logits = []
+    for threads in (1, 2, 5):
+        monkeypatch.setattr(winograd, "network_threads", lambda threads=threads: threads)
+        with inference_settings(CPU):
+            logits.append(run_by_winograd(network, tuple(tile.shape))(tile))
+    assert all(torch.equal(logits[0], other) for other in logits[1:])
+
+
+def test_results_do_not_depend_on_earlier_tiles_or_a_release():
+    network, tiles = unet((32, 64)), [tile_of(1, 1, 12, 16, 20, seed=seed) for seed in range(2)]
+    with inference_settings(CPU):
+        forward = run_by_winograd(network, tuple(tiles[0].shape))
+        first = [forward(tile).clone() for tile in tiles]
+        forward(torch.full_like(tiles[0], float("nan")))
+        assert torch.equal(forward(tiles[0]), first[0])
+        forward.release()
+        assert torch.equal(forward(tiles[1]), first[1])
+        flipped = torch.flip(tiles[0], (2, 4))
+        assert torch.equal(forward(flipped), forward(flipped.clone()))
+        assert torch.equal(forward(tiles[0].permute(0, 1, 2, 3, 4)), first[0])
+
+
+def test_a_value_that_is_no_number_is_not_hidden():
+    tile = tile_of(1, 1, 12, 16, 20)
+    tile[0, 0, 5, 5, 5] = float("nan")
+    with inference_settings(CPU):
+        assert run_by_winograd(unet((32, 64)), tuple(tile.shape))(tile).isnan().any()
+
+
+def test_the_weights_are_copied():
+    network, tile = unet((32, 64)), tile_of(1, 1, 8, 8, 8)
+    with inference_settings(CPU):
+        forward = run_by_winograd(network, tuple(tile.shape))
+        before = forward(tile).clone()
+        for parameter in network.parameters():
+            parameter.data.zero_()
+        assert torch.equal(forward(tile), before)
+    assert not keeps_weights(run_by_winograd)
+    assert not keeps_weights(run_fastest)
+
+
+def test_features_that_are_in_use_have_memory_of_their_own():
+    sizes, lasts = (8, 8, 1, 8, 2), (1, 4, 3, 4, 5)
+    some = [features.Features(Shape(1, 1, size), 1, 1.0) for size in sizes]
+    pieces = features.assign_places(list(zip(some, lasts, strict=True)))
+    for number, (one, last) in enumerate(zip(some, lasts, strict=True)):
+        assert pieces[one.place] >= one.size
+        for later, other in enumerate(some[number + 1 :], number + 1):
+            assert later > last or other.place != one.place
+    assert len(pieces) == 3
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        unet((32, 64), kind=ResidualEncoderUNet),
+        unet((32, 64), norm_op=nn.BatchNorm3d),
+        unet((32, 64), nonlin=nn.GELU, nonlin_kwargs={}),
+        unet((32, 64), nonlin_first=True),
+        nn.Sequential(nn.Conv3d(1, 3, 3, padding=1)).eval(),
+    ],
+    ids=lambda network: type(network).__name__,
+)
+def test_other_networks_run_by_torch_with_a_warning(network, caplog):
+    tile = tile_of(1, 1, 8, 8, 8)
+    with inference_settings(CPU):
+        logits = run_by_winograd(network, tuple(tile.shape))(tile)
+        assert torch.equal(logits, run_by_torch(network, tuple(tile.shape))(tile))
+    (message,) = caplog.messages
+    assert message.startswith("Backend winograd can't run ")
+
+
+def test_a_network_with_few_features_runs_by_another_backend_without_a_word(monkeypatch, caplog):
+    monkeypatch.setattr("totalfast.backends.openvino_is_installed", lambda: False)
+    tile = tile_of(1, 1, 8, 8, 8)
+    with caplog.at_level(logging.INFO, logger="totalfast"), inference_settings(CPU):
+        few, many = (unet((count, 32)) for count in (8, 32))
+        assert torch.equal(run_fastest(few, tuple(tile.shape))(tile), few(tile))
+        assert type(run_fastest(many, tuple(tile.shape)).body) is program.Program
+    assert not caplog.messages
+
+
+def test_the_registers_of_processors_are_known():
+    assert lanes_of(frozenset({"avx512f", "avx2", "fma"})) == 16
+    assert lanes_of(frozenset({"avx2", "fma"})) == 8
+    assert lanes_of(frozenset({"avx2"})) == 4
+    assert lanes_of(frozenset({"neon"})) == 4
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="names x86 processors")
+@pytest.mark.parametrize(
+    ("processor", "lanes"),
+    [("haswell +avx2,+fma,+avx,+f16c,+bmi,+bmi2,+sse4.2", 8), ("nehalem +sse4.2,+popcnt", 4)],
+)
+def test_loops_are_right_on_processors_with_smaller_registers(processor, lanes, tmp_path):
+    name, instructions = processor.split()
+    program = """
+        import torch
+        from tests.unit.test_winograd import errors, tile_of, unet
+        from totalfast.backends.winograd.vectors import LANES
+        print(LANES, *errors(unet((32, 64)), tile_of(1, 1, 10, 12, 22)))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        env={
+            **os.environ,
+            "NUMBA_CPU_NAME": name,
+            "NUMBA_CPU_FEATURES": instructions,
+            "NUMBA_CACHE_DIR": str(tmp_path),
+        },
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    used, largest, mean = map(float, done.stdout.split())
+    assert used == lanes
+    assert largest < LARGEST_ERROR
+    assert mean < MEAN_ERROR
