@@ -22,6 +22,7 @@ from totalfast.cli.serve_requests import parse_quietly
 from totalfast.errors import OptionError, TotalfastError
 from totalfast.serve.places import HAS_UNIX_SOCKETS, SERVER_VARIABLE, Place, default_place
 from totalfast.system.signals import ENDING_SIGNALS
+from totalfast.weights.bar import downloads_shown_by
 
 if TYPE_CHECKING:
     import socket
@@ -206,7 +207,8 @@ def _job_of(session: Session) -> Job:
         upstream.warn_of_untested_version.cache_clear()  # each client sees it
         session.models.announce_anew()
         try:
-            return Ending(code=segment_scan(args, session, progress))
+            with downloads_shown_by(progress):
+                return Ending(code=segment_scan(args, session, progress))
         except Exception as error:  # noqa: BLE001 - it ends the run, not the server
             code, lines = failure(error, args)
             return Ending(code=code, error=lines)

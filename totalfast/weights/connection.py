@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 if TYPE_CHECKING:
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import requests
 
     from totalfast.upstream import WeightsRequest
+    from totalfast.weights.bar import DownloadBar
 
 CONNECT_S = 10.0
 STALL_BYTES = 1024
@@ -86,7 +87,7 @@ class Connection:
             raise BrokenError("the connection broke off") from error
         return chunk
 
-    def copy(self, response: requests.Response, stream: BinaryIO, bar: Any) -> None:  # noqa: ANN401
+    def copy(self, response: requests.Response, stream: BinaryIO, bar: DownloadBar) -> None:
         """Write the rest of an answer to a file."""
         marked_s, arrived = time.monotonic(), 0
         while chunk := self.read(response):

@@ -6,9 +6,10 @@ import logging
 import os
 import shutil
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from totalfast.errors import OptionError, WeightsError
+from totalfast.weights.bar import DownloadBar
 from totalfast.weights.connection import BrokenError, Connection, RefusedError, shown
 
 if TYPE_CHECKING:
@@ -60,21 +61,10 @@ def fetch(request: WeightsRequest, partial: PartialFile, *, label: str, quiet: b
         If the file can't be written.
     """
     import requests
-    from tqdm import tqdm
 
     stall_s = _stall_s()
     patience = _Patience(stall_s)
-    with (
-        requests.Session() as session,
-        tqdm(
-            desc=f"Downloading {label}",
-            disable=quiet,
-            leave=False,
-            dynamic_ncols=True,
-            unit="B",
-            unit_scale=True,
-        ) as bar,
-    ):
+    with requests.Session() as session, DownloadBar(label, quiet=quiet) as bar:
         connection = Connection(session, request, stall_s)
         while (error := _failure(connection, partial, bar)) is not None:
             patience.note(partial.size)
@@ -87,9 +77,7 @@ def fetch(request: WeightsRequest, partial: PartialFile, *, label: str, quiet: b
 
 
 def _failure(
-    connection: Connection,
-    partial: PartialFile,
-    bar: Any,  # noqa: ANN401 - tqdm is untyped
+    connection: Connection, partial: PartialFile, bar: DownloadBar
 ) -> BrokenError | RefusedError | None:
     """Try once; return the error, or None."""
     try:
@@ -124,7 +112,7 @@ class _Patience:
         time.sleep(min(FIRST_PAUSE_S * 2**self._tries, LONGEST_PAUSE_S, self._stall_s))
 
 
-def _try_once(connection: Connection, partial: PartialFile, bar: Any) -> None:  # noqa: ANN401
+def _try_once(connection: Connection, partial: PartialFile, bar: DownloadBar) -> None:
     """Download the file, or its rest, by one request."""
     offset = partial.offset if connection.request.body is None else 0
     headers = {"Accept-Encoding": "identity"}  # lengths and ranges are those of the zip file
@@ -147,9 +135,8 @@ def _try_once(connection: Connection, partial: PartialFile, bar: Any) -> None:  
             _check_disk(partial, total)
             continuable = connection.request.body is None
             stream = partial.start(response.headers if continuable else {}, total)
-        bar.total, bar.n = partial.total, offset
-        bar.refresh()
         with stream:
+            bar.start(partial.total, offset)
             stream.write(start)
             bar.update(len(start))
             connection.copy(response, stream, bar)
