@@ -176,11 +176,12 @@ class Batches:
             text=True,
         )
 
-    def finish(self, process: subprocess.Popen[str]) -> None:
-        """Wait for the end of a batch."""
+    def finish(self, process: subprocess.Popen[str]) -> str:
+        """Wait for the end of a batch; return what it printed, which should be nothing."""
         printed, _ = process.communicate(timeout=PATIENCE_S)
         if process.returncode:
             raise RuntimeError(f"a batch ended with {process.returncode}: {printed[-2000:]}")
+        return printed
 
     def run(self, output: Path, kills: Sequence[tuple[int, str]], tally: Tally) -> None:
         """Run a batch on the cluster, kill at moments, and compare.
@@ -202,7 +203,9 @@ class Batches:
             self._wait_for(moment, output, process)
             tally.done_when_killed.append(sum(done_lines(output).values()))
             tally.kills += self._kill(kind, process)
-        self.finish(process)
+        printed = self.finish(process)
+        if printed:
+            tally.wrong.append(f"{output.name}: it printed {printed[-300:]!r}")
         tally.batches += 1
         tally.longest_s = max(tally.longest_s, round(time.perf_counter() - began, 1))
         tally.attempts_without_result += attempts_without_result(output)

@@ -29,8 +29,14 @@ logger = logging.getLogger(__name__)
 ADDRESS_VARIABLE = "RAY_ADDRESS"
 """Environment variable with the address of a running cluster, as in Ray's own programs."""
 
-QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
-"""No usage statistics; no copy of the current folder to the nodes if uv started this process."""
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # No copy of the current folder to the nodes if uv started this process.
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    # Ray prints errors of nodes on stdout, which may be read by a program; this skips all of them.
+    "RAY_DEDUP_LOGS_SKIP_REGEX": "^",
+}
+"""Environment variables that Ray reads when it is imported."""
 
 OBJECT_STORE_BYTES = 80 * 1024**2
 """About Ray's minimum. Only cases and entries are sent; Ray would take 30 % of the memory."""
@@ -109,13 +115,13 @@ def connected(address: str | None) -> Iterator[None]:
             )
             options |= _local_options(Path(folder))
             variables |= _local_variables()
-        stack.enter_context(_variables_set(variables))  # Ray reads them when it is imported
+        stack.enter_context(_variables_set(variables))
         ray = _import_ray()
         stack.callback(ray.shutdown)
         try:
             _reach(address)
             with _sigterm_kept():
-                ray.init(log_to_driver=False, configure_logging=False, **options)
+                ray.init(log_to_driver=False, logging_level=logging.CRITICAL, **options)
         except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
             reason = str(error).partition("\n")[0].rstrip(".")
             raise ClusterError(

@@ -35,10 +35,12 @@ NO_NODE_S = 60.0
 """How long to wait for a node if none is left."""
 
 FRUITLESS = 3
-"""Number of actors of a node that end without a result, after which the node gets no others."""
+"""Number of actors of a node that end before they are ready, after which it gets no others."""
 
 END_S = 60.0
 """How long actors may take to remove what they have begun to write, after they were told to end."""
+
+PERHAPS = "perhaps the node's memory was full, or the node was taken away"
 
 OTHER_CALLS = 2
 """Calls of an actor at a time beside its cases: ``fractions`` and ``end``."""
@@ -64,7 +66,6 @@ class _Actor:
     """Reference to ``prepare``, then to ``fractions``; shows at once that the process has ended."""
     at_a_time: int = 0
     """0 until it is ready."""
-    results: int = 0
     in_work: dict[Any, Try] = field(default_factory=dict)
     """Reference to ``segment`` to its attempt."""
 
@@ -174,7 +175,6 @@ class ActorPool:
             return
         attempt = self._forget(actor, reference)
         if isinstance(answer, Result):
-            actor.results += 1
             yield Ended(attempt=attempt, result=answer)
         else:
             reason = f"it ended on {actor.node.host} with {type(answer).__name__}"
@@ -189,6 +189,7 @@ class ActorPool:
         elif isinstance(answer, Ready) and answer.problem is None:
             logger.debug("An actor on %s is ready", actor.node.host)
             actor.at_a_time = answer.at_a_time
+            self._fruitless.pop(actor.node.identity, None)
         else:
             problem = answer.problem if isinstance(answer, Ready) else _named(answer)
             self._actors.remove(actor)
@@ -204,27 +205,19 @@ class ActorPool:
 
     def _end_of(self, actor: _Actor, reason: str) -> Iterator[Ended]:
         """Give up an actor that has ended, with its cases; another one will take its place."""
-        import ray
-
         self._actors.remove(actor)
         _kill(actor)  # it may be alive, but out of reach
         node, references = actor.node, list(actor.in_work)
-        if not actor.results:
+        if not actor.at_a_time:
             self._fruitless[node.identity] += 1
-        if self._fruitless[node.identity] >= FRUITLESS:
-            self._refuse(node, f"{FRUITLESS} processes ended there without a result: {reason}")
-        done, _ = (
-            ray.wait(references, num_returns=len(references), timeout=0) if references else ((), ())
-        )
+            if self._fruitless[node.identity] >= FRUITLESS:
+                self._refuse(node, f"{FRUITLESS} processes ended when they were started: {reason}")
+        results = _results_of(references, within_s=0)
         for reference in references:
-            result = None
-            if reference in done:
-                with contextlib.suppress(ray.exceptions.RayError):
-                    result = ray.get(reference)
             yield Ended(
                 attempt=self._forget(actor, reference),
-                result=result,
-                reason=f"its process on {node.host} ended without a result: {reason}",
+                result=results.get(reference),
+                reason=f"its process on {node.host} ended without a result; {PERHAPS}",
             )
 
     def _refuse(self, node: Node, reason: str) -> None:
@@ -278,23 +271,26 @@ class ActorPool:
         for actor in self._actors:
             with contextlib.suppress(ray.exceptions.RayError):
                 actor.handle.end.remote()
-        results = self._results_within(END_S)
+        references = [reference for actor in self._actors for reference in actor.in_work]
+        results = _results_of(references, within_s=END_S)
         for actor in self._actors:
             _kill(actor)
-        return results
+        return list(results.values())
 
-    def _results_within(self, seconds: float) -> list[Result]:
-        """Wait until no case is in work; return the results, without cases that were ended."""
-        import ray
 
-        results = []
-        references = [reference for actor in self._actors for reference in actor.in_work]
-        if references:
-            done, _ = ray.wait(references, num_returns=len(references), timeout=seconds)
-            for reference in done:
-                with contextlib.suppress(ray.exceptions.RayError):
-                    results.append(ray.get(reference))
-        return [result for result in results if result is not None]
+def _results_of(references: list[Any], *, within_s: float) -> dict[Any, Result]:
+    """Wait for attempts; return the results of those that end with one."""
+    import ray
+
+    results = {}
+    if references:
+        done, _ = ray.wait(references, num_returns=len(references), timeout=within_s)
+        for reference in done:
+            with contextlib.suppress(ray.exceptions.RayError):
+                result = ray.get(reference)
+                if result is not None:  # the case was told to end
+                    results[reference] = result
+    return results
 
 
 def _kill(actor: _Actor) -> None:
