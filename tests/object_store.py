@@ -23,6 +23,9 @@ CREDENTIALS = {
     "AWS_EC2_METADATA_DISABLED": "true",
 }
 
+GCS_CONTENT = "?alt=media"
+"""Query with which GCS gives a file; without it, it gives what it knows of the file."""
+
 HOP = {"connection", "keep-alive", "transfer-encoding", "proxy-connection"}
 """Headers that belong to one connection."""
 
@@ -65,7 +68,7 @@ class Proxy:
     requests: Counter[tuple[str, str]] = field(default_factory=Counter)
     """Method and path without query to the number of requests."""
     bodies: Counter[str] = field(default_factory=Counter)
-    """Path to the number of whole bodies that were sent to the client."""
+    """Path to the number of whole bodies that were sent to the client; with ``GCS_CONTENT``."""
     order: list[tuple[str, str]] = field(default_factory=list)
     """Method and path of each answered request that changed something."""
     is_down: bool = False
@@ -118,7 +121,7 @@ def proxy_to(upstream: int) -> Iterator[Proxy]:
             is_cut = fault is not None and fault.kind == "cut"
             with lock:
                 if self.command == "GET" and status in (200, 206) and not is_cut:
-                    proxy.bodies[path] += 1
+                    proxy.bodies[path + GCS_CONTENT * (GCS_CONTENT in self.path)] += 1
                 if self.command in ("PUT", "POST", "DELETE"):
                     proxy.order.append((self.command, path))
             self.send_response_only(status)
