@@ -288,6 +288,20 @@ def test_a_prefix_is_listed_with_one_request_and_nothing_is_downloaded(s3):
     assert not [path for path in s3.proxy.bodies if "ct.nii.gz" in path]
 
 
+def test_odd_keys_are_scans_and_keys_that_stand_for_folders_are_not(s3):
+    keys = ("in/a b#c %20[1].nii.gz", "in/x?y.nii.gz", "in/\u00fcml\u00e4ut.nii.gz")
+    for key in keys:
+        s3.put(key, key.encode())
+    s3.put("in/", b"")
+    s3.put("in/sub/", b"")
+    found = find("s3://bucket/in")
+    assert found.left_out == ()
+    assert {str(case.source) for case in found.cases} == {f"s3://bucket/{key}" for key in keys}
+    for case in found.cases:
+        with on_this_disk(case.source, nothing) as path:
+            assert f"in/{case.source.name}" == path.read_bytes().decode()
+
+
 @pytest.mark.parametrize("kind", ["status", "cut", "hang up"])
 def test_a_download_survives_errors_that_pass(s3, kind):
     data = bytes(range(256)) * 4000

@@ -141,12 +141,17 @@ def files_below(folder: Remote) -> Iterator[RemoteFile]:
 
 
 def _children(folder: Remote, path: str, infos: Iterable[Mapping[str, Any]]) -> list[RemoteFile]:
-    """Give the files of a list their addresses; links that sort a web page's list are no files."""
+    """Give the files of a list their addresses.
+
+    Left out are links that sort a web page's list, and empty objects that stand for folders.
+    """
     start = path.rstrip("/")
     children = []
     for info in infos:
         name = str(info["name"])[len(start) :].strip("/")
-        if name and not name.startswith("?"):
+        is_folder = info.get("type") == "directory"
+        stands_for_folder = not is_folder and str(info.get("Key", info["name"])).endswith("/")
+        if name and not name.startswith("?") and not stands_for_folder:
             children.append(RemoteFile.of(folder / name, info))
     return sorted(children, key=lambda each: each.remote.url)
 

@@ -282,8 +282,14 @@ def _are_dicom(files: Sequence[Remote]) -> bool:
     if any(each.name.lower().endswith(DICOM_ENDINGS) for each in files):
         return True
     some = dict.fromkeys((files[0], files[len(files) // 2], files[-1]))
-    end = PREAMBLE + len(SIGNATURE)
-    return any(read(each, end)[PREAMBLE:] == SIGNATURE for each in some)
+    return any(map(_has_signature, some))
+
+
+def _has_signature(file: Remote) -> bool:
+    try:
+        return read(file, PREAMBLE + len(SIGNATURE))[PREAMBLE:] == SIGNATURE
+    except InputError:  # it is gone, or access is refused
+        return False
 
 
 def _is_image(name: str, beside: Collection[str]) -> bool:
