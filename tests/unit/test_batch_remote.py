@@ -195,8 +195,10 @@ def test_missing_inputs_and_protocols_are_named(memory, monkeypatch):
         raise ImportError(f"Install {name}")
 
     monkeypatch.setattr(fsspec, "get_filesystem_class", without)
-    with pytest.raises(OptionError, match=r"package that is missing: pip install .* Install hdfs"):
+    with pytest.raises(OptionError, match="hdfs:// needs a package that is missing: Install hdfs"):
         find("hdfs://a/b")
+    with pytest.raises(OptionError, match=r"missing: pip install 'totalfast\[remote\]'"):
+        remote_calls._file_system("s3a", "")
 
 
 def test_a_case_elsewhere_can_be_handed_to_other_processes(tmp_path):

@@ -89,10 +89,9 @@ def _file_system(scheme: str, host: str) -> Any:  # noqa: ANN401
         options |= kind._get_kwargs_from_urls(f"{scheme}://{host}/") if host else {}
         return kind(skip_instance_cache=True, use_listings_cache=False, **options)
     except ImportError as error:
-        raise OptionError(
-            f"{scheme}:// needs a package that is missing: pip install 'totalfast[remote]' for s3 "
-            f"and https. fsspec: {error}."
-        ) from error
+        has_extra = scheme in (*WEB, "s3", "s3a")
+        advice = "pip install 'totalfast[remote]'" if has_extra else str(error).rstrip(".")
+        raise OptionError(f"{scheme}:// needs a package that is missing: {advice}.") from error
     except ValueError as error:
         raise OptionError(f"{scheme}:// is not known to fsspec: {error}.") from error
     except Exception as error:  # noqa: BLE001 - some protocols connect here
