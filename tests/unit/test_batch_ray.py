@@ -20,6 +20,7 @@ from totalfast.batch.ray_cluster import Node
 from totalfast.batch.ray_engine import RayEngine
 from totalfast.batch.ray_pool import Ended, Share
 from totalfast.errors import OutputError
+from totalfast.system import process_memory
 
 
 def case(name, source="/scans/x.nii"):
@@ -184,6 +185,7 @@ def scan(tmp_path):
 @pytest.fixture
 def job(tmp_path, standin_home, monkeypatch):
     """Make jobs; the process stays in its folder, and its environment as it was."""
+    monkeypatch.setattr(process_memory, "prepare_process", lambda: None)
     monkeypatch.chdir(Path.cwd())
     monkeypatch.setenv("TOTALSEG_HOME_DIR", "/nowhere")
     monkeypatch.delenv("TOTALSEG_WEIGHTS_PATH", raising=False)

@@ -110,6 +110,9 @@ class CaseActor:
 
     def prepare(self) -> Ready:
         """Check that this node can do the job, and open the session."""
+        from totalfast.system.process_memory import prepare_process
+
+        prepare_process()
         problem = self._problem()
         if problem is not None:
             return Ready(problem=problem)
