@@ -6,43 +6,35 @@ directly holds DICOM files.
 
 from __future__ import annotations
 
-import mimetypes
 import re
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from totalfast.batch.fingerprints import fingerprint_of, mark_of
-from totalfast.batch.images import VOXEL_ENDINGS
 from totalfast.batch.remote import WEB, Remote
 from totalfast.batch.remote_files import AT_A_TIME, files_below, files_in, look_at, read
+from totalfast.batch.remote_names import (
+    DICOM_ENDINGS,
+    has_parts,
+    is_image,
+    is_part,
+    may_be_dicom,
+    parts_of,
+)
 from totalfast.batch.search import HIDDEN, is_hidden, kept_names
 from totalfast.errors import InputError, TotalfastError
-from totalfast.files.itk import ENDINGS as ITK_ENDINGS
-from totalfast.files.read import NIFTI_ENDINGS
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from totalfast.batch.left_out import Counted
     from totalfast.batch.remote import Place
     from totalfast.batch.remote_files import RemoteFile
 
-DICOM_ENDINGS = (".dcm", ".dicom", ".ima")
-
-NO_SCANS = ("dicomdir", "readme", "license", "licence", "changelog", "makefile")
-"""Names without an ending that are not those of DICOM slices."""
-
-HEADER_ENDINGS = (".mhd", ".nhdr")
-"""Endings of headers whose voxels are in another file."""
-
 PREAMBLE, SIGNATURE = 128, b"DICM"
 """Bytes before the signature of a DICOM file, and the signature."""
-
-KNOWN_TYPES = mimetypes.MimeTypes(filenames=())
-"""Endings that Python knows; not those of this machine, so that all machines find the same."""
 
 NO_SCAN = "file whose name is not that of a scan"
 NOT_DICOM = "not DICOM"
@@ -203,13 +195,13 @@ def scan_at(source: Remote) -> RemoteScan:
     """
     file = look_at(source)
     if not file.is_folder:
-        if not _has_parts(source.name):
+        if not has_parts(source.name):
             return RemoteScan(source=source, files=(file,))
         beside = {each.remote.name: each for each in files_in(source.parent)}
-        parts = [beside[name] for name in _parts_of(source.name, beside)]
+        parts = [beside[name] for name in parts_of(source.name, beside)]
         return RemoteScan(source=source, files=(file, *parts))
     names = {each.remote.name: each for each in files_in(source) if not each.is_folder}
-    dicom = [name for name in sorted(names) if not is_hidden(name) and _may_be_dicom(name, names)]
+    dicom = [name for name in sorted(names) if not is_hidden(name) and may_be_dicom(name, names)]
     if not dicom:
         raise InputError(
             f"{source} holds no DICOM files directly; name a file, or a folder that holds the "
@@ -259,14 +251,14 @@ def _scans_in(
     """Sort the files of one folder into scans."""
     scans, dicom = [], []
     for name in sorted(kept):
-        if _is_image(name, beside):
-            parts = [beside[part] for part in _parts_of(name, beside)]
+        if is_image(name, beside):
+            parts = [beside[part] for part in parts_of(name, beside)]
             scans.append(RemoteScan(source=kept[name].remote, files=(kept[name], *parts)))
         elif name.lower().endswith(".zip"):
             scans.append(RemoteScan(source=kept[name].remote, files=(kept[name],)))
-        elif _may_be_dicom(name, beside):
+        elif may_be_dicom(name, beside):
             dicom.append(name)
-        elif not _is_part(name, beside):
+        elif not is_part(name, beside):
             left_out.add(NO_SCAN, kept[name].remote)
     if dicom and _are_dicom([kept[name].remote for name in dicom]):
         source = kept[dicom[0]].remote if len(dicom) == 1 else folder
@@ -290,49 +282,3 @@ def _has_signature(file: Remote) -> bool:
         return read(file, PREAMBLE + len(SIGNATURE))[PREAMBLE:] == SIGNATURE
     except InputError:  # it is gone, or access is refused
         return False
-
-
-def _is_image(name: str, beside: Collection[str]) -> bool:
-    lower = name.lower()
-    if lower.endswith((*NIFTI_ENDINGS, *ITK_ENDINGS)):
-        return True
-    return lower.endswith((".hdr", ".hdr.gz")) and bool(_parts_of(name, beside))
-
-
-def _has_parts(name: str) -> bool:
-    return name.lower().endswith((".hdr", ".hdr.gz", *HEADER_ENDINGS))
-
-
-def _parts_of(name: str, beside: Collection[str]) -> list[str]:
-    """Names of the files with the voxels of a header."""
-    for ending, others in (
-        (".hdr", (".img", ".img.gz")),
-        (".hdr.gz", (".img.gz", ".img")),
-        (".mhd", VOXEL_ENDINGS),
-        (".nhdr", VOXEL_ENDINGS),
-    ):
-        if name.lower().endswith(ending):
-            stem = name[: -len(ending)]
-            return [stem + other for other in others if stem + other in beside]
-    return []
-
-
-def _is_part(name: str, beside: Collection[str]) -> bool:
-    """Whether a file has the voxels of a header."""
-    stem = name
-    while (shorter := Path(stem).stem) != stem:
-        stem = shorter
-        headers = (stem + ending for ending in (".hdr", ".hdr.gz", *HEADER_ENDINGS))
-        if any(header in beside and name in _parts_of(header, beside) for header in headers):
-            return True
-    return False
-
-
-def _may_be_dicom(name: str, beside: Collection[str]) -> bool:
-    """Whether a name is that of a DICOM file: by its ending, or because the ending is unknown."""
-    lower = name.lower()
-    if lower.endswith(DICOM_ENDINGS):
-        return True
-    if lower.endswith((*NIFTI_ENDINGS, *ITK_ENDINGS, *VOXEL_ENDINGS, ".hdr", ".zip")):
-        return lower.endswith(".img") and not _is_part(name, beside)
-    return lower not in NO_SCANS and KNOWN_TYPES.guess_type(name) == (None, None)
