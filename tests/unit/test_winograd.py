@@ -16,10 +16,14 @@ from dynamic_network_architectures.architectures.unet import PlainConvUNet, Resi
 from torch import nn
 
 from totalfast.backends import keeps_weights, winograd
+from totalfast.backends.fastest import run_fastest
 from totalfast.backends.forward import run_by_torch
-from totalfast.backends.winograd import features, program, run_by_winograd, run_fastest, transforms
+from totalfast.backends.last_layer import LastLayer
+from totalfast.backends.winograd import features, program, run_by_winograd, transforms
+from totalfast.backends.winograd.head import last_layer
 from totalfast.backends.winograd.layers import Shape
-from totalfast.backends.winograd.vectors import lanes_of
+from totalfast.backends.winograd.vectors import CONVERTS_HALVES, lanes_of
+from totalfast.engine.fold_networks import TileOutput
 from totalfast.engine.sliding_window import inference_settings
 
 CPU = torch.device("cpu")
@@ -194,6 +198,41 @@ def test_the_weights_are_copied():
     assert not keeps_weights(run_fastest)
 
 
+@pytest.mark.parametrize("width", [16, 37, 64])
+@pytest.mark.parametrize("classes", [2, 118])
+@pytest.mark.skipif(not CONVERTS_HALVES, reason="the processor does not convert float16")
+def test_weighted_logits_are_added_as_by_torch(width, classes):
+    generator = torch.Generator().manual_seed(width)
+    layer = nn.Conv3d(32, classes, 1)
+    tile = torch.randn(5, 6, width, 32, generator=generator).permute(3, 0, 1, 2)
+    weights = torch.rand(5, 6, width, generator=generator).half()
+    around = torch.ones(classes, 7, 9, width + 5, dtype=torch.half)
+    sums = around[:, 1:-1, 2:-1, 3:-2]
+    with torch.inference_mode():
+        logits = layer.double()(tile[None].double())[0]
+        layer.float()
+        expected = 1 + logits * weights
+        last_layer(layer).add_to(sums, tile, weights)
+    assert (sums - expected).abs().max() < 2**-9  # half of the distance of numbers below 4
+    sums[:] = 1
+    assert (around == 1).all()
+
+
+def test_a_window_gives_the_same_sums_with_a_separate_last_layer():
+    layer = nn.Conv3d(32, 5, 1)
+    output = TileOutput(
+        head=last_layer(layer),
+        features=tile_of(1, 6, 7, 40, 32).permute(0, 4, 1, 2, 3),
+    )
+    separate = TileOutput(head=LastLayer(layer), features=output.features)
+    weights = torch.rand(6, 7, 40).half()
+    with inference_settings(CPU):
+        rows = [sums.clone() for _, sums in output.weighted(weights)]
+        (_, whole), *_ = separate.weighted(weights)
+    assert torch.cat(rows, dim=1).shape == whole.shape
+    assert (torch.cat(rows, dim=1) - whole).abs().max() < 2**-9
+
+
 def test_features_that_are_in_use_have_memory_of_their_own():
     sizes, lasts = (8, 8, 1, 8, 2), (1, 4, 3, 4, 5)
     some = [features.Features(Shape(1, 1, size), 1, 1.0) for size in sizes]
@@ -226,7 +265,7 @@ def test_other_networks_run_by_torch_with_a_warning(network, caplog):
 
 
 def test_a_network_with_few_features_runs_by_another_backend_without_a_word(monkeypatch, caplog):
-    monkeypatch.setattr("totalfast.backends.openvino_is_installed", lambda: False)
+    monkeypatch.setattr("totalfast.backends.fastest.openvino_is_installed", lambda: False)
     tile = tile_of(1, 1, 8, 8, 8)
     with caplog.at_level(logging.INFO, logger="totalfast"), inference_settings(CPU):
         few, many = (unet((count, 32)) for count in (8, 32))

@@ -66,7 +66,8 @@ def resolve_backend(name: str) -> str:
 
 def keeps_weights(backend: Backend) -> bool:
     """Whether a backend computes with a network's own tensors. Others have copies of them."""
-    return backend.__module__ not in {f"{__name__}.{name}" for name in ("openvino", "winograd")}
+    copying = ("fastest", "openvino", "winograd")
+    return backend.__module__ not in {f"{__name__}.{name}" for name in copying}
 
 
 def choose_backend(name: str, device: torch.device) -> Backend:
@@ -127,7 +128,7 @@ def _winograd() -> Backend:
 
 
 def _fastest() -> Backend:
-    from totalfast.backends.winograd import run_fastest
+    from totalfast.backends.fastest import run_fastest
 
     return run_fastest
 

@@ -17,7 +17,6 @@ from torch import nn
 from totalfast.backends.cache import PREFIX, cached_folder, content_key
 from totalfast.backends.conversion import CONVERTER, convert_network, import_openvino
 from totalfast.backends.forward import Forward, run_by_torch, split_head
-from totalfast.backends.last_layer import LastLayer
 from totalfast.system.cache_folder import cache_folder
 from totalfast.system.cores import network_threads
 from totalfast.system.forks import threads_started
@@ -87,8 +86,10 @@ def run_by_openvino(network: nn.Module, shape: tuple[int, ...]) -> Forward:
     run = Compiled(compiled)
     if head is None:
         return Forward(body=functools.partial(_copied_output, run), release=run.release)
+    from totalfast.backends.winograd.head import last_layer
+
     return Forward(
-        body=functools.partial(_channels_first, run), head=LastLayer(head), release=run.release
+        body=functools.partial(_channels_first, run), head=last_layer(head), release=run.release
     )
 
 

@@ -5,7 +5,8 @@ The order of every float16 operation is nnU-Net's (2.8.1, inference/predict_from
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,11 +15,15 @@ from totalfast.engine.tiles import Tiles, Tiling, gaussian_weights, mirrorings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
+    from typing import TypeAlias
 
     import torch
     from torch import nn
 
     from totalfast.models.model import Model
+
+    Untyped: TypeAlias = Any
+    """A module; for mypy all attributes of a module are tensors or modules."""
 
 ONEDNN_SIZE = 20480
 """Torch convolves a batch of one without oneDNN, and with other last bits, if the product of its
@@ -59,18 +64,15 @@ class FoldNetworks:
         if tiling.gaussian:
             self.weights = gaussian_weights(model.patch_size, device).reshape(tiles.patch)
 
-    def run(self, tile: torch.Tensor) -> Iterator[Iterator[tuple[slice, torch.Tensor]]]:
-        """Run one network after another on a tile (channels, z, y, x).
-
-        Yields per network its float32 logits, in the form of ``logits_by_slices``.
-        """
+    def run(self, tile: torch.Tensor) -> Iterator[TileOutput]:
+        """Run one network after another on a tile (channels, z, y, x); yield the outputs."""
         import torch
 
         for network, head in self._networks:
             # A copy for each network, as in nnU-Net: a network may change its input.
             batch = torch.clone(tile[None], memory_format=torch.contiguous_format)
             batch = batch.to(self.model.device)
-            yield logits_by_slices(head, self._mirrored_mean(network, batch))
+            yield TileOutput(head=head, features=self._mirrored_mean(network, batch))
 
     def logits_of_one_tile(
         self, image: torch.Tensor, tiles: Tiles
@@ -80,14 +82,14 @@ class FoldNetworks:
         Yields (first slice, float16 logits (classes, slices, y, x)).
         """
         rows, inside = tiles.inside
-        tile_logits = next(self.run(image))
+        output = next(self.run(image))
         self.release()
-        for slices, logits in tile_logits:
-            for row in range(max(rows.start, slices.start), min(rows.stop, slices.stop)):
-                own, other = row - slices.start, (slice(row, row + 1), *inside)
-                place = (slice(None), slice(own, own + 1), *inside)
-                total = (logits[place] * self.weights[other]).half()
-                yield row - rows.start, self.mean([total], self.weights[other])
+        for first, weighted in output.weighted(self.weights):
+            last = first + weighted.shape[1]
+            for row in range(max(rows.start, first), min(rows.stop, last)):
+                place = (slice(None), slice(row - first, row - first + 1), *inside)
+                weight = self.weights[(slice(row, row + 1), *inside)]
+                yield row - rows.start, self.mean([weighted[place]], weight)
 
     def release(self) -> None:
         """Free the memory that is kept between tiles."""
@@ -137,6 +139,52 @@ class FoldNetworks:
         if self._mirrorings:
             output /= len(self._mirrorings) + 1
         return output[:, :, None] if slices else output
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TileOutput:
+    """What a network gives for a tile, before its last layer if that is separate.
+
+    Parameters
+    ----------
+    head
+        The last layer; None if the features are logits.
+    features
+        (1, features, z, y, x).
+    """
+
+    head: Untyped
+    features: torch.Tensor
+
+    def by_slices(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Yield the float32 logits, in the form of ``logits_by_slices``."""
+        yield from logits_by_slices(self.head, self.features)
+
+    def add_to(self, sums: torch.Tensor, weights: torch.Tensor) -> bool:
+        """Add the weighted logits to sums (classes, z, y, x); False if the last layer can't."""
+        add = getattr(self.head, "add_to", None)
+        if add is None or sums.device.type != "cpu":
+            return False
+        add(sums, self.features[0], weights)
+        return True
+
+    def weighted(self, weights: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield (first slice, float16 weighted logits (classes, slices, y, x)), on the CPU.
+
+        They are valid until the next ones are taken.
+        """
+        import torch
+
+        add = getattr(self.head, "add_to", None)
+        if add is None:
+            for slices, logits in self.by_slices():
+                yield slices.start, (logits * weights[slices]).half()
+            return
+        sums = torch.empty((self.head.classes, 1, *weights.shape[1:]), dtype=torch.half)
+        for row in range(len(weights)):
+            some = slice(row, row + 1)
+            add(sums.zero_(), self.features[0, :, some], weights[some])
+            yield row, sums
 
 
 def logits_by_slices(

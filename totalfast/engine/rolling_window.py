@@ -78,8 +78,10 @@ class RollingWindow:
         # The window starts at the tile's first slice and is as deep as the tile.
         place = (slice(None), slice(None), *box[2:])
         weights = self.networks.weights
-        for fold_logits, total in zip(self.networks.run(tile), self.sums, strict=True):
-            for slices, logits in fold_logits:
+        for output, total in zip(self.networks.run(tile), self.sums, strict=True):
+            if output.add_to(total[place], weights):
+                continue
+            for slices, logits in output.by_slices():
                 logits = logits.to(total.device)
                 if total.device.type == "cpu":
                     self._add_up(total[place][:, slices], logits, weights[slices])

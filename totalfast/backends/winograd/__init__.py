@@ -16,10 +16,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FEWEST_FEATURES = 16
-"""Features at full resolution. Networks with fewer are faster in other backends, because features
-are computed in blocks of 32."""
-
 FEWEST_LANES = 8
 """Numbers in a register. With fewer, the loops were not timed."""
 
@@ -42,29 +38,21 @@ def run_by_winograd(network: nn.Module, shape: tuple[int, ...]) -> Forward:
 
     threads_started()
     try:
-        return _prepared(network, shape, fewest_features=1)
+        return prepare(network, shape)
     except UnknownLayerError as error:
         logger.warning("Backend winograd can't run %s, so torch does.", error)
         return run_by_torch(network, shape)
 
 
-def run_fastest(network: nn.Module, shape: tuple[int, ...]) -> Forward:
-    """``run_by_winograd`` for the networks that gain from it; else OpenVINO, if it is installed."""
-    from totalfast.backends import openvino_is_installed
-    from totalfast.backends.openvino import run_by_openvino
-    from totalfast.backends.winograd.network import UnknownLayerError
+def prepare(network: nn.Module, shape: tuple[int, ...], *, fewest_features: int = 1) -> Forward:
+    """``run_by_winograd`` without torch.
 
-    threads_started()
-    try:
-        return _prepared(network, shape, fewest_features=FEWEST_FEATURES)
-    except UnknownLayerError as error:
-        logger.debug("backend winograd does not run this network: %s", error)
-    other = run_by_openvino if openvino_is_installed() else run_by_torch
-    return other(network, shape)
-
-
-def _prepared(network: nn.Module, shape: tuple[int, ...], *, fewest_features: int) -> Forward:
-    from totalfast.backends.last_layer import LastLayer
+    Raises
+    ------
+    UnknownLayerError
+        If the network has unknown layers, or fewer features at full resolution.
+    """
+    from totalfast.backends.winograd.head import last_layer
     from totalfast.backends.winograd.network import UnknownLayerError, read_layers
     from totalfast.backends.winograd.program import Program
 
@@ -75,7 +63,7 @@ def _prepared(network: nn.Module, shape: tuple[int, ...], *, fewest_features: in
     if _features(layers) < fewest_features:
         raise UnknownLayerError(f"a network with {_features(layers)} features")
     program = Program(layers, shape, threads=network_threads())
-    return Forward(body=program, head=LastLayer(head), release=program.release)
+    return Forward(body=program, head=last_layer(head), release=program.release)
 
 
 def _features(layers: Layers) -> int:

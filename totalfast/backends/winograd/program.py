@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,8 +14,9 @@ from totalfast.backends.winograd.features import (
     assign_places,
     with_zeros,
 )
-from totalfast.backends.winograd.layers import PIECES, Shape, Target, Work
+from totalfast.backends.winograd.layers import PIECES, Shape, Target
 from totalfast.backends.winograd.products import BLOCK
+from totalfast.backends.winograd.threads import run_in_threads
 from totalfast.backends.winograd.transforms import POINTS, transform_kernel
 
 if TYPE_CHECKING:
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
+    from totalfast.backends.winograd.layers import Work
     from totalfast.backends.winograd.network import (
         Convolution,
         Enlargement,
@@ -40,9 +40,6 @@ if TYPE_CHECKING:
 LARGEST_TRANSFORMED = 40 << 20
 """Bytes of a transformed kernel, which is eight times as large as the kernel. Larger ones belong to
 coarse stages with few voxels, and would take more memory than time."""
-
-LINE = 64
-"""Bytes of a cache line."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,8 +85,7 @@ class Program:
         self._output = self._steps[-1].target
         self._sizes = assign_places(_with_last_uses(self._steps))
         self._memory: list[NDArray[np.float32]] = []
-        self._scratch: list[NDArray[np.float32]] = []
-        self._counter = np.zeros(1, dtype=np.int64)
+        self._floats = max(step.scratch for step in self._steps)
 
     def __call__(self, tile: torch.Tensor) -> torch.Tensor:
         """Compute the features of a tile.
@@ -122,27 +118,13 @@ class Program:
 
     def release(self) -> None:
         """Free the memory that is kept between tiles."""
-        self._memory, self._scratch = [], []
+        self._memory = []
 
     def _allocate(self) -> None:
         self._memory = [np.empty(size, dtype=np.float32) for size in self._sizes]
-        floats = max(step.scratch for step in self._steps) + LINE // 4
-        self._scratch = [np.empty(floats, dtype=np.float32) for _ in range(self._threads)]
 
     def _run(self, call: Call) -> None:
-        """Run a layer in all threads."""
-        self._counter[0] = 0
-
-        def share(thread: int) -> None:
-            scratch = -(-self._scratch[thread].ctypes.data // LINE) * LINE
-            call(Work(counter=self._counter.ctypes.data, scratch=scratch))
-
-        list(_pool(self._threads).map(share, range(self._threads)))
-
-
-@functools.cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="totalfast-network")
+        run_in_threads(call, self._threads, self._floats)
 
 
 def _with_last_uses(steps: Sequence[Step]) -> list[tuple[Features, int]]:

@@ -15,9 +15,9 @@ from numba.extending import intrinsic, models, overload, register_model
 
 from totalfast.system.loops import jit
 
-FLOAT, DOUBLE, INDEX = ir.FloatType(), ir.DoubleType(), ir.IntType(64)
+HALF, FLOAT, DOUBLE, INDEX = ir.HalfType(), ir.FloatType(), ir.DoubleType(), ir.IntType(64)
 
-FLOAT_BYTES, DOUBLE_BYTES = 4, 8
+HALF_BYTES, FLOAT_BYTES, DOUBLE_BYTES = 2, 4, 8
 
 CONTRACT = ("contract",)
 """Allows LLVM to round a product and a sum once (FMA), and nothing else."""
@@ -41,6 +41,9 @@ def lanes_of(features: frozenset[str]) -> int:
 LANES = lanes_of(processor_features())
 """Number of float32 in a vector."""
 
+CONVERTS_HALVES = "f16c" in processor_features()
+"""Whether the processor converts float16. Elsewhere LLVM calls functions that may be missing."""
+
 VECTOR_BYTES = LANES * FLOAT_BYTES
 
 
@@ -52,6 +55,7 @@ class Vector(types.Type):
 
 
 VECTOR = Vector()
+HALVES = ir.VectorType(HALF, LANES)
 SINGLES, DOUBLES = ir.VectorType(FLOAT, LANES), ir.VectorType(DOUBLE, LANES)
 
 
@@ -165,6 +169,38 @@ def add_squares_to_doubles(typing_context, address, vector):
         return context.get_dummy_value()
 
     return types.void(types.intp, VECTOR), generate
+
+
+@intrinsic
+def repeated(typing_context, address):
+    """Vector of the float32 at an address."""
+
+    def generate(context, builder, signature, arguments):
+        return filled(builder, load_from(builder, arguments[0], FLOAT, FLOAT_BYTES))
+
+    return VECTOR(types.intp), generate
+
+
+def _adding_to_halves(half, single):
+    """Build ``half += half * single``, of numbers or vectors: in float32, rounded as by torch."""
+
+    @intrinsic
+    def add(typing_context, address, weights, values):
+        def generate(context, builder, signature, arguments):
+            address, weights, values = arguments
+            weight = builder.fpext(load_from(builder, weights, half, HALF_BYTES), single)
+            product = builder.fmul(load_from(builder, values, single, FLOAT_BYTES), weight)
+            old = builder.fpext(load_from(builder, address, half, HALF_BYTES), single)
+            new = builder.fptrunc(builder.fadd(old, product), half)
+            store_to(builder, new, address, HALF_BYTES)
+            return context.get_dummy_value()
+
+        return types.void(types.intp, types.intp, types.intp), generate
+
+    return add
+
+
+add_to_halves, add_to_half = _adding_to_halves(HALVES, SINGLES), _adding_to_halves(HALF, FLOAT)
 
 
 @intrinsic
