@@ -178,7 +178,10 @@ class Batches:
 
     def finish(self, process: subprocess.Popen[str]) -> str:
         """Wait for the end of a batch; return what it printed, which should be nothing."""
-        printed, _ = process.communicate(timeout=PATIENCE_S)
+        try:
+            printed, _ = process.communicate(timeout=PATIENCE_S)
+        finally:
+            process.kill()
         if process.returncode:
             raise RuntimeError(f"a batch ended with {process.returncode}: {printed[-2000:]}")
         return printed

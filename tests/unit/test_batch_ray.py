@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import nibabel as nib
@@ -157,6 +157,17 @@ def test_a_failed_case_is_tried_again_unless_that_is_hopeless(handed_out):
     states = {name: entry.state for name, entry in noted.items()}
     assert states == {"damaged": FAILED, "flaky": DONE, "bad": FAILED}
     assert not lost
+
+
+def test_the_last_attempt_counts_although_the_clocks_of_nodes_differ(handed_out):
+    def endings(attempt):
+        how = ended(attempt, "some reason" if attempt.attempt == 1 else None)
+        finished = f"{2100 - attempt.attempt}-01-01T00:00:00+00:00"
+        entry = replace(how.result.entry, finished=finished)
+        return replace(how, result=replace(how.result, entry=entry))
+
+    _, _, noted, _ = handed_out(endings, case("a"))
+    assert (noted["a"].state, noted["a"].attempt) == (DONE, 2)
 
 
 def test_a_full_disk_ends_the_batch_after_the_cases_in_work(tmp_path):

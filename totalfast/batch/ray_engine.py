@@ -12,6 +12,7 @@ import logging
 import os
 import secrets
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,9 +94,14 @@ class RayEngine:
                 yield from self._run(WaitingCases(cases, self.retries), pool, lost)
             finally:
                 for result in pool.end():
-                    self.manifest.add(result.entry)
+                    self._note(result.entry)
                 for case in lost:
-                    recover(self.job.folder / case.name)
+                    self._recover(self.job.folder / case.name)
+
+    def _recover(self, folder: Path) -> None:
+        """Delete what a process that ended has left in the folder of its case."""
+        for place in (folder, *(folder / task for task in self.job.tasks)):
+            recover(place)
 
     def _run(
         self, waiting: WaitingCases, pool: ActorPool, lost: set[Case]
@@ -124,13 +130,16 @@ class RayEngine:
             if waiting.lost(attempt):
                 logger.warning("WARNING: %s is tried again: %s.", name, ended.reason)
                 return None
-            entry = self._lost_entry(attempt, ended.reason)
-            self.manifest.add(entry)
-            return entry
+            return self._note(self._lost_entry(attempt, ended.reason))
         if result.entry.error is not None and not result.is_hopeless and waiting.failed(attempt):
             logger.info("%s failed and is tried again after the others.", name)
-        self.manifest.add(result.entry)
-        return result.entry
+        return self._note(result.entry)
+
+    def _note(self, entry: Entry) -> Entry:
+        """Add an entry to the manifest with the time of this machine; nodes' clocks may differ."""
+        entry = dataclasses.replace(entry, finished=datetime.now(timezone.utc).isoformat())
+        self.manifest.add(entry)
+        return entry
 
     def _lost_entry(self, attempt: Try, reason: str) -> Entry:
         case = attempt.case
