@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -16,10 +17,10 @@ from totalfast.batch.entries import DONE, FAILED, Entry
 from totalfast.batch.manifest import Manifest
 from totalfast.batch.ray_actor import SAME_VERSIONS, CaseActor, Job, Ready, Result
 from totalfast.batch.ray_cases import Try, WaitingCases
-from totalfast.batch.ray_cluster import Node
+from totalfast.batch.ray_cluster import Node, connected
 from totalfast.batch.ray_engine import RayEngine
 from totalfast.batch.ray_pool import Ended, Share
-from totalfast.errors import OutputError
+from totalfast.errors import OptionError, OutputError
 from totalfast.system import process_memory
 
 
@@ -184,6 +185,14 @@ def test_a_full_disk_ends_the_batch_after_the_cases_in_work(tmp_path):
             list(engine._run(waiting, pool, set()))
     assert [name for name, _ in pool.tried] == ["c0", "c1", "c2"]
     assert sorted(manifest.entries()) == ["c0", "c1", "c2"]
+
+
+def test_without_ray_the_command_to_install_it_is_given(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    before = dict(os.environ)
+    with pytest.raises(OptionError, match=r"pip install 'totalfast\[ray\]'"):
+        connected(None).__enter__()
+    assert dict(os.environ) == before
 
 
 @pytest.fixture
