@@ -1,7 +1,7 @@
 """Time the TotalSegmentator command and totalfast on one input, as whole processes.
 
     python scripts/benchmark_command.py HOME SCAN --json FILE [--repeats N]
-        [--backends torch openvino] [--device gpu] [-- FLAGS ...]
+        [--backends torch openvino winograd] [--device gpu] [-- FLAGS ...]
 
 Both commands, totalfast with each backend, run in turn on the same scan with the same weights
 (HOME: stand-in weights from scripts/make_standin_weights.py). SCAN may be
@@ -10,7 +10,7 @@ mm. For each program the results are:
 
 - wall and CPU seconds;
 - seconds in the network's forward pass, from hooks on the architecture's class, on convolutions
-  outside of it and on OpenVINO's call; sitecustomize loads the hooks into both programs;
+  outside of it, and on the calls of the other backends; sitecustomize loads the hooks into both programs;
 - peak memory of the process tree: the sum of the PSS, which counts shared pages once, sampled five
   times per second. Sampling slows a process down, so memory has its own run unless --watch-timed is
   given;
@@ -60,7 +60,7 @@ PROGRAMS = {"upstream": "totalsegmentator.bin.TotalSegmentator", "totalfast": "t
 
 UPSTREAM_ON_GPU = Path(__file__).parent / "gpu" / "upstream.py"
 
-BACKENDS = ("torch", "openvino")
+BACKENDS = ("torch", "openvino", "winograd")
 """Backends that the hook can time. ``compile`` is not one: torch would compile the hook too."""
 
 WEIGHTS = "stand-in weights, not TotalSegmentator's (scripts/make_standin_weights.py)"
@@ -105,8 +105,17 @@ def untimed(function):
 
 def time_openvino(module):
     module.Compiled.__call__ = timed(module.Compiled.__call__, begins=True)
+    module.convert_network = untimed(module.convert_network)
+
+def time_winograd(module):
+    module.Program.__call__ = timed(module.Program.__call__, begins=True)
+
+def time_last_layer(module):
     module.LastLayer.forward = timed(module.LastLayer.forward, begins=False)
-    module.converted = untimed(module.converted)
+
+def time_adding_layer(module):
+    # Adds its logits to the window's sums, too.
+    module.AddingLastLayer.add_to = timed(module.AddingLastLayer.add_to, begins=False)
 
 def time_forward(module):
     import torch
@@ -123,6 +132,9 @@ def report():
 HOOKS = {
     "dynamic_network_architectures.architectures.unet": time_forward,
     "totalfast.backends.openvino": time_openvino,
+    "totalfast.backends.last_layer": time_last_layer,
+    "totalfast.backends.winograd.head": time_adding_layer,
+    "totalfast.backends.winograd.program": time_winograd,
 }
 
 class Finder:
