@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import pickle
 import tempfile
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from tests.object_store import CREDENTIALS, Fault, moto_server, proxy_to, web_server
+from totalfast.batch import attempts as attempts_module
 from totalfast.batch import remote_calls
 from totalfast.batch.cases import Case, find_cases
 from totalfast.batch.entries import DONE, FAILED, Entry
@@ -24,6 +27,8 @@ from totalfast.batch.remote_search import scan_at, scans_below
 from totalfast.batch.shared_queue import SharedQueue
 from totalfast.batch.work_folders import PREFIX, work_folder
 from totalfast.errors import InputError, OptionError, OutputError
+from totalfast.run.many import StageClock
+from totalfast.system.disk import is_disk_full
 
 fsspec = pytest.importorskip("fsspec")
 
@@ -566,3 +571,22 @@ def test_left_out_counts_places_elsewhere(memory):
     left_out = Counted()
     assert scans_below(Remote("memory://in"), left_out) == []
     assert str(left_out.result()[0]).endswith("(for example memory://in/a.txt)")
+
+
+def test_results_without_any_place_end_the_batch_as_a_full_disk_does(memory, tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OutputError("can't write memory://out.")
+
+    monkeypatch.setattr(attempts_module, "publish", refuse)
+    monkeypatch.setattr(attempts_module, "rescue", full)
+    attempts = attempts_module.Attempts(
+        session=None, folder=Remote("memory://out"), keywords={}, tasks=["total"], options="hash"
+    )
+    case = Case(name="case", source=tmp_path / "ct.nii.gz", series=None, found="print")
+    clock = StageClock(threading.Event())
+    with pytest.raises(OutputError, match=r"can't write .* can't be kept on this") as caught:
+        attempts._upload(case, tmp_path, Remote("memory://out/case"), clock, 0.0)
+    assert is_disk_full(caught.value)

@@ -144,7 +144,12 @@ class Attempts:
         except OutputError as error:
             self._uploaded.pop(case.name, None)
             if case.name not in self._rescued:
-                self._rescued[case.name] = rescue(results)
+                try:
+                    self._rescued[case.name] = rescue(results)
+                except OSError as full:
+                    raise OutputError(
+                        f"{error} They can't be kept on this machine either: {full.strerror}."
+                    ) from full
             error.args = (f"{error} The results are complete in {self._rescued[case.name]}.",)
             raise
 
