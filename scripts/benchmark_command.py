@@ -10,7 +10,8 @@ mm. For each program the results are:
 
 - wall and CPU seconds;
 - seconds in the network's forward pass, from hooks on the architecture's class, on convolutions
-  outside of it, and on the calls of the other backends; sitecustomize loads the hooks into both programs;
+  outside of it, and on the calls of the other backends; sitecustomize loads the hooks into both
+  programs;
 - peak memory of the process tree: the sum of the PSS, which counts shared pages once, sampled five
   times per second. Sampling slows a process down, so memory has its own run unless --watch-timed is
   given;

@@ -102,8 +102,7 @@ def peak_gflops() -> float:
     import numpy as np
 
     from totalfast.backends.winograd.products import BLOCK, ROWS, multiply
-    from totalfast.backends.winograd.threads import run_in_threads
-    from totalfast.system.cores import network_threads
+    from totalfast.backends.winograd.threads import layer_threads, run_in_threads
 
     terms, times = 64, 20_000
 
@@ -113,7 +112,7 @@ def peak_gflops() -> float:
             multiply(a, terms * 4, b, c, BLOCK * 4, ROWS, terms, True)
 
     arrays = [np.ones(size, dtype=np.float32) for size in (ROWS * terms, terms * BLOCK)]
-    targets = [np.ones(ROWS * BLOCK + 32, dtype=np.float32) for _ in range(network_threads())]
+    targets = [np.ones(ROWS * BLOCK + 32, dtype=np.float32) for _ in range(layer_threads())]
 
     def run() -> None:
         free = list(targets)
@@ -134,8 +133,7 @@ def time_layers(repeats: int) -> list[dict[str, Any]]:
     from totalfast.backends.winograd.features import Features
     from totalfast.backends.winograd.layers import PIECES, Shape
     from totalfast.backends.winograd.network import Convolution
-    from totalfast.backends.winograd.threads import run_in_threads
-    from totalfast.system.cores import network_threads
+    from totalfast.backends.winograd.threads import layer_threads, run_in_threads
 
     found = []
     for inputs, outputs, voxels in LAYERS:
@@ -158,7 +156,7 @@ def time_layers(repeats: int) -> list[dict[str, Any]]:
         call = step.bind(memory, 0, sums.ctypes.data)
 
         def winograd(call: Any = call, scratch: int = step.scratch) -> None:
-            run_in_threads(call, network_threads(), scratch)
+            run_in_threads(call, layer_threads(), scratch)
 
         def by_torch(layer: Any = layer, image: Any = image) -> None:
             layer(image)

@@ -13,6 +13,7 @@ The tree::
     ├── MemoryLimitError      the run needs more memory than the user allows
     ├── DeviceMemoryError     the GPU's memory is too small
     ├── PredictionError       the network's output can't be used
+    ├── ClusterError          the Ray cluster can't be used, or no node of it is left
     ├── SessionError          the session is closed
     └── ForkError             the process was forked after a network had run; use "spawn"
 
@@ -69,6 +70,10 @@ class PredictionError(TotalfastError):
 
 class InterruptedAfterSaving(KeyboardInterrupt):
     """A signal arrived while the results got their names; all of them are complete."""
+
+
+class ClusterError(TotalfastError):
+    """The Ray cluster can't be used, or no node of it is left."""
 
 
 class SessionError(TotalfastError):

@@ -15,11 +15,12 @@ import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
 from torch import nn
 
-from totalfast.backends import keeps_weights, winograd
+from totalfast.backends import keeps_weights
 from totalfast.backends.fastest import run_fastest
 from totalfast.backends.forward import run_by_torch
 from totalfast.backends.last_layer import LastLayer
 from totalfast.backends.winograd import features, program, run_by_winograd, transforms
+from totalfast.backends.winograd import threads as module
 from totalfast.backends.winograd.head import last_layer
 from totalfast.backends.winograd.layers import Shape
 from totalfast.backends.winograd.vectors import CONVERTS_HALVES, lanes_of
@@ -159,7 +160,7 @@ def test_the_number_of_threads_changes_no_bit(monkeypatch):
     network, tile = unet(), tile_of(1, 1, 20, 28, 36)
     logits = []
     for threads in (1, 2, 5):
-        monkeypatch.setattr(winograd, "network_threads", lambda threads=threads: threads)
+        monkeypatch.setattr(module, "layer_threads", lambda threads=threads: threads)
         with inference_settings(CPU):
             logits.append(run_by_winograd(network, tuple(tile.shape))(tile))
     assert all(torch.equal(logits[0], other) for other in logits[1:])

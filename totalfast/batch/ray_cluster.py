@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from totalfast.errors import OptionError, TotalfastError
+from totalfast.errors import ClusterError, OptionError
 from totalfast.system.cores import usable_cores
 
 if TYPE_CHECKING:
@@ -46,10 +46,6 @@ ANSWER_S = 10.0
 
 LONGEST_FOLDER = 40
 """Length of a path from which Ray's sockets would have names that are too long for the system."""
-
-
-class ClusterError(TotalfastError):
-    """The Ray cluster can't be used, or no node of it is left."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

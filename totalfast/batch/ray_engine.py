@@ -22,7 +22,7 @@ from totalfast.batch.ray_actor import PASSED_ON, SAME_VERSIONS, Job
 from totalfast.batch.ray_cases import WaitingCases
 from totalfast.batch.ray_cluster import connected
 from totalfast.batch.ray_pool import ActorPool, Ended
-from totalfast.errors import OutputError
+from totalfast.batch.run import disk_full
 from totalfast.system.staging import recover
 
 if TYPE_CHECKING:
@@ -118,10 +118,7 @@ class RayEngine:
                 if entry is not None:
                     yield entry
         if is_full:
-            raise OutputError(
-                f"the disk of {self.job.folder} is full, so no further cases were begun. Free some "
-                "space and run the same command again; it goes on with what is missing."
-            )
+            raise disk_full(self.job.folder)
 
     def _entry_of(self, ended: Ended, waiting: WaitingCases) -> Entry | None:
         """Note how an attempt ended; None if its process ended and the case is tried again."""

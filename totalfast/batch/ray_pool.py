@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from totalfast.batch.ray_actor import MOST_CASES, CaseActor, Ready, Result
-from totalfast.batch.ray_cluster import ClusterError, Node, alive_nodes
+from totalfast.batch.ray_cluster import Node, alive_nodes
+from totalfast.errors import ClusterError
 from totalfast.run.many import StageClock
 
 if TYPE_CHECKING:

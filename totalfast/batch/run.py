@@ -104,15 +104,19 @@ class Batch:
                         full.set()
                     yield entries.pop(outcome.key)
             if full.is_set():
-                raise OutputError(
-                    f"the disk of {self.manifest.folder} is full, so no further cases were begun. "
-                    "Free some space and run the same command again; it goes on with what is "
-                    "missing."
-                )
+                raise disk_full(self.manifest.folder)
             attempt += 1
             cases = failed if attempt <= 1 + self.retries else []
             if cases:
                 logger.info("Trying again what failed: %d of the cases ...", len(cases))
+
+
+def disk_full(folder: object) -> OutputError:
+    """Return the error of a batch that ended because the disk of its folder is full."""
+    return OutputError(
+        f"the disk of {folder} is full, so no further cases were begun. Free some space and run "
+        "the same command again; it goes on with what is missing."
+    )
 
 
 def _until_full(cases: Iterable[Case], full: threading.Event) -> Iterator[Case]:

@@ -172,8 +172,7 @@ def _add_batch_flags(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="Number of processes on this machine that share the cases and the cores (default: one "
-        "per GPU, else 1). Worth trying on a CPU with 16 cores or more, because one network uses 8 "
-        "at most.",
+        "per GPU, else 1). Worth trying on a CPU with many cores.",
     )
     add(
         "--engine",

@@ -31,7 +31,7 @@ LIBRARY_BYTES = int(0.4 * GB)
 them where memory is short."""
 
 COMPILER_BYTES = int(0.1 * GB)
-"""Numba, if logits or cubic splines are interpolated."""
+"""Numba, for networks on a CPU, and for logits or cubic splines that are interpolated."""
 
 SLAB_BYTES = 100_000_000
 CUBIC_SLAB_BYTES = 200_000_000
@@ -196,7 +196,7 @@ def plan_memory(
         "predicting": kept + image + 2 * labels + max(preparing, predicting),
         "restoring": kept + labels + 3 * native,
     }
-    compiles = smooth or options.resampling_order == 3
+    compiles = smooth or options.resampling_order == 3 or not on_gpu
     program = PROGRAM_BYTES + LIBRARY_BYTES + compiles * COMPILER_BYTES
     return MemoryPlan(own=MARGIN * max(stages.values()), shared=MARGIN * (program + weights))
 

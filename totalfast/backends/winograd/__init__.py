@@ -6,7 +6,6 @@ import logging
 from typing import TYPE_CHECKING
 
 from totalfast.backends.forward import Forward, run_by_torch, split_head
-from totalfast.system.cores import network_threads
 from totalfast.system.forks import threads_started
 
 if TYPE_CHECKING:
@@ -55,6 +54,7 @@ def prepare(network: nn.Module, shape: tuple[int, ...], *, fewest_features: int 
     from totalfast.backends.winograd.head import last_layer
     from totalfast.backends.winograd.network import UnknownLayerError, read_layers
     from totalfast.backends.winograd.program import Program
+    from totalfast.backends.winograd.threads import layer_threads
 
     body, head = split_head(network)
     if head is None:
@@ -62,7 +62,7 @@ def prepare(network: nn.Module, shape: tuple[int, ...], *, fewest_features: int 
     layers = read_layers(body)
     if _features(layers) < fewest_features:
         raise UnknownLayerError(f"a network with {_features(layers)} features")
-    program = Program(layers, shape, threads=network_threads())
+    program = Program(layers, shape, threads=layer_threads())
     return Forward(body=program, head=last_layer(head), release=program.release)
 
 

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING
 
 from totalfast.backends.last_layer import LastLayer
 from totalfast.backends.winograd.logits import Call, add_logits, scratch_floats
-from totalfast.backends.winograd.threads import run_in_threads
+from totalfast.backends.winograd.threads import layer_threads, run_in_threads
 from totalfast.backends.winograd.vectors import CONVERTS_HALVES, FLOAT_BYTES, HALF_BYTES
-from totalfast.system.cores import network_threads
 
 if TYPE_CHECKING:
     import torch
@@ -62,7 +61,7 @@ class AddingLastLayer(LastLayer):
             weight_strides=_bytes((*weights.stride()[:2], 1), HALF_BYTES),
         )
         floats = scratch_floats(shape[2], terms, len(bias))
-        run_in_threads(lambda work: add_logits(call, work), network_threads(), floats)
+        run_in_threads(lambda work: add_logits(call, work), layer_threads(), floats)
 
 
 def _bytes(strides: tuple[int, ...], item: int) -> tuple[int, int, int]:

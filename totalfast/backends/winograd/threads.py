@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from totalfast.backends.winograd.layers import Work
+from totalfast.system.cores import usable_cores
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -18,6 +19,14 @@ if TYPE_CHECKING:
 
 LINE = 64
 """Bytes of a cache line."""
+
+MOST_THREADS = 32
+"""More share the memory's bandwidth, and wait for each other after each layer."""
+
+
+def layer_threads() -> int:
+    """Number of threads of a network: the usable cores. nnU-Net's limit of eight is not needed."""
+    return min(usable_cores(), MOST_THREADS)
 
 _kept = threading.local()
 
