@@ -213,7 +213,7 @@ def time_tiles(repeats: int, *, with_openvino: bool) -> dict[str, Any]:
     import torch
 
     from totalfast.backends.forward import run_by_torch
-    from totalfast.backends.openvino import run_by_openvino
+    from totalfast.backends.openvino import run_by_openvino, run_in_bfloat16
     from totalfast.backends.winograd import run_by_winograd
 
     found: dict[str, Any] = {}
@@ -222,7 +222,7 @@ def time_tiles(repeats: int, *, with_openvino: bool) -> dict[str, Any]:
         tile = torch.randn(shape)
         backends = {"torch": run_by_torch, "winograd": run_by_winograd}
         if with_openvino:
-            backends["openvino"] = run_by_openvino
+            backends |= {"openvino": run_by_openvino, "openvino in bfloat16": run_in_bfloat16}
         runs = {backend: run(unet, shape).body for backend, run in backends.items()}
         seconds = best({key: partial(run, tile) for key, run in runs.items()}, repeats)
         found[name] = {
@@ -244,13 +244,13 @@ def find_errors(*, with_openvino: bool) -> dict[str, Any]:
     import torch
 
     from totalfast.backends.forward import run_by_torch
-    from totalfast.backends.openvino import run_by_openvino
+    from totalfast.backends.openvino import run_by_openvino, run_in_bfloat16
     from totalfast.backends.winograd import run_by_winograd
 
     unet, tile = network(MODELS["3 mm"][0]), torch.randn(1, 1, 64, 64, 64)
     backends = {"torch": run_by_torch, "winograd": run_by_winograd}
     if with_openvino:
-        backends["openvino"] = run_by_openvino
+        backends |= {"openvino": run_by_openvino, "openvino in bfloat16": run_in_bfloat16}
     logits = {name: run(unet, tuple(tile.shape))(tile).double() for name, run in backends.items()}
     exact = unet.double()(tile.double())
     found = {}

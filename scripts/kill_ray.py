@@ -47,7 +47,7 @@ from scripts.kill_batch import (
     make_scans,
     same_bytes,
 )
-from totalfast.batch.entries import read_entries
+from totalfast.batch.results.entries import read_entries
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

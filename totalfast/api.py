@@ -67,6 +67,7 @@ def segment(
     trust_model: bool = False,
     series: str | int | None = None,
     deterministic: bool = False,
+    precision: str = "f32",
 ) -> nib.Nifti1Image | tuple[nib.Nifti1Image, Statistics]:
     """Segment one scan with one of TotalSegmentator's tasks.
 
@@ -158,10 +159,11 @@ def segment(
         Not upstream's. How labels get to the scanner grid: "auto" or "nearest" like upstream,
         "linear" from interpolated logits, for smooth masks.
     backend
-        Not upstream's. The library that runs the networks: "torch" gives upstream's voxels;
+        Not upstream's. What runs the networks: "torch" gives upstream's voxels; "winograd",
         "openvino" (needs ``pip install 'totalfast[cpu]'``) and "compile" are faster, and single
-        voxels may differ. "auto" is "openvino" on a CPU if it is installed, else "torch"; the
-        environment variable TOTALFAST_BACKEND changes it.
+        voxels may differ. "auto" is "winograd" on a CPU with AVX2, "openvino" or "torch" for
+        networks or CPUs that it can't use, and "torch" on a GPU; the environment variable
+        TOTALFAST_BACKEND changes it.
     tile_step_size
         Not upstream's. Largest distance between neighbouring tiles, as a share of the tile size,
         above 0 and up to 1: with 0.8 neighbours overlap by at least a fifth. None is upstream's,
@@ -185,6 +187,9 @@ def segment(
     deterministic
         Not upstream's. Give the same labels in every run on one GPU. The rough pass that finds a
         region always does. On a CPU all runs do.
+    precision
+        Not upstream's. "bf16" computes networks in bfloat16, by OpenVINO on CPUs that have it; many
+        voxels change. "f32" is the default.
 
     ``test`` other than 0, for upstream's own tests, raises ``UnsupportedError``.
 
@@ -250,4 +255,5 @@ def segment(
         trust_model=trust_model,
         series=series,
         deterministic=deterministic,
+        precision=precision,
     )

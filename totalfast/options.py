@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
-from totalfast.backends import resolve_backend
+from totalfast.backends import BFLOAT16, PRECISIONS, resolve_backend
 from totalfast.backends.devices import validate_device
 from totalfast.errors import OptionError, TotalfastError, UnsupportedError
 from totalfast.tasks import resolve_task
@@ -52,10 +52,10 @@ def parse_output_types(value: str | Sequence[str]) -> tuple[str, ...]:
 class Options:
     """Options of a run; names, meanings and defaults are those of ``totalsegmentator()``.
 
-    Nine are not upstream's: ``export``, one of ``EXPORTS``; ``backend``, one of
+    Ten are not upstream's: ``export``, one of ``EXPORTS``; ``backend``, one of
     ``totalfast.backends.BACKENDS``; ``tile_step_size``, None for the task's own;
     ``max_memory_gb``, None for the free memory; ``completion_marker``, ``offline``,
-    ``trust_model``, ``series`` and ``deterministic``, as in ``totalfast.segment``.
+    ``trust_model``, ``series``, ``deterministic`` and ``precision``, as in ``totalfast.segment``.
     """
 
     ml: bool = False
@@ -106,6 +106,7 @@ class Options:
     trust_model: bool = False
     series: str | None = None
     deterministic: bool = False
+    precision: str = "f32"
 
     def __post_init__(self) -> None:
         validate_device(self.device)
@@ -147,6 +148,11 @@ class Options:
                     )
                 values[name] = tuple(values[name])
         return cls(**values)
+
+    @property
+    def network_backend(self) -> str:
+        """The backend of the networks, as ``backends.choose_backend`` takes it."""
+        return self.backend if self.precision == "f32" else BFLOAT16
 
     @property
     def selected(self) -> tuple[str, ...] | None:
@@ -237,6 +243,14 @@ _RULES: tuple[_Rule, ...] = (
     _Rule(
         lambda o: o.resampling_order not in range(6),
         "resampling_order must be between 0 and 5, not {options.resampling_order}.",
+    ),
+    _Rule(
+        lambda o: o.precision not in PRECISIONS,
+        "precision is '{options.precision}', but must be 'f32' or 'bf16'.",
+    ),
+    _Rule(
+        lambda o: o.precision == "bf16" and o.backend not in ("auto", "openvino"),
+        "precision bf16 is OpenVINO's; it does not work with backend '{options.backend}'.",
     ),
     _Rule(
         lambda o: o.export not in EXPORTS,
@@ -363,6 +377,7 @@ class SegmentKeywords(TypedDict, total=False):
     trust_model: bool
     series: str | int | None
     deterministic: bool
+    precision: str
 
 
 def check_radiomics(source: object, output: Path | None, options: Options) -> None:

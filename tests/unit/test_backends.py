@@ -19,12 +19,13 @@ from dynamic_network_architectures.architectures.unet import PlainConvUNet
 import totalfast
 from tests.mapped_files import resident_kb
 from totalfast import OptionError, backends
-from totalfast.backends import choose_backend, compiled, resolve_backend, winograd
+from totalfast.backends import choose_backend, compiled, openvino, resolve_backend, winograd
 from totalfast.backends.forward import run_by_torch
 from totalfast.backends.norms import normalised_in_place
 from totalfast.engine.sliding_window import inference_settings, predict_labels
 from totalfast.engine.tiles import Tiling
 from totalfast.models.loading import load_model
+from totalfast.options import Options
 from totalfast.system.cache_folder import FOLDER_VARIABLE
 
 CPU = torch.device("cpu")
@@ -272,6 +273,39 @@ def test_openvino_computes_in_float32():
 
 
 @needs_openvino
+def test_bfloat16_is_used_only_if_it_is_asked_for(caplog):
+    network = small_network()
+    tile = torch.randn(TILE, generator=torch.Generator().manual_seed(1))
+    with caplog.at_level(logging.INFO, logger="totalfast"):
+        backend = choose_backend(backends.BFLOAT16, CPU)
+    (message,) = caplog.messages
+    expected, logits = logits_of_both(backend, network, tile)
+    error = (logits - expected).abs().max() / expected.std()
+    if openvino.has_bfloat16():
+        assert "compute in bfloat16" in message
+        assert 1e-4 < error < 0.2
+    else:
+        assert "no bfloat16" in message
+        assert error < 1e-4
+    assert not backends.keeps_weights(backend)
+
+
+def test_precision_needs_openvino_and_a_cpu(installed):
+    installed(True)
+    assert Options(precision="bf16").network_backend == backends.BFLOAT16
+    assert Options(backend="winograd").network_backend == "winograd"
+    with pytest.raises(OptionError, match="precision bf16 is OpenVINO's; .* backend 'torch'"):
+        Options(precision="bf16", backend="torch")
+    with pytest.raises(OptionError, match="must be 'f32' or 'bf16'"):
+        Options(precision="f16")
+    with pytest.raises(OptionError, match="precision bf16 runs on device 'cpu' only, not cuda"):
+        choose_backend(backends.BFLOAT16, torch.device("cuda"))
+    installed(False)
+    with pytest.raises(OptionError, match="precision bf16 needs OpenVINO"):
+        choose_backend(backends.BFLOAT16, CPU)
+
+
+@needs_openvino
 def test_openvino_neither_joins_features_nor_transposes_its_output():
     forward = choose_backend("openvino", CPU)(small_network(), TILE)
     (run,) = forward.body.args
@@ -316,6 +350,17 @@ def test_labels_agree_with_torchs_and_a_second_load_converts_nothing(folder, cac
     )
     assert torch.equal(labels, again)
     assert (labels != expected).float().mean() < 1e-3
+
+
+@pytest.mark.parametrize("mirror_axes", [(), (0, 2)])
+def test_winograds_labels_agree_with_torchs_on_several_tiles(folder, mirror_axes):
+    image = torch.randn((1, 40, 70, 50), generator=torch.Generator().manual_seed(3))
+    labels = []
+    for backend in (run_by_torch, winograd.run_by_winograd):
+        model = load_model(folder, folds=[0], device=CPU, backend=backend)
+        labels.append(predict_labels(model, image, Tiling(step=0.5, mirror_axes=mirror_axes)))
+    assert labels[0].unique().numel() > 3
+    assert (labels[0] != labels[1]).sum() <= 0.0005 * labels[0].numel()
 
 
 @needs_openvino

@@ -22,9 +22,9 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian, ImplicitVRLittleEndian, 
 
 from tests.dicom_series import in_syntax, new_file, write_multi_frame, write_series
 from totalfast import InputError, OptionError
-from totalfast.batch import series_cases
-from totalfast.batch.cases import Case, find_cases
-from totalfast.batch.names import LONGEST, Wish, folded_name, safe_name, unique_names
+from totalfast.batch.finding import series_cases
+from totalfast.batch.finding.cases import Case, find_cases
+from totalfast.batch.finding.names import LONGEST, Wish, folded_name, safe_name, unique_names
 from totalfast.files.dicom import header, series
 from totalfast.files.dicom.find import DicomFile, errors_of_damage, values_unchecked
 from totalfast.files.dicom.header import NotASlice, read_slices

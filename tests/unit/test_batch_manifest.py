@@ -14,9 +14,16 @@ from pathlib import Path
 
 import pytest
 
-from totalfast.batch import manifest as module
-from totalfast.batch.entries import DONE, FAILED, Entry, last_entries, read_content, read_entries
-from totalfast.batch.manifest import Manifest, completed_files, written_files
+from totalfast.batch.results import manifest as module
+from totalfast.batch.results.entries import (
+    DONE,
+    FAILED,
+    Entry,
+    last_entries,
+    read_content,
+    read_entries,
+)
+from totalfast.batch.results.manifest import Manifest, completed_files, written_files
 from totalfast.errors import OptionError, OutputError
 from totalfast.files.targets import FILE_MARKER_ENDING, FOLDER_MARKER
 
@@ -395,8 +402,8 @@ def test_folder_that_can_not_be_made_is_an_output_error(tmp_path):
 APPENDING = """
     import json, sys
     from pathlib import Path
-    from totalfast.batch.entries import Entry
-    from totalfast.batch.manifest import Manifest, completed_files
+    from totalfast.batch.results.entries import Entry
+    from totalfast.batch.results.manifest import Manifest, completed_files
     from totalfast.files.targets import FOLDER_MARKER
     folder = Path(sys.argv[1])
     class Case:
@@ -464,8 +471,8 @@ def test_lock_of_a_killed_process_is_free(tmp_path):
 LIMITED = """
     import resource, sys
     from pathlib import Path
-    from totalfast.batch.entries import Entry
-    from totalfast.batch.manifest import Manifest
+    from totalfast.batch.results.entries import Entry
+    from totalfast.batch.results.manifest import Manifest
     from totalfast.errors import OutputError
     with Manifest(Path(sys.argv[1]), {"task": "total"}) as manifest:
         size = manifest.file.stat().st_size

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from totalfast.batch.cases import Case
+from totalfast.batch.finding.cases import Case
 from totalfast.batch.progress import Meter, duration, typical_first
 from totalfast.run.many import Running
 

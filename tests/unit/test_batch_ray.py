@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 
 from totalfast.about import versions
-from totalfast.batch.cases import Case
-from totalfast.batch.entries import DONE, FAILED, Entry
-from totalfast.batch.manifest import Manifest
-from totalfast.batch.ray_actor import SAME_VERSIONS, CaseActor, Job, Ready, Result
-from totalfast.batch.ray_cases import Try, WaitingCases
-from totalfast.batch.ray_cluster import Node, connected
-from totalfast.batch.ray_engine import RayEngine
-from totalfast.batch.ray_pool import Ended, Share
+from totalfast.batch.cluster.actor import SAME_VERSIONS, CaseActor, Job, Ready, Result
+from totalfast.batch.cluster.connection import Node, connected
+from totalfast.batch.cluster.engine import RayEngine
+from totalfast.batch.cluster.pool import Ended, Share
+from totalfast.batch.cluster.waiting import Try, WaitingCases
+from totalfast.batch.finding.cases import Case
+from totalfast.batch.results.entries import DONE, FAILED, Entry
+from totalfast.batch.results.manifest import Manifest
 from totalfast.errors import OptionError, OutputError
 from totalfast.system import process_memory
 

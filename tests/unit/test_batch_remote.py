@@ -14,17 +14,17 @@ import pytest
 
 from tests.object_store import CREDENTIALS, Fault, moto_server, proxy_to, web_server
 from totalfast.batch import attempts as attempts_module
-from totalfast.batch import remote_calls
-from totalfast.batch.cases import Case, find_cases
-from totalfast.batch.entries import DONE, FAILED, Entry
-from totalfast.batch.left_out import Counted
-from totalfast.batch.remote import Remote, address_of, place_of
-from totalfast.batch.remote_calls import TransferError
-from totalfast.batch.remote_cases import STAMP, local_copy, on_this_disk, publish
-from totalfast.batch.remote_files import files_below, look_at
-from totalfast.batch.remote_manifest import opened_manifest
-from totalfast.batch.remote_search import scan_at, scans_below
+from totalfast.batch.finding.cases import Case, find_cases
+from totalfast.batch.finding.left_out import Counted
+from totalfast.batch.finding.remote_search import scan_at, scans_below
+from totalfast.batch.remote import calls as remote_calls
+from totalfast.batch.remote.calls import TransferError
+from totalfast.batch.remote.files import files_below, look_at
+from totalfast.batch.remote.place import Remote, address_of, place_of
+from totalfast.batch.results.entries import DONE, FAILED, Entry
+from totalfast.batch.results.remote_manifest import opened_manifest
 from totalfast.batch.shared_queue import SharedQueue
+from totalfast.batch.transfers import STAMP, local_copy, on_this_disk, publish
 from totalfast.batch.work_folders import PREFIX, work_folder
 from totalfast.errors import InputError, OptionError, OutputError
 from totalfast.run.many import StageClock

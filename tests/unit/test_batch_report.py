@@ -11,9 +11,9 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 
-from totalfast.batch.entries import DONE, FAILED, Entry
-from totalfast.batch.page import table
-from totalfast.batch.report import busy_time_s, write_report
+from totalfast.batch.results.entries import DONE, FAILED, Entry
+from totalfast.batch.results.page import table
+from totalfast.batch.results.report import busy_time_s, write_report
 from totalfast.errors import OutputError
 from totalfast.files.targets import FOLDER_MARKER
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from totalfast.batch.cases import Case, part_of
-from totalfast.batch.entries import DONE, FAILED, Entry
+from totalfast.batch.finding.cases import Case, part_of
+from totalfast.batch.results.entries import DONE, FAILED, Entry
 from totalfast.batch.run import Batch
 from totalfast.errors import OutputError
 from totalfast.run.many import Running

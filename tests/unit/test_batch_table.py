@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from totalfast.batch import table as module
-from totalfast.batch.table import (
+from totalfast.batch.results import table as module
+from totalfast.batch.results.table import (
     COLUMNS,
     StatisticsRows,
     check_table,

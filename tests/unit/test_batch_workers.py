@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from totalfast.batch import workers as workers_module
-from totalfast.batch.cases import Case
-from totalfast.batch.entries import DONE, FAILED
-from totalfast.batch.manifest import Manifest
+from totalfast.batch.finding.cases import Case
+from totalfast.batch.results.entries import DONE, FAILED
+from totalfast.batch.results.manifest import Manifest
 from totalfast.batch.shared_queue import VARIABLE, SharedQueue
 from totalfast.batch.workers import Workers
 

@@ -35,6 +35,12 @@ BACKENDS = ("auto", "torch", "compile", "openvino", "winograd")
 - winograd: compiled loops of our own
 """
 
+PRECISIONS = ("f32", "bf16")
+"""Numbers that networks compute with; bfloat16 is OpenVINO's only."""
+
+BFLOAT16 = "openvino in bfloat16"
+"""Stands for a backend's name where the precision is "bf16"."""
+
 DEFAULT_VARIABLE = "TOTALFAST_BACKEND"
 """Environment variable with the backend that "auto" means."""
 
@@ -54,12 +60,13 @@ def resolve_backend(name: str) -> str:
     """
     if name == "auto":
         name = os.environ.get(DEFAULT_VARIABLE) or name
-    if name not in BACKENDS:
+    if name not in (*BACKENDS, BFLOAT16):
         raise OptionError(f"backend must be one of {', '.join(BACKENDS)}, not '{name}'.")
-    if name == "openvino" and not openvino_is_installed():
+    if name in ("openvino", BFLOAT16) and not openvino_is_installed():
+        what = "backend 'openvino'" if name == "openvino" else "precision bf16"
         raise OptionError(
-            "backend 'openvino' needs OpenVINO, which is not installed: "
-            "pip install 'totalfast[cpu]', or use backend 'torch'."
+            f"{what} needs OpenVINO, which is not installed: pip install 'totalfast[cpu]', or use "
+            "backend 'torch'."
         )
     return name
 
@@ -80,8 +87,9 @@ def choose_backend(name: str, device: torch.device) -> Backend:
     """
     is_auto = name == "auto"
     name = resolve_backend(name)
-    if name in ("openvino", "winograd") and device.type != "cpu":
-        raise OptionError(f"backend '{name}' runs on device 'cpu' only, not {device.type}.")
+    if name in ("openvino", "winograd", BFLOAT16) and device.type != "cpu":
+        what = "precision bf16" if name == BFLOAT16 else f"backend '{name}'"
+        raise OptionError(f"{what} runs on device 'cpu' only, not {device.type}.")
     if name == "compile" and device.type == "mps":
         raise OptionError("backend 'compile' runs on devices 'cpu' and 'gpu' only, not mps.")
     if name == "auto" and device.type == "cpu":
@@ -121,6 +129,19 @@ def _openvino() -> Backend:
     return run_by_openvino
 
 
+def _bfloat16() -> Backend:
+    from totalfast.backends.openvino import has_bfloat16, run_in_bfloat16
+
+    if has_bfloat16():
+        logger.info("Networks compute in bfloat16 (OpenVINO): many voxels change.")
+    else:
+        logger.warning(
+            "WARNING: this processor has no bfloat16, so OpenVINO computes in float32 in spite of "
+            "precision bf16."
+        )
+    return run_in_bfloat16
+
+
 def _winograd() -> Backend:
     from totalfast.backends.winograd import run_by_winograd
 
@@ -141,6 +162,7 @@ _BACKENDS: dict[str, Callable[[], Backend]] = {
     "torch": _torch,
     "compile": _compiled,
     "openvino": _openvino,
+    BFLOAT16: _bfloat16,
     "winograd": _winograd,
     "fastest": _fastest,
 }

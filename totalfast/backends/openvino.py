@@ -1,7 +1,7 @@
 """Networks run by OpenVINO, on CPUs.
 
-Computes in float32, also on CPUs with faster and coarser formats. ``conversion`` converts the
-networks; ``cache`` keeps the result on disk.
+Computes in float32, also on CPUs with faster and coarser formats, if bfloat16 is not asked for.
+``conversion`` converts the networks; ``cache`` keeps the result on disk.
 """
 
 from __future__ import annotations
@@ -33,15 +33,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SETTINGS = {
-    # The default on CPUs with AMX or bfloat16 is bfloat16, which changes labels.
-    "INFERENCE_PRECISION_HINT": "f32",
     "NUM_STREAMS": "1",
     # Pinned threads would pin the threads that the rest of the process starts, too.
     "ENABLE_CPU_PINNING": "NO",
     # Float16 subnormals decide ties at tile edges, so no thread may flush them to zero.
     "CPU_DENORMALS_OPTIMIZATION": "NO",
 }
-"""OpenVINO's settings for every network."""
+"""OpenVINO's settings for every network, beside the precision: its default on CPUs with AMX or
+bfloat16 is bfloat16, which changes labels."""
 
 MODEL, WEIGHTS = "model.xml", "model.bin"
 """Files of a converted network."""
@@ -51,20 +50,33 @@ KNOWN_CODE = ("torch.", "dynamic_network_architectures.")
 modules are cached."""
 
 
+def has_bfloat16() -> bool:
+    """Whether OpenVINO computes in bfloat16 on this processor."""
+    return "BF16" in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+def run_in_bfloat16(network: nn.Module, shape: tuple[int, ...]) -> Forward:
+    """``run_by_openvino``, in bfloat16 where the processor has it."""
+    return _run(network, shape, "bf16" if has_bfloat16() else "f32")
+
+
 def run_by_openvino(network: nn.Module, shape: tuple[int, ...]) -> Forward:
     """Convert a network for tiles of one shape, or read it from the cache.
 
     Torch runs the last layer. It also runs networks that OpenVINO can't run; a warning is logged.
     """
+    return _run(network, shape, "f32")
+
+
+def _run(network: nn.Module, shape: tuple[int, ...], precision: str) -> Forward:
     openvino = import_openvino()
     threads_started()
     body, head = split_head(network)
     convert = functools.partial(convert_network, body, shape, channels_last=head is not None)
     try:
         model = _through_cache(body, shape, convert) if _is_cacheable(body) else convert()
-        compiled = _core().compile_model(
-            model, "CPU", SETTINGS | {"INFERENCE_NUM_THREADS": network_threads()}
-        )
+        how = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": network_threads()}
+        compiled = _core().compile_model(model, "CPU", SETTINGS | how)
     except (
         openvino.frontend.GeneralFailure,
         openvino.frontend.NotImplementedFailure,

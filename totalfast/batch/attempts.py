@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from totalfast.about import versions
-from totalfast.batch.entries import DONE, FAILED, Entry
-from totalfast.batch.remote import Remote
-from totalfast.batch.remote_calls import TransferError
-from totalfast.batch.remote_cases import named_elsewhere, on_this_disk, publish, rescue, unmark
+from totalfast.batch.remote.calls import TransferError
+from totalfast.batch.remote.place import Remote
+from totalfast.batch.results.entries import DONE, FAILED, Entry
+from totalfast.batch.transfers import named_elsewhere, on_this_disk, publish, rescue, unmark
 from totalfast.batch.work_folders import work_folder
 from totalfast.errors import OutputError, TotalfastError
 from totalfast.files.targets import marker_file, output_in
@@ -29,8 +29,8 @@ from totalfast.system.memory import peak_bytes
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from totalfast.batch.cases import Case
-    from totalfast.batch.remote import Place
+    from totalfast.batch.finding.cases import Case
+    from totalfast.batch.remote.place import Place
     from totalfast.files.dicom.read import SeriesSource
     from totalfast.options import SegmentKeywords
     from totalfast.run.many import StageClock

@@ -14,7 +14,7 @@ import numpy as np
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from totalfast.batch.cases import Case
+    from totalfast.batch.finding.cases import Case
     from totalfast.run.many import Running
 
 WARM = 2

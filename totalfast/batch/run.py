@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 
     from totalfast.batch.attempts import Attempts
-    from totalfast.batch.cases import Case
-    from totalfast.batch.entries import Entry
-    from totalfast.batch.manifest import Manifest
+    from totalfast.batch.finding.cases import Case
+    from totalfast.batch.results.entries import Entry
+    from totalfast.batch.results.manifest import Manifest
     from totalfast.run.many import Outcome, Running
 
 logger = logging.getLogger(__name__)

@@ -8,8 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from totalfast.batch.cases import Case
-from totalfast.batch.remote import address_of, place_of
+from totalfast.batch.finding.cases import Case
+from totalfast.batch.remote.place import address_of, place_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

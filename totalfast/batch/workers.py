@@ -15,15 +15,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from totalfast.batch.entries import FAILED, Entry
+from totalfast.batch.results.entries import FAILED, Entry
 from totalfast.batch.shared_queue import VARIABLE, SharedQueue
 from totalfast.system.cores import THREADS_VARIABLE, usable_cores
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Sequence
 
-    from totalfast.batch.cases import Case
-    from totalfast.batch.manifest import Manifest
+    from totalfast.batch.finding.cases import Case
+    from totalfast.batch.results.manifest import Manifest
 
 logger = logging.getLogger(__name__)
 

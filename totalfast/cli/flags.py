@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from totalfast import upstream
-from totalfast.backends import BACKENDS
+from totalfast.backends import BACKENDS, PRECISIONS
 from totalfast.backends.devices import validate_device
 from totalfast.errors import OptionError
 from totalfast.options import AGGREGATIONS, EXPORTS, MODEL_SIZES, SMALL_BLOB_MM3
@@ -314,6 +314,13 @@ def add_hardware_flags(parser: argparse.ArgumentParser) -> None:
         "'winograd': fastest on CPUs, single voxels may differ; 'openvino': faster than "
         "torch on CPUs, needs pip install 'totalfast[cpu]'; 'compile': torch's compiler, for many "
         "tiles; 'auto' (default): winograd on CPUs with AVX2, else openvino or torch.",
+    )
+    add(
+        "--precision",
+        choices=PRECISIONS,
+        default="f32",
+        help="'bf16' computes networks in bfloat16, by OpenVINO on CPUs that have it (AVX512-BF16, "
+        "AMX). Many voxels change. Default: f32.",
     )
     add(
         "--deterministic",

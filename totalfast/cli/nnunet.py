@@ -105,9 +105,9 @@ def _add_prediction_flags(parser: argparse.ArgumentParser) -> None:
         "--backend",
         choices=BACKENDS,
         default="torch",
-        help="Library that runs the networks. torch (default): results identical to nnU-Net's; "
-        "compile: torch's compiler; openvino: for CPUs, needs pip install 'totalfast[cpu]'; auto: "
-        "openvino on a CPU if it is installed, else torch.",
+        help="What runs the networks. torch (default): results identical to nnU-Net's; winograd: "
+        "fastest on CPUs; openvino: for CPUs, needs pip install 'totalfast[cpu]'; compile: torch's "
+        "compiler; auto: winograd on CPUs with AVX2, else openvino or torch.",
     )
     add("-device", choices=DEVICES, help="Default: cuda or mps if available, else cpu.")
     add(

@@ -72,7 +72,7 @@ class RunContext:
         options = self.options
         return {
             "device": options.device,
-            "backend": options.backend,
+            "backend": options.network_backend,
             "trust_model": options.trust_model,
         }
 
@@ -113,7 +113,7 @@ class RunContext:
     @property
     def device(self) -> torch.device:
         """Where networks run; waits until torch is imported and the device has started."""
-        return self.store.place(self.options.device, self.options.backend)[0]
+        return self.store.place(self.options.device, self.options.network_backend)[0]
 
     def plan_memory(
         self, region: Grid, task: Task, *, on_gpu: bool | None = None, sums_on_host: bool = False

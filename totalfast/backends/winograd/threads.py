@@ -28,6 +28,7 @@ def layer_threads() -> int:
     """Number of threads of a network: the usable cores. nnU-Net's limit of eight is not needed."""
     return min(usable_cores(), MOST_THREADS)
 
+
 _kept = threading.local()
 
 

@@ -8,23 +8,23 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath, PurePosixPath
 from typing import TYPE_CHECKING, Literal
 
-from totalfast.batch import lists
-from totalfast.batch.images import is_image, is_second_of_pair, stem_of
-from totalfast.batch.left_out import Counted
-from totalfast.batch.names import Wish
-from totalfast.batch.remote import Remote, place_of
-from totalfast.batch.remote_search import scans_now, scans_of
-from totalfast.batch.search import files_below, matches_of
-from totalfast.batch.series_cases import find_series
+from totalfast.batch.finding import lists
+from totalfast.batch.finding.images import is_image, is_second_of_pair, stem_of
+from totalfast.batch.finding.left_out import Counted
+from totalfast.batch.finding.names import Wish
+from totalfast.batch.finding.remote_search import scans_now, scans_of
+from totalfast.batch.finding.search import files_below, matches_of
+from totalfast.batch.finding.series_cases import find_series
+from totalfast.batch.remote.place import Remote, place_of
 from totalfast.errors import InputError, OptionError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from totalfast.batch.filters import Wanted
-    from totalfast.batch.lists import Listed
-    from totalfast.batch.remote import Place
-    from totalfast.batch.series_cases import FoundSeries
+    from totalfast.batch.finding.filters import Wanted
+    from totalfast.batch.finding.lists import Listed
+    from totalfast.batch.finding.series_cases import FoundSeries
+    from totalfast.batch.remote.place import Place
 
 Naming = Literal["auto", "uid", "accession"]
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import filelock
 
-from totalfast.batch.entries import (
+from totalfast.batch.results.entries import (
     DONE,
     FORMAT,
     Entry,
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import BinaryIO
 
-    from totalfast.batch.cases import Case
+    from totalfast.batch.finding.cases import Case
 
 __all__ = ["Entry", "Manifest", "completed_files", "read_entries", "written_files"]
 

@@ -6,8 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from totalfast.batch.remote import Remote
-from totalfast.batch.remote_calls import (
+from totalfast.batch.remote.calls import (
     BUCKETS,
     STALL_S,
     call,
@@ -16,12 +15,13 @@ from totalfast.batch.remote_calls import (
     path_in,
     repeated,
 )
+from totalfast.batch.remote.place import Remote
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
     from pathlib import Path
 
-    from totalfast.batch.remote_calls import Check
+    from totalfast.batch.remote.calls import Check
 
 VERSIONS = (
     "ETag",

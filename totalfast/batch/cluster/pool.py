@@ -14,17 +14,17 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from totalfast.batch.ray_actor import MOST_CASES, CaseActor, Ready, Result
-from totalfast.batch.ray_cluster import Node, alive_nodes
+from totalfast.batch.cluster.actor import MOST_CASES, CaseActor, Ready, Result
+from totalfast.batch.cluster.connection import Node, alive_nodes
 from totalfast.errors import ClusterError
 from totalfast.run.many import StageClock
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from totalfast.batch.cases import Case
-    from totalfast.batch.ray_actor import Job
-    from totalfast.batch.ray_cases import Try, WaitingCases
+    from totalfast.batch.cluster.actor import Job
+    from totalfast.batch.cluster.waiting import Try, WaitingCases
+    from totalfast.batch.finding.cases import Case
     from totalfast.run.many import Running
 
 logger = logging.getLogger(__name__)

@@ -15,11 +15,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-from totalfast.batch.entries import DONE, FILE_NAME, Entry
-from totalfast.batch.manifest import Manifest, is_marker
-from totalfast.batch.remote import Remote
-from totalfast.batch.remote_cases import STAMP, name_in, named_elsewhere
-from totalfast.batch.remote_files import (
+from totalfast.batch.remote.files import (
     AT_A_TIME,
     download,
     files_below,
@@ -30,6 +26,10 @@ from totalfast.batch.remote_files import (
     remove,
     write,
 )
+from totalfast.batch.remote.place import Remote
+from totalfast.batch.results.entries import DONE, FILE_NAME, Entry
+from totalfast.batch.results.manifest import Manifest, is_marker
+from totalfast.batch.transfers import STAMP, name_in, named_elsewhere
 from totalfast.batch.work_folders import work_folder
 from totalfast.errors import InputError, OptionError, OutputError, TotalfastError
 from totalfast.system.disk import kept_if_used
@@ -40,9 +40,9 @@ if TYPE_CHECKING:
     from pathlib import Path
     from types import TracebackType
 
-    from totalfast.batch.cases import Case
-    from totalfast.batch.remote import Place
-    from totalfast.batch.remote_files import RemoteFile
+    from totalfast.batch.finding.cases import Case
+    from totalfast.batch.remote.files import RemoteFile
+    from totalfast.batch.remote.place import Place
 
 logger = logging.getLogger(__name__)
 

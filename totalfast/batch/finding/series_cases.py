@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from totalfast.batch.fingerprints import fingerprint_of, mark_of
-from totalfast.batch.search import HIDDEN, MAC_ARCHIVE
+from totalfast.batch.finding.fingerprints import fingerprint_of, mark_of
+from totalfast.batch.finding.search import HIDDEN, MAC_ARCHIVE
 from totalfast.errors import InputError
 from totalfast.files.dicom.find import DicomFile, open_source, values_unchecked
 from totalfast.files.dicom.series import FEWEST_SLICES
@@ -28,7 +28,7 @@ from totalfast.files.dicom.survey import Glance, Survey, glance
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
-    from totalfast.batch.left_out import Counted
+    from totalfast.batch.finding.left_out import Counted
     from totalfast.files.dicom.survey import SeriesHeader
 
 logger = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ import mimetypes
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from totalfast.batch.images import VOXEL_ENDINGS
+from totalfast.batch.finding.images import VOXEL_ENDINGS
 from totalfast.files.itk import ENDINGS as ITK_ENDINGS
 from totalfast.files.read import NIFTI_ENDINGS
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from totalfast.batch.remote import Place
+    from totalfast.batch.remote.place import Place
 
 EXAMPLES = 3
 """Paths that are kept for each reason."""

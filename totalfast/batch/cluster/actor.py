@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from totalfast.batch.attempts import Attempts
-    from totalfast.batch.cases import Case
-    from totalfast.batch.entries import Entry
+    from totalfast.batch.finding.cases import Case
+    from totalfast.batch.results.entries import Entry
 
 SAME_VERSIONS = ("totalfast", "TotalSegmentator", "nnunetv2")
 """Packages that must have the same version on all nodes."""

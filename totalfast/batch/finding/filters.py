@@ -6,13 +6,13 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from totalfast.batch.images import slices_of
+from totalfast.batch.finding.images import slices_of
 from totalfast.errors import OptionError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from totalfast.batch.series_cases import FoundSeries
+    from totalfast.batch.finding.series_cases import FoundSeries
 
 LONGEST_DESCRIPTION = 256
 """Letters of a series description that are searched; DICOM allows 64."""

@@ -10,9 +10,9 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from totalfast.batch.remote import Remote
-from totalfast.batch.remote_files import download, files_below, for_each, remove, upload, write
-from totalfast.batch.remote_search import scan_at
+from totalfast.batch.finding.remote_search import scan_at
+from totalfast.batch.remote.files import download, files_below, for_each, remove, upload, write
+from totalfast.batch.remote.place import Remote
 from totalfast.batch.work_folders import work_folder
 from totalfast.errors import InputError, OutputError, TotalfastError
 from totalfast.system.rescue import new_rescue_folder
@@ -20,9 +20,9 @@ from totalfast.system.rescue import new_rescue_folder
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping
 
-    from totalfast.batch.remote import Place
-    from totalfast.batch.remote_calls import Check
-    from totalfast.batch.remote_files import RemoteFile
+    from totalfast.batch.remote.calls import Check
+    from totalfast.batch.remote.files import RemoteFile
+    from totalfast.batch.remote.place import Place
 
 logger = logging.getLogger(__name__)
 

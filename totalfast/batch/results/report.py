@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from totalfast.about import version
-from totalfast.batch.entries import DONE
-from totalfast.batch.manifest import written_files
-from totalfast.batch.page import facts, figures, heading, note, page, table
-from totalfast.batch.table import count_structures
-from totalfast.batch.whole_file import write_whole
+from totalfast.batch.results.entries import DONE
+from totalfast.batch.results.manifest import written_files
+from totalfast.batch.results.page import facts, figures, heading, note, page, table
+from totalfast.batch.results.table import count_structures
+from totalfast.batch.results.whole_file import write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-    from totalfast.batch.entries import Entry
-    from totalfast.batch.remote import Place
+    from totalfast.batch.remote.place import Place
+    from totalfast.batch.results.entries import Entry
 
 FIRST, WORST, SLOWEST = 3, 6, 10
 """How many pictures of the first and of the worst cases are shown, and how many slow cases."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING
 
-from totalfast.batch.images import files_of, is_image
-from totalfast.batch.left_out import Counted
-from totalfast.batch.search import files_below
+from totalfast.batch.finding.images import files_of, is_image
+from totalfast.batch.finding.left_out import Counted
+from totalfast.batch.finding.search import files_below
 from totalfast.errors import InputError
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
 
-    from totalfast.batch.cases import Case
+    from totalfast.batch.finding.cases import Case
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

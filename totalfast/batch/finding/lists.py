@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from totalfast.batch.remote import SCHEME, Remote, place_of
-from totalfast.batch.remote_files import read
+from totalfast.batch.remote.files import read
+from totalfast.batch.remote.place import SCHEME, Remote, place_of
 from totalfast.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from totalfast.batch.remote import Place
+    from totalfast.batch.remote.place import Place
 
 ENDINGS = (".csv", ".tsv")
 

@@ -14,7 +14,7 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from totalfast.batch.whole_file import write_whole
+from totalfast.batch.results.whole_file import write_whole
 from totalfast.errors import OptionError
 
 if TYPE_CHECKING:

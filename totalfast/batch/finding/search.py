@@ -11,9 +11,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from totalfast.batch.images import is_slicer_segmentation, stem_of
-from totalfast.batch.remote import Remote
-from totalfast.batch.remote_files import read
+from totalfast.batch.finding.images import is_slicer_segmentation, stem_of
+from totalfast.batch.remote.files import read
+from totalfast.batch.remote.place import Remote
 from totalfast.errors import InputError
 from totalfast.files.itk import ENDINGS as ITK_ENDINGS
 from totalfast.files.read import NIFTI_ENDINGS
@@ -22,8 +22,8 @@ from totalfast.files.targets import FILE_MARKER_ENDING, FOLDER_MARKER
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
 
-    from totalfast.batch.left_out import Counted
-    from totalfast.batch.remote import Place
+    from totalfast.batch.finding.left_out import Counted
+    from totalfast.batch.remote.place import Place
 
 MAC_ARCHIVE = "__MACOSX"
 """Folder that macOS adds to zip files."""

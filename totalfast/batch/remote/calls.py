@@ -13,7 +13,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from totalfast.batch.remote import WEB, Remote
+from totalfast.batch.remote.place import WEB, Remote
 from totalfast.errors import InputError, OptionError, OutputError, TotalfastError
 from totalfast.system.disk import is_disk_full
 

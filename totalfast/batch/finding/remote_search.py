@@ -12,10 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from totalfast.batch.fingerprints import fingerprint_of, mark_of
-from totalfast.batch.remote import WEB, Remote
-from totalfast.batch.remote_files import AT_A_TIME, files_below, files_in, look_at, read
-from totalfast.batch.remote_names import (
+from totalfast.batch.finding.fingerprints import fingerprint_of, mark_of
+from totalfast.batch.finding.remote_names import (
     DICOM_ENDINGS,
     has_parts,
     is_image,
@@ -23,15 +21,17 @@ from totalfast.batch.remote_names import (
     may_be_dicom,
     parts_of,
 )
-from totalfast.batch.search import HIDDEN, is_hidden, kept_names
+from totalfast.batch.finding.search import HIDDEN, is_hidden, kept_names
+from totalfast.batch.remote.files import AT_A_TIME, files_below, files_in, look_at, read
+from totalfast.batch.remote.place import WEB, Remote
 from totalfast.errors import InputError, TotalfastError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from totalfast.batch.left_out import Counted
-    from totalfast.batch.remote import Place
-    from totalfast.batch.remote_files import RemoteFile
+    from totalfast.batch.finding.left_out import Counted
+    from totalfast.batch.remote.files import RemoteFile
+    from totalfast.batch.remote.place import Place
 
 PREAMBLE, SIGNATURE = 128, b"DICM"
 """Bytes before the signature of a DICOM file, and the signature."""

@@ -9,20 +9,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from totalfast.batch.collect import STANDARD_INPUT, Collector
-from totalfast.batch.filters import Wanted
-from totalfast.batch.fingerprints import fingerprint_now
-from totalfast.batch.left_out import LeftOut
-from totalfast.batch.names import folded_name, safe_name, unique_names
-from totalfast.batch.remote import Remote, place_of
-from totalfast.batch.remote_search import scans_now
+from totalfast.batch.finding.collect import STANDARD_INPUT, Collector
+from totalfast.batch.finding.filters import Wanted
+from totalfast.batch.finding.fingerprints import fingerprint_now
+from totalfast.batch.finding.left_out import LeftOut
+from totalfast.batch.finding.names import folded_name, safe_name, unique_names
+from totalfast.batch.finding.remote_search import scans_now
+from totalfast.batch.remote.place import Remote, place_of
 from totalfast.errors import InputError, OptionError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-    from totalfast.batch.collect import Candidate, Naming
-    from totalfast.batch.remote import Place
+    from totalfast.batch.finding.collect import Candidate, Naming
+    from totalfast.batch.remote.place import Place
 
 NAMES = ("auto", "uid", "accession")
 

@@ -17,20 +17,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from totalfast.about import versions
-from totalfast.batch.entries import FAILED, Entry
-from totalfast.batch.ray_actor import PASSED_ON, SAME_VERSIONS, Job
-from totalfast.batch.ray_cases import WaitingCases
-from totalfast.batch.ray_cluster import connected
-from totalfast.batch.ray_pool import ActorPool, Ended
+from totalfast.batch.cluster.actor import PASSED_ON, SAME_VERSIONS, Job
+from totalfast.batch.cluster.connection import connected
+from totalfast.batch.cluster.pool import ActorPool, Ended
+from totalfast.batch.cluster.waiting import WaitingCases
+from totalfast.batch.results.entries import FAILED, Entry
 from totalfast.batch.run import disk_full
 from totalfast.system.staging import recover
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Mapping, Sequence
 
-    from totalfast.batch.cases import Case
-    from totalfast.batch.manifest import Manifest
-    from totalfast.batch.ray_cases import Try
+    from totalfast.batch.cluster.waiting import Try
+    from totalfast.batch.finding.cases import Case
+    from totalfast.batch.results.manifest import Manifest
     from totalfast.run.many import Running
 
 logger = logging.getLogger(__name__)

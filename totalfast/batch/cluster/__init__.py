@@ -1,0 +1,1 @@
+"""A batch on the nodes of a Ray cluster."""

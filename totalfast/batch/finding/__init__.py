@@ -1,0 +1,1 @@
+"""From the inputs of a batch to its cases: files, series, lists, and their names."""
