@@ -120,22 +120,22 @@ class Check:
         """The scans on this disk."""
         return self.scratch / "scans"
 
-    def start(self, scans: str, output: str | Path) -> subprocess.Popen[str]:
+    def start(self, scans: str, output: str | Path, *words: str) -> subprocess.Popen[str]:
         """Start a batch."""
         environment = {**os.environ, **self.settings, "TOTALSEG_HOME_DIR": str(self.home)}
         environment["TOTALFAST_RESCUE_DIR"] = str(self.scratch / "rescued")
         return subprocess.Popen(
-            [*PROGRAM, "-i", scans, "-o", output, *FLAGS],
+            [*PROGRAM, "-i", scans, "-o", output, *FLAGS, *words],
             env=environment,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
         )
 
-    def run(self, scans: str, output: str | Path, *, code: int = 0) -> float:
+    def run(self, scans: str, output: str | Path, *words: str, code: int = 0) -> float:
         """Run a batch to its end; return its seconds."""
         began_s = time.perf_counter()
-        process = self.start(scans, output)
+        process = self.start(scans, output, *words)
         _, errors = process.communicate()
         if process.returncode != code:
             self.wrong.append(f"{output}: exit code {process.returncode}: {errors[-1500:]}")
@@ -237,6 +237,14 @@ def check_whole(check: Check) -> dict[str, Any]:
         "requests": first,
         "requests_again": check.counts(),
     }
+
+
+def check_ray(check: Check) -> dict[str, Any]:
+    """Run a batch by the processes of a Ray cluster, which download and upload themselves."""
+    check.proxy.forget()
+    seconds = check.run(check.url("scans/"), check.url("ray"), "--engine", "ray")
+    check.compare("ray")
+    return {"seconds": round(seconds, 2), "downloads": sum(check.downloads().values())}
 
 
 def check_faults(check: Check) -> dict[str, Any]:

@@ -58,6 +58,14 @@ def test_a_batch_that_is_killed_while_it_uploads_loses_no_case_and_does_none_twi
 
 
 @pytest.mark.slow
+def test_the_processes_of_a_ray_cluster_download_and_upload_themselves(check):
+    pytest.importorskip("ray")
+    report = script("check_remote").check_ray(check)
+    assert not check.wrong
+    assert report["downloads"] == CASES
+
+
+@pytest.mark.slow
 def test_a_batch_survives_faults_of_its_store(check):
     script("check_remote").check_faults(check)
     assert not check.wrong

@@ -199,8 +199,6 @@ def check_flags(args: argparse.Namespace) -> None:
             f"-i and -o are the same folder, {args.output}. Name another one with -o, which may be "
             "in the folder of the scans."
         )
-    if args.engine == "ray" and not isinstance(args.output, Path):
-        raise OptionError(f"--engine ray can't write to {args.output}; name a folder with -o.")
     if args.at_a_time is not None and args.at_a_time < 1:
         raise OptionError(f"--at-a-time must be 1 or more, not {args.at_a_time}.")
     if args.save_probabilities is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import threading
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from totalfast.about import versions
@@ -16,10 +17,9 @@ from totalfast.system.progress import Cancelled
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from pathlib import Path
-
     from totalfast.batch.attempts import Attempts
     from totalfast.batch.finding.cases import Case
+    from totalfast.batch.remote.place import Place
     from totalfast.batch.results.entries import Entry
 
 SAME_VERSIONS = ("totalfast", "TotalSegmentator", "nnunetv2")
@@ -43,7 +43,7 @@ class Job:
     Parameters
     ----------
     folder
-        Of the results; all nodes must see it.
+        Of the results; all nodes must see it, if it is not elsewhere.
     keywords
         Of ``Session.segment``, with the device.
     tasks
@@ -59,10 +59,10 @@ class Job:
     versions
         Those of ``SAME_VERSIONS`` where the command runs.
     sign
-        Name of a file in ``folder`` that the command has just written.
+        Name of a file in ``folder`` that the command has just written; "" if it is elsewhere.
     """
 
-    folder: Path
+    folder: Place
     keywords: Mapping[str, Any]
     tasks: Sequence[str]
     options: str
@@ -138,7 +138,7 @@ class CaseActor:
             os.chdir(job.working_folder)
         except OSError:
             return f"it does not see the command's current folder, {job.working_folder}"
-        if not (job.folder / job.sign).exists():
+        if isinstance(job.folder, Path) and not (job.folder / job.sign).exists():
             return f"it does not see the files that the command writes to {job.folder}"
         os.environ.update(job.environment)
         from totalfast.batch.run import check

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from totalfast.batch.cluster.waiting import Try
     from totalfast.batch.finding.cases import Case
+    from totalfast.batch.remote.place import Place
     from totalfast.batch.results.manifest import Manifest
     from totalfast.run.many import Running
 
@@ -95,8 +96,9 @@ class RayEngine:
             finally:
                 for result in pool.end():
                     self._note(result.entry)
-                for case in lost:
-                    self._recover(self.job.folder / case.name)
+                if isinstance(self.job.folder, Path):
+                    for case in lost:
+                        self._recover(self.job.folder / case.name)
 
     def _recover(self, folder: Path) -> None:
         """Delete what a process that ended has left in the folder of its case."""
@@ -153,7 +155,7 @@ class RayEngine:
 
 
 def job_of(
-    folder: Path,
+    folder: Place,
     keywords: Mapping[str, Any],
     tasks: Sequence[str],
     manifest: Manifest,
@@ -179,8 +181,14 @@ def job_of(
 
 
 @contextlib.contextmanager
-def _sign_in(folder: Path) -> Iterator[str]:
-    """Write a file with a new name, until the context ends; return the name."""
+def _sign_in(folder: Place) -> Iterator[str]:
+    """Write a file with a new name, until the context ends; return the name.
+
+    Nothing is written to a folder that is elsewhere, which all nodes see.
+    """
+    if not isinstance(folder, Path):
+        yield ""
+        return
     for left in folder.glob(f"{SIGN}*"):  # of a command that was killed
         left.unlink(missing_ok=True)
     sign = folder / f"{SIGN}{secrets.token_hex(8)}"
