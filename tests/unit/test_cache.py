@@ -328,6 +328,9 @@ import logging, pathlib, sys
 logging.basicConfig(format="%(message)s", stream=sys.stdout)
 sys.path.insert(0, sys.argv[1])
 import numpy as np
+from totalfast.system import loops
+if len(sys.argv) > 2:
+    loops._state_of_the_package = lambda: sys.argv[2]
 import loops_of_test
 loops_of_test.one(np.ones(3)); loops_of_test.two(np.ones(3))
 print("HITS", sum(sum(f.stats.cache_hits.values()) for f in (loops_of_test.one, loops_of_test.two)))
@@ -355,12 +358,12 @@ def installation(tmp_path):
     return folder
 
 
-def run_loops(folder, **changes):
+def run_loops(folder, *state, **changes):
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
     environment.pop("NUMBA_CACHE_DIR", None)
     environment |= {name: str(value) for name, value in changes.items()}
     done = subprocess.run(
-        [sys.executable, "-c", LOOPS, folder],
+        [sys.executable, "-c", LOOPS, folder, *state],
         env=environment,
         capture_output=True,
         text=True,
@@ -374,6 +377,13 @@ def test_loops_of_a_read_only_installation_are_kept_in_the_cache(installation, c
     assert run_loops(installation) == ["HITS 0"]
     assert run_loops(installation) == ["HITS 2"]
     assert len(list((cache / "compiled-loops").glob("*/*.nbi"))) == 2
+
+
+def test_loops_are_compiled_again_if_another_module_of_the_package_has_changed(installation, cache):
+    assert run_loops(installation) == ["HITS 0"]
+    assert run_loops(installation, "changed") == ["HITS 0"]
+    assert run_loops(installation, "changed") == ["HITS 2"]
+    assert run_loops(installation) == ["HITS 2"]
 
 
 def test_numbas_own_variable_has_precedence(installation, cache, tmp_path):

@@ -17,6 +17,7 @@ from totalfast.system.progress import Cancelled
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
     from totalfast.batch.attempts import Attempts
     from totalfast.batch.finding.cases import Case
     from totalfast.batch.remote.place import Place
