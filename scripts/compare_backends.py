@@ -42,7 +42,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("model", type=Path, help="folder with plans.json")
     parser.add_argument("--shape", default="125x100x190", help="number of voxels along x, y and z")
-    parser.add_argument("--backends", nargs="+", default=["torch", "compile", "openvino", "winograd"])
+    parser.add_argument(
+        "--backends", nargs="+", default=["torch", "compile", "openvino", "winograd"]
+    )
     parser.add_argument("--repeats", type=int, default=3, help="number of timed tiles")
     parser.add_argument("--json", type=Path, required=True, help="write the results to this file")
     parser.add_argument(
