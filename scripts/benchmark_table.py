@@ -73,7 +73,7 @@ def machine_text(results: list[dict[str, Any]]) -> str:
     """
     machine = results[0]["machine"]
     for result in results:
-        if any(result["machine"][key] != machine[key] for key in SAME):
+        if _facts(result) != _facts(results[0]):
             raise ValueError(f"{result['case']} and {results[0]['case']} have other machines.")
     versions = machine["versions"]
     return (
@@ -81,6 +81,21 @@ def machine_text(results: list[dict[str, Any]]) -> str:
         f"TotalSegmentator {versions['TotalSegmentator']}, nnU-Net {versions['nnunetv2']}, "
         f"torch {versions['torch']}"
     )
+
+
+def _facts(result: dict[str, Any]) -> list[Any]:
+    """Facts of the machine; totalfast's version may differ, which the table tells."""
+    facts = [result["machine"][key] for key in SAME]
+    facts[-1] = {name: version for name, version in facts[-1].items() if name != "totalfast"}
+    return facts
+
+
+def earlier_versions(results: list[dict[str, Any]]) -> str:
+    """Name the cases that an earlier version of totalfast was measured with."""
+    versions = {result["case"]: result["machine"]["versions"]["totalfast"] for result in results}
+    latest = max(versions.values())
+    cases = [case for case, version in versions.items() if version != latest]
+    return f" Of an earlier version of totalfast: {'; '.join(cases)}." if cases else ""
 
 
 def table() -> str:
@@ -95,7 +110,8 @@ def table() -> str:
         *(line for result in results for line in rows(result)),
         "",
         f"{machine_text(results)}. Median of {' or '.join(map(str, repeats))} run(s). In the first "
-        "run, totalfast's caches of compiled code and of converted networks are empty.",
+        "run, totalfast's caches of compiled code and of converted networks are empty."
+        f"{earlier_versions(results)}",
     ]
     return "\n".join(lines) + "\n"
 
