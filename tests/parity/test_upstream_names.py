@@ -24,6 +24,7 @@ OUR_FLAGS = {
     "trust_model": "--trust-model",
     "series": "--series",
     "deterministic": "--deterministic",
+    "precision": "--precision",
 }
 """Keywords and flags that only totalfast has: keyword to flag."""
 
