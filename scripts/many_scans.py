@@ -42,14 +42,14 @@ def write_scans(folder: Path, count: int) -> list[str]:
         image = nib.Nifti1Image(values, np.diag([2.0, 2.0, 3.0, 1.0]))
         nib.save(image, folder / f"scan{number:03d}.nii.gz")
     places = [folder / f"scan{number * count // 7:03d}.nii.gz" for number in range(7)]
-    empty, cut, text, packed, flat, affine, checksum = places
+    empty, cut, text, packed, flat, many_axes, checksum = places
     whole = cut.read_bytes()
     empty.write_bytes(b"")
     cut.write_bytes(whole[: len(whole) // 2])
     text.write_text("this is no scan")
     packed.write_bytes(gzip.compress(b"nor is this"))
     nib.save(nib.Nifti1Image(np.zeros((24, 22), np.int16), np.eye(4)), flat)
-    nib.save(nib.Nifti1Image(np.zeros((9, 9, 9), np.int16), np.diag([0.0, 1, 1, 1])), affine)
+    nib.save(nib.Nifti1Image(np.zeros((9, 9, 9, 2, 3), np.int16), np.eye(4)), many_axes)
     content = bytearray(checksum.read_bytes())
     content[-7] ^= 0xFF
     checksum.write_bytes(content)
