@@ -117,7 +117,10 @@ def peak_gflops() -> float:
     def run() -> None:
         free = list(targets)
         run_in_threads(
-            lambda work: many(*(one.ctypes.data for one in (*arrays, free.pop()))), len(targets), 1
+            lambda work: many(*(one.ctypes.data for one in (*arrays, free.pop()))),
+            len(targets),
+            1,
+            owners=None,
         )
 
     seconds = best({"products": run}, 5)["products"]
@@ -156,7 +159,7 @@ def time_layers(repeats: int) -> list[dict[str, Any]]:
         call = step.bind(memory, 0, sums.ctypes.data)
 
         def winograd(call: Any = call, scratch: int = step.scratch) -> None:
-            run_in_threads(call, layer_threads(), scratch)
+            run_in_threads(call, layer_threads(), scratch, owners=None)
 
         def by_torch(layer: Any = layer, image: Any = image) -> None:
             layer(image)
@@ -184,9 +187,9 @@ def time_steps(run: Any, tile: Any) -> list[dict[str, Any]]:
     times: list[float] = []
     original = program.Program._run
 
-    def timed(self: Any, call: Any) -> None:
+    def timed(self: Any, call: Any, owners: Any) -> None:
         began = time.perf_counter()
-        original(self, call)
+        original(self, call, owners)
         times.append(time.perf_counter() - began)
 
     program.Program._run = timed

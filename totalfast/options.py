@@ -245,6 +245,10 @@ _RULES: tuple[_Rule, ...] = (
         "resampling_order must be between 0 and 5, not {options.resampling_order}.",
     ),
     _Rule(
+        lambda o: o.backend == BFLOAT16,
+        "backend '{options.backend}' does not exist; precision 'bf16' asks for it.",
+    ),
+    _Rule(
         lambda o: o.precision not in PRECISIONS,
         "precision is '{options.precision}', but must be 'f32' or 'bf16'.",
     ),

@@ -298,6 +298,8 @@ def test_precision_needs_openvino_and_a_cpu(installed):
         Options(precision="bf16", backend="torch")
     with pytest.raises(OptionError, match="must be 'f32' or 'bf16'"):
         Options(precision="f16")
+    with pytest.raises(OptionError, match="does not exist; precision 'bf16' asks for it"):
+        Options(backend=backends.BFLOAT16)
     with pytest.raises(OptionError, match="precision bf16 runs on device 'cpu' only, not cuda"):
         choose_backend(backends.BFLOAT16, torch.device("cuda"))
     installed(False)

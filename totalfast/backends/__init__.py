@@ -60,6 +60,8 @@ def resolve_backend(name: str) -> str:
     """
     if name == "auto":
         name = os.environ.get(DEFAULT_VARIABLE) or name
+        if name == BFLOAT16:  # not a name for users
+            name = f"{DEFAULT_VARIABLE}={name}"
     if name not in (*BACKENDS, BFLOAT16):
         raise OptionError(f"backend must be one of {', '.join(BACKENDS)}, not '{name}'.")
     if name in ("openvino", BFLOAT16) and not openvino_is_installed():
@@ -154,7 +156,10 @@ def _fastest() -> Backend:
     return run_fastest
 
 
-_OTHER_BITS = {"fastest": "Winograd's convolutions", "openvino": "OpenVINO"}
+_OTHER_BITS = {
+    "fastest": "Winograd's convolutions, or OpenVINO for networks that they can't run",
+    "openvino": "OpenVINO",
+}
 """Backends that "auto" selects and that give other last bits, with their names in messages."""
 
 _BACKENDS: dict[str, Callable[[], Backend]] = {

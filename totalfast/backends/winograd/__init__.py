@@ -51,11 +51,15 @@ def prepare(network: nn.Module, shape: tuple[int, ...], *, fewest_features: int 
     UnknownLayerError
         If the network has unknown layers, or fewer features at full resolution.
     """
+    import numba
+
     from totalfast.backends.winograd.head import last_layer
     from totalfast.backends.winograd.network import UnknownLayerError, read_layers
     from totalfast.backends.winograd.program import Program
     from totalfast.backends.winograd.threads import layer_threads
 
+    if numba.config.DISABLE_JIT:
+        raise UnknownLayerError("networks while NUMBA_DISABLE_JIT is set")
     body, head = split_head(network)
     if head is None:
         raise UnknownLayerError(f"{type(network).__name__} with this last layer")

@@ -16,13 +16,13 @@ from totalfast.backends.winograd.vectors import (
     DOUBLE_BYTES,
     FLOAT_BYTES,
     LANES,
-    add_squares_to_doubles,
-    add_to_doubles,
+    add_moments,
     copy_number,
     fetch,
     load,
     store,
     take_number,
+    zeros,
 )
 from totalfast.system.loops import jit
 
@@ -175,30 +175,18 @@ def _copy(shape, source, z, y, is_inside, around, place, stride):
 
 @jit
 def _add_to_sums(target, here, length, channel, all_sums):
-    """Add a line of a block of channels to the sums, four voxels at a time.
-
-    The sum of four equal voxels, as in air, is exact.
-    """
+    """Add a line of a block of channels to the sums, four voxels at a time."""
     step = target.channels * FLOAT_BYTES
     for vector in range(0, BLOCK, LANES):
         address = target.data + here + vector * FLOAT_BYTES
         sums = all_sums + (channel + vector) * DOUBLE_BYTES
         squares = sums + target.channels * DOUBLE_BYTES
-        x = 0
-        while x + 4 <= length:
-            a, b = load(address + x * step), load(address + (x + 1) * step)
-            c, d = load(address + (x + 2) * step), load(address + (x + 3) * step)
-            add_to_doubles(sums, (a + b) + (c + d))
-            add_squares_to_doubles(squares, a)
-            add_squares_to_doubles(squares, b)
-            add_squares_to_doubles(squares, c)
-            add_squares_to_doubles(squares, d)
-            x += 4
-        while x < length:
-            a = load(address + x * step)
-            add_to_doubles(sums, a)
-            add_squares_to_doubles(squares, a)
-            x += 1
+        for x in range(0, length, 4):
+            place = address + x * step
+            b = load(place + step) if x + 1 < length else zeros()
+            c = load(place + 2 * step) if x + 2 < length else zeros()
+            d = load(place + 3 * step) if x + 3 < length else zeros()
+            add_moments(sums, squares, load(place), b, c, d)
 
 
 @jit

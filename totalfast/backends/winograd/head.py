@@ -61,7 +61,12 @@ class AddingLastLayer(LastLayer):
             weight_strides=_bytes((*weights.stride()[:2], 1), HALF_BYTES),
         )
         floats = scratch_floats(shape[2], terms, len(bias))
-        run_in_threads(lambda work: add_logits(call, work), layer_threads(), floats)
+        run_in_threads(
+            lambda work: add_logits(call, work),
+            layer_threads(),
+            floats,
+            owners=(self, bias, sums, features, weights),
+        )
 
 
 def _bytes(strides: tuple[int, ...], item: int) -> tuple[int, int, int]:

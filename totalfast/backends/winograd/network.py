@@ -210,5 +210,9 @@ def _bias(layer: Untyped, output_axis: int = 0) -> NDArray[np.float32]:
 
 
 def _array(tensor: torch.Tensor) -> NDArray[np.float32]:
+    import torch
+
+    if tensor.dtype != torch.float32:
+        raise UnknownLayerError(f"weights of {tensor.dtype}")
     array: NDArray[np.float32] = tensor.detach().numpy()
     return array

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from totalfast.backends.winograd.features import (
     with_zeros,
 )
 from totalfast.backends.winograd.layers import PIECES, Shape, Target
+from totalfast.backends.winograd.network import UnknownLayerError
 from totalfast.backends.winograd.products import BLOCK
 from totalfast.backends.winograd.threads import run_in_threads
 from totalfast.backends.winograd.transforms import POINTS, transform_kernel
@@ -81,6 +83,8 @@ class Program:
 
     def __init__(self, layers: Layers, shape: tuple[int, ...], *, threads: int) -> None:
         self._threads = threads
+        self._shape = shape
+        self._lock = threading.Lock()
         self._steps = _steps(layers, Shape(*shape[2:]))
         self._output = self._steps[-1].target
         self._sizes = assign_places(_with_last_uses(self._steps))
@@ -93,38 +97,49 @@ class Program:
         Parameters
         ----------
         tile
-            float32, of the program's shape.
+            float32, of the program's shape, on the CPU.
 
         Returns
         -------
             float32 (1, features, z, y, x), channels last in memory, and valid until the next call.
         """
+        with self._lock:
+            return self._run_all(tile)
+
+    def _run_all(self, tile: torch.Tensor) -> torch.Tensor:
         import torch
 
+        if tile.shape != self._shape or tile.dtype != torch.float32 or tile.device.type != "cpu":
+            raise ValueError(
+                f"the tile is {tile.dtype} {tuple(tile.shape)} on {tile.device}; this network was "
+                f"prepared for float32 {self._shape} on the CPU."
+            )
         if not self._memory:
             self._allocate()
         image = tile.contiguous()
         for step in self._steps:
             sums = np.zeros((PIECES, 2, step.target.channels))
-            self._run(step.bind(self._memory, image.data_ptr(), sums.ctypes.data))
+            call = step.bind(self._memory, image.data_ptr(), sums.ctypes.data)
+            self._run(call, (self._memory, image, sums, step))
             if step.normalisation is not None:
                 step.target.normalise(step.normalisation, sums.sum(axis=0))
         source = self._output.source(self._memory)
         voxels = int(np.prod(self._output.shape))
-        self._run(lambda work: direct.finish(voxels, source, work))
+        self._run(lambda work: direct.finish(voxels, source, work), self._memory)
         features = torch.from_numpy(self._memory[self._output.place][: self._output.size])
         features = features.view(1, *self._output.shape, -1)[..., : self._output.count]
         return features.permute(0, 4, 1, 2, 3)
 
     def release(self) -> None:
         """Free the memory that is kept between tiles."""
-        self._memory = []
+        with self._lock:
+            self._memory = []
 
     def _allocate(self) -> None:
         self._memory = [np.empty(size, dtype=np.float32) for size in self._sizes]
 
-    def _run(self, call: Call) -> None:
-        run_in_threads(call, self._threads, self._floats)
+    def _run(self, call: Call, owners: object) -> None:
+        run_in_threads(call, self._threads, self._floats, owners=owners)
 
 
 def _with_last_uses(steps: Sequence[Step]) -> list[tuple[Features, int]]:
@@ -155,6 +170,8 @@ def _steps(layers: Layers, shape: Shape) -> list[Step]:
 
 def _convolution(layer: Convolution, sources: tuple[Features, ...], image: Shape) -> Step:
     shape = sources[0].shape if sources else image
+    if any(source.shape != shape for source in sources):
+        raise UnknownLayerError(f"tiles whose size is {tuple(image)}, because of its strides")
     target = Features(
         Shape(*(-(-size // step) for size, step in zip(shape, layer.stride, strict=True))),
         len(layer.weight),

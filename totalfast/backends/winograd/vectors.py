@@ -9,8 +9,9 @@ from __future__ import annotations
 import operator
 
 import numba
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import types
+from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic, models, overload, register_model
 
 from totalfast.system.loops import jit
@@ -25,10 +26,9 @@ CONTRACT = ("contract",)
 
 def processor_features() -> frozenset[str]:
     """Return the features of the processor that numba compiles for, with LLVM's names."""
-    if numba.config.CPU_FEATURES is not None:
-        words = numba.config.CPU_FEATURES.split(",")
-        return frozenset(word[1:] for word in words if word.startswith("+"))
-    return frozenset(name for name, is_there in binding.get_host_cpu_features().items() if is_there)
+    named = numba.config.CPU_FEATURES
+    words = (get_host_cpu_features() if named is None else named).split(",")
+    return frozenset(word[1:] for word in words if word.startswith("+"))
 
 
 def lanes_of(features: frozenset[str]) -> int:
@@ -145,30 +145,26 @@ def rectified(typing_context, vector, slope):
 
 
 @intrinsic
-def add_to_doubles(typing_context, address, vector):
-    """Add a vector to float64 numbers at an address."""
+def add_moments(typing_context, sums, squares, a, b, c, d):
+    """Add four vectors to float64 numbers at an address, and their squares at another one.
+
+    All is computed in float64: the variance is a small difference of large numbers.
+    """
 
     def generate(context, builder, signature, arguments):
-        old = load_from(builder, arguments[0], DOUBLES, DOUBLE_BYTES)
-        new = builder.fadd(old, builder.fpext(arguments[1], DOUBLES))
-        store_to(builder, new, arguments[0], DOUBLE_BYTES)
+        sums, squares, *vectors = arguments
+        a, b, c, d = (builder.fpext(vector, DOUBLES) for vector in vectors)
+        total = builder.fadd(builder.fadd(a, b), builder.fadd(c, d))
+        old = load_from(builder, sums, DOUBLES, DOUBLE_BYTES)
+        store_to(builder, builder.fadd(old, total), sums, DOUBLE_BYTES)
+        total = load_from(builder, squares, DOUBLES, DOUBLE_BYTES)
+        for each in (a, b, c, d):
+            square = builder.fmul(each, each, flags=CONTRACT)
+            total = builder.fadd(total, square, flags=CONTRACT)
+        store_to(builder, total, squares, DOUBLE_BYTES)
         return context.get_dummy_value()
 
-    return types.void(types.intp, VECTOR), generate
-
-
-@intrinsic
-def add_squares_to_doubles(typing_context, address, vector):
-    """Add the squares of a vector, computed in float64, to float64 numbers at an address."""
-
-    def generate(context, builder, signature, arguments):
-        old = load_from(builder, arguments[0], DOUBLES, DOUBLE_BYTES)
-        wide = builder.fpext(arguments[1], DOUBLES)
-        square = builder.fmul(wide, wide, flags=CONTRACT)
-        store_to(builder, builder.fadd(old, square, flags=CONTRACT), arguments[0], DOUBLE_BYTES)
-        return context.get_dummy_value()
-
-    return types.void(types.intp, VECTOR), generate
+    return types.void(types.intp, types.intp, *[VECTOR] * 4), generate
 
 
 @intrinsic

@@ -22,8 +22,7 @@ from totalfast.backends.winograd.vectors import (
     FLOAT_BYTES,
     LANES,
     VECTOR_BYTES,
-    add_squares_to_doubles,
-    add_to_doubles,
+    add_moments,
     fetch,
     load,
     store,
@@ -289,24 +288,15 @@ def _plane(scratch, across):
 
 @jit
 def _write_line(address, step, count, a, b, c, d, sums, squares):
-    """Write up to four voxels along y. Their sum is exact if they are equal, as in air."""
+    """Write up to four voxels along y, and add to the sums."""
+    b = b if count > 1 else zeros()
+    c = c if count > 2 else zeros()
+    d = d if count > 3 else zeros()
+    add_moments(sums, squares, a, b, c, d)
     store(address, a)
-    add_squares_to_doubles(squares, a)
-    if count == TILE:
-        store(address + step, b)
-        store(address + 2 * step, c)
-        store(address + 3 * step, d)
-        add_to_doubles(sums, (a + b) + (c + d))
-        add_squares_to_doubles(squares, b)
-        add_squares_to_doubles(squares, c)
-        add_squares_to_doubles(squares, d)
-        return
-    add_to_doubles(sums, a)
     if count > 1:
         store(address + step, b)
-        add_to_doubles(sums, b)
-        add_squares_to_doubles(squares, b)
     if count > 2:
         store(address + 2 * step, c)
-        add_to_doubles(sums, c)
-        add_squares_to_doubles(squares, c)
+    if count > 3:
+        store(address + 3 * step, d)
