@@ -20,6 +20,7 @@ from totalfast.backends.winograd.vectors import (
     copy_number,
     fetch,
     load,
+    load_normalisation,
     store,
     take_number,
     zeros,
@@ -157,10 +158,7 @@ def _copy(shape, source, z, y, is_inside, around, place, stride):
     """Copy a line, normalised and rectified, with zeros at both ends."""
     data = source.data + (z * shape.y + y) * shape.x * source.channels * FLOAT_BYTES
     for channel in range(0, source.channels, LANES):
-        normalisation = source.normalisation + channel * FLOAT_BYTES
-        mean = load(normalisation)
-        factor = load(normalisation + source.channels * FLOAT_BYTES)
-        shift = load(normalisation + 2 * source.channels * FLOAT_BYTES)
+        mean, factor, shift = load_normalisation(source, channel)
         for x in range(-around, shape.x + around):
             voxel = fetch(
                 data + (x * source.channels + channel) * FLOAT_BYTES,
@@ -302,9 +300,6 @@ def finish(voxels, source, work):
             return
         for voxel in range(start, min(start + FINISHED, voxels)):
             for channel in range(0, source.channels, LANES):
-                normalisation = source.normalisation + channel * FLOAT_BYTES
+                mean, factor, shift = load_normalisation(source, channel)
                 address = source.data + (voxel * source.channels + channel) * FLOAT_BYTES
-                mean = load(normalisation)
-                factor = load(normalisation + source.channels * FLOAT_BYTES)
-                shift = load(normalisation + 2 * source.channels * FLOAT_BYTES)
                 store(address, fetch(address, True, mean, factor, shift, source.slope))

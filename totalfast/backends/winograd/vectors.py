@@ -263,6 +263,14 @@ def _multiply(one, other):
 
 
 @jit
+def load_normalisation(source, channel):
+    """Vectors of what is subtracted, the factor, and what is added, of a source's channels."""
+    address = source.normalisation + channel * FLOAT_BYTES
+    step = source.channels * FLOAT_BYTES
+    return load(address), load(address + step), load(address + 2 * step)
+
+
+@jit
 def fetch(address, is_inside, mean, factor, shift, slope):
     """Normalised and rectified values of L channels; zeros outside of the image."""
     if is_inside:

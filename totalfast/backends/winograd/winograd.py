@@ -25,6 +25,7 @@ from totalfast.backends.winograd.vectors import (
     add_moments,
     fetch,
     load,
+    load_normalisation,
     store,
     take_number,
     zeros,
@@ -90,33 +91,22 @@ def convolve(shape, first, second, target, work, tiles):
             start = number % across * tiles
             count = min(tiles, _tiles(shape.x) - start)
             corner = (z, y, start * TILE)
-            _windows(shape, first, corner, count, work.scratch, point_bytes, scratch)
-            for column in range(0, target.channels, BLOCK):
-                place = results if second.channels == 0 else results + column * FLOAT_BYTES
-                weights = target.weights + column * POINTS * first.channels * FLOAT_BYTES
-                _multiply_points(
-                    work.scratch, point_bytes, first.channels, weights, place, result_bytes,
-                    columns, count, True,
-                )  # fmt: skip
-                if second.channels == 0:
-                    _voxels(
-                        shape, target, corner, column, count, place, result_bytes, columns,
-                        scratch, sums,
+            for is_second in range(2 if second.channels else 1):
+                source = second if is_second else first
+                source_weights = second_weights if is_second else target.weights
+                _windows(shape, source, corner, count, work.scratch, point_bytes, scratch)
+                for column in range(0, target.channels, BLOCK):
+                    place = results + column % columns * FLOAT_BYTES
+                    weights = source_weights + column * POINTS * source.channels * FLOAT_BYTES
+                    _multiply_points(
+                        work.scratch, point_bytes, source.channels, weights, place, result_bytes,
+                        columns, count, not is_second,
                     )  # fmt: skip
-            if second.channels == 0:
-                continue
-            _windows(shape, second, corner, count, work.scratch, point_bytes, scratch)
-            for column in range(0, target.channels, BLOCK):
-                place = results + column * FLOAT_BYTES
-                weights = second_weights + column * POINTS * second.channels * FLOAT_BYTES
-                _multiply_points(
-                    work.scratch, point_bytes, second.channels, weights, place, result_bytes,
-                    columns, count, False,
-                )  # fmt: skip
-                _voxels(
-                    shape, target, corner, column, count, place, result_bytes, columns,
-                    scratch, sums,
-                )  # fmt: skip
+                    if is_second or second.channels == 0:
+                        _voxels(
+                            shape, target, corner, column, count, place, result_bytes, columns,
+                            scratch, sums,
+                        )  # fmt: skip
 
 
 @jit
@@ -134,10 +124,7 @@ def _windows(shape, source, corner, tiles, points, point_bytes, scratch):
     point = length * VECTOR_BYTES
     is_inner = z > 0 and z + TILE < shape.z and y > 0 and y + TILE < shape.y
     for channel in range(0, source.channels, LANES):
-        normalisation = source.normalisation + channel * FLOAT_BYTES
-        mean = load(normalisation)
-        factor = load(normalisation + source.channels * FLOAT_BYTES)
-        shift = load(normalisation + 2 * source.channels * FLOAT_BYTES)
+        mean, factor, shift = load_normalisation(source, channel)
         for column in range(length):
             here = scratch + PLANE * VECTOR_BYTES + column * VECTOR_BYTES
             across = x + column - 1
@@ -170,22 +157,21 @@ def _windows(shape, source, corner, tiles, points, point_bytes, scratch):
                 _store(place, WINDOW * VECTOR_BYTES, p0, p1, p2, p3, p4, p5)
             for number in range(WINDOW):
                 place = scratch + number * WINDOW * VECTOR_BYTES
-                p0, p1, p2, p3, p4, p5 = _to_points_at(place, VECTOR_BYTES)
+                p0, p1, p2, p3, p4, p5 = to_points(*_load(place, VECTOR_BYTES))
                 _store(here + number * WINDOW * point, point, p0, p1, p2, p3, p4, p5)
         for number in range(PLANE):
             line = scratch + PLANE * VECTOR_BYTES + number * point
             place = points + number * WINDOW * point_bytes + channel * FLOAT_BYTES
             for tile in range(tiles):
-                p0, p1, p2, p3, p4, p5 = _to_points_at(
-                    line + tile * TILE * VECTOR_BYTES, VECTOR_BYTES
-                )
+                voxels = _load(line + tile * TILE * VECTOR_BYTES, VECTOR_BYTES)
+                p0, p1, p2, p3, p4, p5 = to_points(*voxels)
                 there = place + tile * source.channels * FLOAT_BYTES
                 _store(there, point_bytes, p0, p1, p2, p3, p4, p5)
 
 
 @jit
-def _to_points_at(address, step):
-    return to_points(
+def _load(address, step):
+    return (
         load(address),
         load(address + step),
         load(address + 2 * step),
@@ -236,7 +222,7 @@ def _voxels(
             result = results + (tile * columns + channel) * FLOAT_BYTES
             for number in range(PLANE):
                 here = result + number * WINDOW * result_bytes
-                a, b, c, d = _from_points_at(here, result_bytes)
+                a, b, c, d = from_points(*_load(here, result_bytes))
                 place = scratch + number * VECTOR_BYTES
                 store(place, a)
                 store(place + PLANE * VECTOR_BYTES, b)
@@ -254,7 +240,7 @@ def _voxels(
                 )
                 for number in range(slices):
                     place = scratch + (TILE * PLANE + number * WINDOW) * VECTOR_BYTES
-                    a, b, c, d = _from_points_at(place, VECTOR_BYTES)
+                    a, b, c, d = from_points(*_load(place, VECTOR_BYTES))
                     _write_line(
                         address + number * slice_bytes, line_bytes, rows, a, b, c, d,
                         sums, sums + target.channels * DOUBLE_BYTES,
@@ -262,23 +248,11 @@ def _voxels(
 
 
 @jit
-def _from_points_at(address, step):
-    return from_points(
-        load(address),
-        load(address + step),
-        load(address + 2 * step),
-        load(address + 3 * step),
-        load(address + 4 * step),
-        load(address + 5 * step),
-    )
-
-
-@jit
 def _plane(scratch, across):
     """Transform a plane of points back along z."""
     for row in range(WINDOW):
         place = scratch + (across * PLANE + row) * VECTOR_BYTES
-        a, b, c, d = _from_points_at(place, WINDOW * VECTOR_BYTES)
+        a, b, c, d = from_points(*_load(place, WINDOW * VECTOR_BYTES))
         there = scratch + (TILE * PLANE + row) * VECTOR_BYTES
         store(there, a)
         store(there + WINDOW * VECTOR_BYTES, b)

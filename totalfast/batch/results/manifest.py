@@ -115,9 +115,7 @@ class Manifest:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if kind is not None and not any(
-            entry.part == self.part for entry in self._entries.values()
-        ):
+        if kind is not None:
             self._forget()
         self.close()
 

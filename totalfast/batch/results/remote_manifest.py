@@ -224,8 +224,7 @@ class RemoteManifest(Manifest):
 
     def _adopt(self, case: Case) -> bool:
         """Add the entry in the completion markers of a case, if all of its files are there."""
-        folder = self.place / case.name
-        names = {f"{case.name}/{name_in(folder, each)}" for each in files_below(folder)}
+        names = self._names_of(case.name)
         for marker in filter(is_marker, sorted(names)):
             entry = _stamp(read(self.place / marker))
             if (
@@ -242,9 +241,12 @@ class RemoteManifest(Manifest):
     def _is_complete(self, entry: Entry) -> bool:
         if not any(map(is_marker, entry.files)):
             return False
-        folder = self.place / entry.name
-        names = {f"{entry.name}/{name_in(folder, each)}" for each in files_below(folder)}
-        return names.issuperset(entry.files)
+        return self._names_of(entry.name).issuperset(entry.files)
+
+    def _names_of(self, case: str) -> set[str]:
+        """Names of a case's files, as in entries."""
+        folder = self.place / case
+        return {f"{case}/{name_in(folder, each)}" for each in files_below(folder)}
 
     def bring(self, files: Iterable[Path]) -> None:
         """Download files of the batch's folder, unless they are here."""
