@@ -68,6 +68,7 @@ def segment(
     series: str | int | None = None,
     deterministic: bool = False,
     precision: str = "f32",
+    guided: bool = False,
 ) -> nib.Nifti1Image | tuple[nib.Nifti1Image, Statistics]:
     """Segment one scan with one of TotalSegmentator's tasks.
 
@@ -190,6 +191,11 @@ def segment(
     precision
         Not upstream's. "bf16" computes networks in bfloat16, by OpenVINO on CPUs that have it; many
         voxels change. "f32" is the default.
+    guided
+        Not upstream's. Run the task's fast model first, and then each of the default models only in
+        the box around what the fast model found for it, with a margin of 20 mm. Saves half of the
+        time or more. Voxels at borders change, and structures that the fast model missed outside of
+        the boxes are lost.
 
     ``test`` other than 0, for upstream's own tests, raises ``UnsupportedError``.
 
@@ -256,4 +262,5 @@ def segment(
         series=series,
         deterministic=deterministic,
         precision=precision,
+        guided=guided,
     )

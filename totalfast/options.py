@@ -52,10 +52,11 @@ def parse_output_types(value: str | Sequence[str]) -> tuple[str, ...]:
 class Options:
     """Options of a run; names, meanings and defaults are those of ``totalsegmentator()``.
 
-    Ten are not upstream's: ``export``, one of ``EXPORTS``; ``backend``, one of
+    Eleven are not upstream's: ``export``, one of ``EXPORTS``; ``backend``, one of
     ``totalfast.backends.BACKENDS``; ``tile_step_size``, None for the task's own;
     ``max_memory_gb``, None for the free memory; ``completion_marker``, ``offline``,
-    ``trust_model``, ``series``, ``deterministic`` and ``precision``, as in ``totalfast.segment``.
+    ``trust_model``, ``series``, ``deterministic``, ``precision`` and ``guided``, as in
+    ``totalfast.segment``.
     """
 
     ml: bool = False
@@ -107,6 +108,7 @@ class Options:
     series: str | None = None
     deterministic: bool = False
     precision: str = "f32"
+    guided: bool = False
 
     def __post_init__(self) -> None:
         validate_device(self.device)
@@ -205,6 +207,7 @@ class Options:
             or (selected is not None and self.task.endswith("_mr")),
             roi_subset=selected,
             body_seg=self.body_seg,
+            guided=self.guided,
         )
         if task.crop is not None and self.lowres:
             raise OptionError(
@@ -255,6 +258,16 @@ _RULES: tuple[_Rule, ...] = (
     _Rule(
         lambda o: o.precision == "bf16" and o.backend not in ("auto", "openvino"),
         "precision bf16 is OpenVINO's; it does not work with backend '{options.backend}'.",
+    ),
+    _Rule(
+        lambda o: o.guided and (o.fast or o.fastest),
+        "guided finds with the fast model where the default models run; it does not work with fast "
+        "or fastest.",
+    ),
+    _Rule(
+        lambda o: o.guided and (o.higher_order_resampling or o.save_probabilities is not None),
+        "guided does not work with higher_order_resampling or save_probabilities, which need all "
+        "tiles.",
     ),
     _Rule(
         lambda o: o.export not in EXPORTS,
@@ -382,6 +395,7 @@ class SegmentKeywords(TypedDict, total=False):
     series: str | int | None
     deterministic: bool
     precision: str
+    guided: bool
 
 
 def check_radiomics(source: object, output: Path | None, options: Options) -> None:

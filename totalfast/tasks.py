@@ -91,6 +91,9 @@ class Task:
     """Whether only some classes were selected; others are removed."""
     crop: Crop | None = None
     """None segments the whole scan."""
+    guide: Task | None = None
+    """A coarser task with the same classes, which finds where each model has something to do. None
+    runs all models on the whole image."""
     refined_by: Task | None = None
     """Task whose first class masks the result, at the scan's resolution."""
     licensed: bool = False
@@ -118,6 +121,7 @@ def resolve_task(
     robust_crop: bool = False,
     roi_subset: Sequence[str] | None = None,
     body_seg: bool = False,
+    guided: bool = False,
 ) -> Task:
     """Look up a task.
 
@@ -137,11 +141,14 @@ def resolve_task(
         Selected classes of a ``total`` task; only their models and region are used.
     body_seg
         Segment only the body, if the task has no region of its own.
+    guided
+        Let the task's fast model find where each of its models has something to do.
 
     Raises
     ------
     OptionError
-        If upstream has no such task or class, or not at this resolution.
+        If upstream has no such task or class, or not at this resolution; with ``guided``, if it has
+        no faster one.
     """
     if name not in TASKS or name not in TASK_CONFIGS or name in BROKEN_TASKS:
         raise OptionError(f"unknown task '{name}'. 'totalfast --list-tasks' shows all of them.")
@@ -186,12 +193,23 @@ def resolve_task(
             roi_subset=roi_subset,
             body_seg=body_seg,
         ),
+        guide=_guide(name, plans=plans, model_size=model_size) if guided else None,
         refined_by=_vertebral_bodies() if name == "vertebrae_pp_refined" else None,
         licensed=bool(raw.get("commercial")),
         hint=raw.get("info_msg"),
         coarse_mm=None if resolution == "default" or resample is None else int(resample),
         tile_step=_tile_step(name),
     )
+
+
+def _guide(name: str, *, plans: str, model_size: str) -> Task:
+    guided = [task for task, raw in TASK_CONFIGS.items() if "fast" in raw.get("sub_modes", {})]
+    if name not in guided:
+        raise OptionError(
+            f"guided needs a faster model with the same classes; tasks {', '.join(guided)} have "
+            f"one, task {name} has none."
+        )
+    return resolve_task(name, fast=True, plans=plans, model_size=model_size)
 
 
 def _tile_step(task: str) -> float:

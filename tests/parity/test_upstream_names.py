@@ -25,6 +25,7 @@ OUR_FLAGS = {
     "series": "--series",
     "deterministic": "--deterministic",
     "precision": "--precision",
+    "guided": "--guided",
 }
 """Keywords and flags that only totalfast has: keyword to flag."""
 

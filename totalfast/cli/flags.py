@@ -323,6 +323,13 @@ def add_hardware_flags(parser: argparse.ArgumentParser) -> None:
         "AMX). Many voxels change. Default: f32.",
     )
     add(
+        "--guided",
+        action="store_true",
+        help="Run the fast model first, and then each of the task's models only in the box around "
+        "what it found for that model, with a margin of 20 mm. Saves half of the network's time or "
+        "more; voxels at borders change, and what the fast model missed can be lost.",
+    )
+    add(
         "--deterministic",
         action="store_true",
         help="Give the same labels in every run on one GPU. Always on for the rough pass that "

@@ -30,7 +30,7 @@ other commands (each has a --help):
   totalfast shim DIR                               a TotalSegmentator command that runs totalfast
 
 The flags are TotalSegmentator's, except --backend, --completion-marker, --deterministic, --export,
---max-memory, --offline, --series, --tile_step_size and --trust-model.
+--guided, --max-memory, --offline, --precision, --series, --tile_step_size and --trust-model.
 Not a medical device. TotalSegmentator is by Jakob Wasserthal et al.; please cite
 https://pubs.rsna.org/doi/10.1148/ryai.230024 and nnU-Net."""
 

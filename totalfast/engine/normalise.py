@@ -6,7 +6,7 @@ normalise inside a mask, because filled holes do not change the box.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +67,30 @@ class NetworkImage:
     def was_resampled(self) -> bool:
         """Whether resampling to the plans' spacing changed the shape."""
         return tuple(self.voxels.shape[1:]) != self.cropped_shape
+
+    def within(self, box: tuple[slice, ...]) -> NetworkImage:
+        """Return the part of the image in a box of the model image; no voxel is copied.
+
+        Resampled images are returned whole, because their voxels are not those of the model image.
+        """
+        if self.was_resampled:
+            return self
+        parts = [
+            slice(
+                max(own.start, other.start), max(min(own.stop, other.stop), own.start, other.start)
+            )
+            for own, other in zip(self.box, box, strict=True)
+        ]
+        z, y, x = (
+            slice(part.start - own.start, part.stop - own.start)
+            for part, own in zip(parts, self.box, strict=True)
+        )
+        return replace(
+            self,
+            voxels=self.voxels[:, z, y, x],
+            box=(parts[0], parts[1], parts[2]),
+            cropped_shape=tuple(part.stop - part.start for part in parts),
+        )
 
 
 def nonzero_box(voxels: NDArray[np.float32]) -> tuple[slice, slice, slice]:

@@ -51,6 +51,7 @@ def queue_part(
     tiling: Tiling,
     memory: WindowMemory | None,
     on_tile: Callable[[], None],
+    box: tuple[slice, ...] | None = None,
     linear_to: tuple[int, int, int] | None = None,
 ) -> Callable[[], NDArray[np.unsignedinteger]]:
     """Start to label every voxel of a model image with one model.
@@ -67,6 +68,9 @@ def queue_part(
         Memory for the sums of logits on the CPU; None allocates it.
     on_tile
         Called after each tile.
+    box
+        Slices along (z, y, x) of the model image; the voxels outside get 0. The image is normalised
+        as a whole. None takes all of it.
     linear_to
         Shape (z, y, x) of a grid with the same field of view and the same corner voxels. The
         logits are interpolated to this grid and then turned into labels. None returns labels on
@@ -79,6 +83,11 @@ def queue_part(
         done.
     """
     image = _prepared(source, model, tiling)
+    if box is not None:
+        image = image.within(tuple(box[axis] for axis in model.plans.transpose_forward))
+    if image.voxels.numel() == 0:  # the box holds only zeros, which nnU-Net crops
+        shape, dtype = linear_to or source.shape, label_dtype(len(model.labels.foreground_labels))
+        return lambda: np.zeros(shape, dtype=dtype)
     return _queue_network_image(
         image, model, tiling, memory=memory, on_tile=on_tile, linear_to=linear_to
     )

@@ -53,6 +53,8 @@ def parts_of(task: Task) -> Iterator[tuple[Task, Part]]:
     """All models that a task needs, in the order of use: those of its rough task come first."""
     if task.crop is not None:
         yield from parts_of(task.crop.rough)
+    if task.guide is not None:
+        yield from parts_of(task.guide)
     for part in task.parts:
         yield task, part
     if task.refined_by is not None:

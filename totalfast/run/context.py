@@ -132,10 +132,11 @@ class RunContext:
             keeps_models=self.store.keep,
         )
 
-    def rough(self) -> RunContext:
+    def rough(self, *, work: float) -> RunContext:
         """Return the context of a pass that only finds a region: basic options, no report.
 
-        It is deterministic, because one other voxel can move the region.
+        It is deterministic, because one other voxel can move the region. ``work`` is the expected
+        work of its model.
         """
         options = replace(
             self.options,
@@ -150,7 +151,7 @@ class RunContext:
         return replace(
             self,
             options=options,
-            work=replace(self.work, part=self.work.rough or self.work.part, resample=0.0),
+            work=replace(self.work, part=work, resample=0.0),
             scan=replace(self.scan, kept=True),
             empty_classes=EmptyClasses({}, enabled=False),
         )

@@ -24,6 +24,7 @@ from totalfast.resampling.model_grid import to_model_grid
 from totalfast.run.cleanup import clean, refine
 from totalfast.run.context import RunContext
 from totalfast.run.empty_classes import NO_REGION, NOT_RESTORED, OUTSIDE, EmptyClasses
+from totalfast.run.guide import boxes_of_models
 from totalfast.run.input_warnings import warn_of_unusual
 from totalfast.run.intensities import replace_non_finite
 from totalfast.run.measure import measure_model_image
@@ -47,6 +48,7 @@ from totalfast.system.progress import Progress, timed
 from totalfast.upstream import check_license, store_license, warn_of_untested_version
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
     from typing import BinaryIO, TypeAlias
 
@@ -206,11 +208,15 @@ def label(context: RunContext, image: ScannerImage, task: Task) -> LabelMap:
 
 def label_whole(context: RunContext, image: ScannerImage, task: Task) -> LabelMap:
     """Label all of an image: to the model grid, predict, clean up, and back."""
+    rough_labels = None if task.guide is None else _guiding_labels(context, image, task.guide)
     model_image = resample(context, image, task)
     context.progress.advance(context.work.resample)
     if not context.keeps_scan:
         image.drop_voxels()
-    labels = predict(context, model_image, task)
+    boxes = None
+    if rough_labels is not None:
+        boxes = boxes_of_models(rough_labels, task, model_image.grid)
+    labels = predict(context, model_image, task, boxes=boxes)
     labels = clean(context, labels, model_image, task)
     statistics = None
     if context.options.measures_model_grid:
@@ -257,19 +263,38 @@ def resample(context: RunContext, image: ScannerImage, task: Task) -> ModelImage
 
 def _rough_labels(context: RunContext, image: ScannerImage, crop: Crop) -> NDArray[np.uint8]:
     """Run the rough task, unless another task has: labels (z, y, x), RAS+ axes."""
+
+    def predict_roughly() -> NDArray[np.uint8]:
+        logger.info(crop.announced)
+        if crop.robust:
+            logger.info("  (Using more robust (but slower) 3mm model for cropping.)")
+        return _predict_roughly(context.rough(work=context.work.rough), image, crop.rough)
+
+    return _shared(context, image, crop.rough, predict_roughly)
+
+
+def _guiding_labels(context: RunContext, image: ScannerImage, guide: Task) -> NDArray[np.uint8]:
+    """Run the faster task that guides, unless another has: labels (z, y, x), RAS+ axes."""
+
+    def predict_roughly() -> NDArray[np.uint8]:
+        logger.info("Generating %dmm segmentation to guide the models...", guide.coarse_mm)
+        return _predict_roughly(context.rough(work=context.work.guide), image, guide)
+
+    return _shared(context, image, guide, predict_roughly)
+
+
+def _shared(
+    context: RunContext, image: ScannerImage, rough: Task, predict: Callable[[], NDArray[np.uint8]]
+) -> NDArray[np.uint8]:
+    """Return the rough labels of an image, which several tasks on one scan compute once."""
     if context.shared is None:
-        return _predict_roughly(context, image, crop)
-    rough = crop.rough
+        return predict()
     models = tuple((task.name, task.resolution, part.model_id) for task, part in parts_of(rough))
     key = (models, tuple(rough.classes), rough.tile_step, context.options.resampling_order)
-    return context.shared.rough_labels(key, lambda: _predict_roughly(context, image, crop))
+    return context.shared.rough_labels(image, key, predict)
 
 
-def _predict_roughly(context: RunContext, image: ScannerImage, crop: Crop) -> NDArray[np.uint8]:
-    logger.info(crop.announced)
-    if crop.robust:
-        logger.info("  (Using more robust (but slower) 3mm model for cropping.)")
-    rough, task = context.rough(), crop.rough
+def _predict_roughly(rough: RunContext, image: ScannerImage, task: Task) -> NDArray[np.uint8]:
     if task.crop is not None:
         label_map = label(rough, image, task)
         canonical = to_canonical(label_map.voxels, image.grid)
@@ -282,7 +307,7 @@ def _predict_roughly(context: RunContext, image: ScannerImage, crop: Crop) -> ND
 def _vertebral_bodies(context: RunContext, image: ScannerImage, task: Task) -> LabelMap:
     """Run the task whose first class the vertebrae are cut to."""
     logger.info("Generating vertebrae body mask for refinement...")
-    return label(context.rough(), image, task)
+    return label(context.rough(work=context.work.part), image, task)
 
 
 def _context(
@@ -353,7 +378,7 @@ def _keeps_scan(task: Task, options: Options) -> bool:
 def _first_plan(context: RunContext, whole: Grid, task: Task) -> MemoryPlan:
     """Plan the memory of the first pass over a scan, before it is read."""
     while task.crop is not None:
-        context, task = context.rough(), task.crop.rough
+        context, task = context.rough(work=context.work.rough), task.crop.rough
     # Torch, which knows, is imported while the scan is read.
     return context.plan_memory(whole, task, on_gpu=may_have_gpu(context.options.device))
 

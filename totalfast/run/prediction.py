@@ -17,10 +17,11 @@ from totalfast.files.write import write_probabilities
 from totalfast.labels.merge import merge_part, thirds, wants_split, whole
 from totalfast.models.model_summary import ModelSummary
 from totalfast.run.device_plan import choose_ladder
+from totalfast.run.guide import box_in_piece
 from totalfast.system.progress import timed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from concurrent.futures import Future
     from pathlib import Path
     from typing import TypeAlias
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from totalfast.engine.ladder import Ladder
-    from totalfast.geometry import Grid
+    from totalfast.geometry import Box, Grid
     from totalfast.labels.merge import Piece
     from totalfast.models.model import Model
     from totalfast.options import Options
@@ -42,11 +43,24 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+class _Window(NamedTuple):
+    """Where one model is run."""
+
+    piece: Piece
+    source: SourceImage
+    """The piece's voxels."""
+    box: Box
+    """Slices along (z, y, x) of the piece."""
+    tile_count: int
+
+
 class _Layout(NamedTuple):
     """How the models of one task are run on one image."""
 
-    pieces: tuple[tuple[Piece, SourceImage], ...]
-    """Ranges of slices that are predicted one after the other, and their voxels."""
+    windows: tuple[tuple[_Window, ...], ...]
+    """Per model, one after the other."""
+    tile_work: float
+    """What a tile is of the run's work."""
     ladder: Ladder
     memory: WindowMemory
     """Sums of logits on the CPU, reused by one model after another."""
@@ -60,7 +74,13 @@ def label_grid(model_image: ModelImage, options: Options) -> Grid:
     return model_image.canonical if options.export == "linear" else model_image.grid
 
 
-def predict(context: RunContext, model_image: ModelImage, task: Task) -> NDArray[np.uint8]:
+def predict(
+    context: RunContext,
+    model_image: ModelImage,
+    task: Task,
+    *,
+    boxes: Sequence[Box | None] | None = None,
+) -> NDArray[np.uint8]:
     """Run all of a task's models and merge their labels, when it is this run's turn.
 
     Parameters
@@ -71,6 +91,9 @@ def predict(context: RunContext, model_image: ModelImage, task: Task) -> NDArray
         The scan on the model grid.
     task
         Whose models.
+    boxes
+        Where each of them runs: slices along (z, y, x) of the model grid; None for a model that
+        has nothing to do. Without boxes all run on the whole image.
 
     Returns
     -------
@@ -80,17 +103,30 @@ def predict(context: RunContext, model_image: ModelImage, task: Task) -> NDArray
     if context.store.predicting.taken:
         wait()
     with context.store.predicting.turn(wait):
-        return _predict(context, model_image, task)
+        return _predict(context, model_image, task, boxes)
 
 
-def _predict(context: RunContext, model_image: ModelImage, task: Task) -> NDArray[np.uint8]:
+def _predict(
+    context: RunContext, model_image: ModelImage, task: Task, boxes: Sequence[Box | None] | None
+) -> NDArray[np.uint8]:
     """``predict``; a thread waits for a model's labels and merges them while the next one runs."""
     context.plan_memory(model_image.canonical, task).check(context.budget)
     shape_x, shape_y, shape_z = label_grid(model_image, context.options).shape
     labels = np.zeros((shape_z, shape_y, shape_x), dtype=np.uint8)
     tiling = Tiling(step=task.tile_step, deterministic=context.options.deterministic)
+    pieces = _pieces(model_image, task, context.options, labelled=shape_z)
+    windows = _windows(pieces, model_image, task)
+    tile_count = _tile_count(windows)
+    work = context.work
+    if boxes is not None:
+        full, windows = tile_count, _windows(pieces, model_image, task, boxes)
+        tile_count = _tile_count(windows)
+        work = work.of_models(len(task.parts), share=tile_count / full)
+        context.progress.expect(work.total)
+        logger.info("Guided: %d of %d tiles", tile_count, full)
     layout = _Layout(
-        pieces=_pieces(model_image, task, context.options, labelled=shape_z),
+        windows=windows,
+        tile_work=work.part * len(task.parts) / max(tile_count, 1),
         ladder=choose_ladder(context, model_image, task, tiling),
         memory=WindowMemory(),
     )
@@ -121,16 +157,12 @@ def _queue_model(
     """Run one model on all pieces; yield functions that wait for its labels."""
     model = context.take(task, part)
     context.progress.stage(f"Predicting {task.parts.index(part) + 1}/{len(task.parts)}")
-    step = layout.ladder.tiling.step
-    tile_count = sum(
-        plan_tiles(source.shape, model.patch_size, step).count for _, source in layout.pieces
-    )
-    for index, (piece, source) in enumerate(layout.pieces):
+    for index, window in enumerate(layout.windows[task.parts.index(part)]):
         # Like upstream's, the file of probabilities is the last model's, of the first piece.
         archive = context.options.save_probabilities
         if part is not task.parts[-1] or index > 0:
             archive = None
-        tiles = _TileProgress(context, context.work.part / tile_count)
+        tiles = _TileProgress(context, layout.tile_work)
 
         def queue(tiling: Tiling) -> Waiting:
             tiles.start()  # noqa: B023 - called in this round
@@ -138,21 +170,21 @@ def _queue_model(
                 context,
                 model_image,
                 model,
-                source,  # noqa: B023
+                window,  # noqa: B023
                 tiling,
                 layout,
                 on_tile=tiles.advance,  # noqa: B023
                 archive=archive,  # noqa: B023
             )
 
-        yield piece, layout.ladder.run(queue)
+        yield window.piece, layout.ladder.run(queue)
 
 
 def _queue_piece(
     context: RunContext,
     model_image: ModelImage,
     model: Model,
-    source: SourceImage,
+    window: _Window,
     tiling: Tiling,
     layout: _Layout,
     *,
@@ -164,15 +196,16 @@ def _queue_piece(
     if options.save_probabilities is None:
         linear_to = model_image.canonical.shape[::-1] if options.export == "linear" else None
         return queue_part(
-            source,
+            window.source,
             model=model,
+            box=window.box,
             tiling=tiling,
             memory=layout.memory,
             on_tile=on_tile,
             linear_to=linear_to,
         )
     part_labels, probabilities = predict_probabilities(
-        source, model=model, tiling=tiling, memory=layout.memory, on_tile=on_tile
+        window.source, model=model, tiling=tiling, memory=layout.memory, on_tile=on_tile
     )
     if archive is not None:
         context.progress.stage("Saving probabilities")
@@ -210,6 +243,32 @@ class _TileProgress:
         if self._done > self._shown:
             self._shown = self._done
             self._progress.advance(self._work)
+
+
+def _windows(
+    pieces: tuple[tuple[Piece, SourceImage], ...],
+    model_image: ModelImage,
+    task: Task,
+    boxes: Sequence[Box | None] | None = None,
+) -> tuple[tuple[_Window, ...], ...]:
+    """Where each model runs: in all pieces, or in what a box has of them."""
+    z, y, x = (slice(0, n) for n in model_image.voxels.shape)
+
+    def windows(part: Part, box: Box | None) -> Iterator[_Window]:
+        patch = ModelSummary.of(task, part).patch
+        for piece, source in pieces:
+            inside = box and box_in_piece(box, piece.predicted, source.shape, patch)
+            if inside is not None:
+                shape = tuple(some.stop - some.start for some in inside)
+                count = plan_tiles(shape, patch, task.tile_step).count
+                yield _Window(piece, source, inside, count)
+
+    every = boxes or [(z, y, x)] * len(task.parts)
+    return tuple(tuple(windows(part, box)) for part, box in zip(task.parts, every, strict=True))
+
+
+def _tile_count(windows: tuple[tuple[_Window, ...], ...]) -> int:
+    return sum(window.tile_count for own in windows for window in own)
 
 
 def _pieces(

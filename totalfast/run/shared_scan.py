@@ -33,16 +33,24 @@ class SharedScan:
         self, image: ScannerImage, key: Hashable, resample: Callable[[], ModelImage]
     ) -> ModelImage:
         """Return the scan on a model grid; the grid of a region is not kept."""
-        if not any(image is scan for scan in self._scans.values()):
+        if not self._is_scan(image):
             return resample()
         if (id(image), key) not in self._grids:
             self._grids[id(image), key] = resample()
         return self._grids[id(image), key]
 
     def rough_labels(
-        self, key: Hashable, predict: Callable[[], NDArray[np.uint8]]
+        self, image: ScannerImage, key: Hashable, predict: Callable[[], NDArray[np.uint8]]
     ) -> NDArray[np.uint8]:
-        """Return the labels of a rough pass, which must not be changed."""
+        """Return the labels of a rough pass over the scan, which must not be changed.
+
+        Those of a region are not kept.
+        """
+        if not self._is_scan(image):
+            return predict()
         if key not in self._labels:
             self._labels[key] = predict()
         return self._labels[key]
+
+    def _is_scan(self, image: ScannerImage) -> bool:
+        return any(image is scan for scan in self._scans.values())

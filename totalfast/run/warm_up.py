@@ -38,7 +38,8 @@ def warm_up(context: RunContext, loading: Future[Model]) -> None:
     if not context.store.predicting.take_if_free():
         return
     # A rough pass comes first, and is always deterministic.
-    has_rough_pass = context.options.resolved_task().crop is not None
+    task = context.options.resolved_task()
+    has_rough_pass = task.crop is not None or task.guide is not None
     try:
         _run_tile(loading.result(), deterministic=context.options.deterministic or has_rough_pass)
     except RuntimeError as error:  # torch's and CUDA's

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,6 +23,8 @@ class Work:
     read: float
     rough: float
     """Finding the region to look at."""
+    guide: float
+    """Finding where each model has something to do."""
     resample: float
     part: float
     """Network time of one model."""
@@ -35,34 +37,39 @@ class Work:
         """Estimate from the scan's size; rates measured with the official architectures."""
         native = int(math.prod(scan.shape[:3]))
         native_mm = Grid(shape=scan.shape[:3], affine=scan.affine).spacing_mm
-        network_s_per_voxel = GPU_S_PER_VOXEL if on_gpu else CPU_S_PER_VOXEL
+        region = 1.0 if task.crop is None else TYPICAL_REGION
 
         def voxels(spacing_mm: tuple[float, ...] | None) -> float:
             if spacing_mm is None:
                 return native
             return native * float(np.prod(native_mm / np.asarray(spacing_mm)))
 
-        model = voxels(task.spacing_mm)
-        if task.crop is not None:
-            model *= TYPICAL_REGION
-        read, resample, restore = 1e-8 * native, 1e-7 * model, 5e-9 * native
-        # Tiles overlap: each voxel is predicted 1.7 times.
-        part = 1.7 * network_s_per_voxel * model
-        rough = 0.0
-        if task.crop is not None:
-            rough = 1.7 * network_s_per_voxel * voxels(task.crop.rough.spacing_mm)
-        save = 3e-8 * native
+        def network(task: Task) -> float:
+            # Tiles overlap: each voxel is predicted 1.7 times.
+            seconds = GPU_S_PER_VOXEL if on_gpu else CPU_S_PER_VOXEL
+            return 1.7 * seconds * voxels(task.spacing_mm)
+
+        read, restore, save = 1e-8 * native, 5e-9 * native, 3e-8 * native
+        resample = 1e-7 * region * voxels(task.spacing_mm)
+        part = region * network(task)
+        rough = 0.0 if task.crop is None else network(task.crop.rough)
+        guide = 0.0 if task.guide is None else region * network(task.guide)
         models = len(task.parts) + (task.refined_by is not None)
-        total = read + rough + resample + part * models + restore + save
         return cls(
             read=read,
             rough=rough,
+            guide=guide,
             resample=resample,
             part=part,
             restore=restore,
             save=save,
-            total=total,
+            total=read + rough + guide + resample + part * models + restore + save,
         )
+
+    def of_models(self, count: int, *, share: float) -> Work:
+        """Return the work if ``count`` models compute only a share of their tiles."""
+        saved = self.part * (1 - share)
+        return replace(self, part=self.part - saved, total=self.total - count * saved)
 
 
 CPU_S_PER_VOXEL, GPU_S_PER_VOXEL = 5e-6, 2e-8

@@ -1,0 +1,87 @@
+"""Where each of a task's models has something to do, found by a pass with a faster model.
+
+Each model then runs in one box, whose tiles are placed as on an image of this size. What remains of
+upstream's result is the image itself: it is resampled and normalised as a whole.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from totalfast.labels.crop import box_around
+from totalfast.tasks import ROUGH_MARGIN_MM
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from totalfast.geometry import Box, Grid
+    from totalfast.tasks import Task
+
+
+def boxes_of_models(labels: NDArray[np.uint8], task: Task, grid: Grid) -> tuple[Box | None, ...]:
+    """Return the boxes around the classes of each of a task's models, with a margin of 20 mm.
+
+    Parameters
+    ----------
+    labels
+        Labels of the task's guide, (z, y, x), RAS+ axes.
+    task
+        Only its selected classes count.
+    grid
+        The task's model grid, RAS+, with the field of view of ``labels``.
+
+    Returns
+    -------
+        One per model: slices along (z, y, x) of ``grid``, or None if the guide found none of the
+        model's classes.
+    """
+    boxes: list[Box | None] = []
+    for part in task.parts:
+        classes = task.classes if part.labels is None else part.labels.values()
+        wanted = [label for label in classes if label in task.classes]
+        box = box_around(labels, wanted, scanner=grid, margin_mm=ROUGH_MARGIN_MM)
+        boxes.append(None if box is None else (box[2], box[1], box[0]))
+    return tuple(boxes)
+
+
+def box_in_piece(box: Box, slices: slice, shape: Sequence[int], patch: Sequence[int]) -> Box | None:
+    """Return the part of a box that lies in a piece of the image, at least as large as a tile.
+
+    Tiles then see the image beyond the box, and no padding where there is an image.
+
+    Parameters
+    ----------
+    box
+        Slices along (z, y, x) of the image.
+    slices
+        The piece's slices of the image.
+    shape
+        The piece's shape, (z, y, x).
+    patch
+        Tile size (z, y, x), or (y, x) of a 2-D model.
+
+    Returns
+    -------
+        Slices along (z, y, x) of the piece; None if the box does not touch it.
+    """
+    first, stop = box[0].start - slices.start, box[0].stop - slices.start
+    if first >= shape[0] or stop <= 0:
+        return None
+    depth = () if len(patch) == 3 else (1,)
+    parts = (slice(max(first, 0), min(stop, shape[0])), *box[1:])
+    z, y, x = (
+        _grown(part, least, n)
+        for part, least, n in zip(parts, (*depth, *patch), shape, strict=True)
+    )
+    return z, y, x
+
+
+def _grown(part: slice, least: int, n: int) -> slice:
+    """Make a slice of an axis of ``n`` voxels at least ``least`` long, evenly where it can be."""
+    size = min(max(part.stop - part.start, least), n)
+    start = max(part.start - (size - (part.stop - part.start)) // 2, 0)
+    start = min(start, n - size)
+    return slice(start, start + size)
