@@ -18,6 +18,7 @@ from totalfast.labels.merge import merge_part, thirds, wants_split, whole
 from totalfast.models.model_summary import ModelSummary
 from totalfast.run.device_plan import choose_ladder
 from totalfast.run.guide import box_in_piece
+from totalfast.system.process_memory import trim_memory
 from totalfast.system.progress import timed
 
 if TYPE_CHECKING:
@@ -178,6 +179,8 @@ def _queue_model(
             )
 
         yield window.piece, layout.ladder.run(queue)
+    if model.device.type == "cpu":
+        trim_memory()
 
 
 def _queue_piece(
