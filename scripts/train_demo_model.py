@@ -18,6 +18,9 @@ computed at the chosen voxels only, most of which lie at borders. 4. The biases,
 frequencies of the classes, because the choice of voxels changed them.
 
 The logits are interpolated as in ``--export linear``.
+
+Other options than the default ones train networks for ``measure_guided.py``: on coarser voxels, or
+on tiles that hold a part of the phantom.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ import argparse
 import json
 import time
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -40,9 +44,9 @@ if TYPE_CHECKING:
 
 Untyped: TypeAlias = Any  # nnU-Net has no types
 
-MODEL_ID, SPACING_MM, DRAWN_MM, CLASSES = 297, 3.0, 1.5, 118
-PATCH_ZYX = (128, 112, 128)
-"""One tile holds the phantom's 125x100x125 voxels."""
+MODEL_ID, DRAWN_MM, CLASSES = 297, 1.5, 118
+PHANTOM_MM = np.array((375.0, 300.0, 375.0))
+"""Size of a phantom, (z, y, x)."""
 FIRST_SEED = 1000
 """First seed of the phantoms for training; the shown and scored ones have lower seeds."""
 FEATURES = (16, 32, 48, 52, 56, 48)
@@ -70,7 +74,41 @@ KERNEL_SHARES = {"quarter": 0.08, "half": 0.05}
 REPORT_STEPS = 20
 
 
-def draw(seed: int, *, folder: Path) -> Path:
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the network sees a phantom.
+
+    Parameters
+    ----------
+    spacing_mm
+        Of its voxels.
+    padded
+        Shape (z, y, x) to which the phantom is padded.
+    patch
+        Tile size (z, y, x).
+    """
+
+    spacing_mm: float = 3.0
+    padded: tuple[int, int, int] = (128, 112, 128)
+    patch: tuple[int, int, int] = (128, 112, 128)
+
+    @property
+    def shape(self) -> list[int]:
+        """Shape (z, y, x) of a phantom."""
+        return [round(mm / self.spacing_mm) for mm in PHANTOM_MM]
+
+    @property
+    def crops(self) -> int:
+        """Number of tiles that are taken of each phantom."""
+        return 1 if self.patch == self.padded else CROPS
+
+
+CROPS = 4
+LEAST_POINTS = 2_000
+"""Number of labelled places in a tile that is part of a phantom; emptier ones are not used."""
+
+
+def draw(seed: int, *, folder: Path, sampling: Sampling) -> Path:
     """Draw one phantom, and write its network input and labelled places.
 
     The file holds ``tile``, float32 (z, y, x), normalised and padded; ``places``, (points, 3) in
@@ -87,7 +125,7 @@ def draw(seed: int, *, folder: Path) -> Path:
         return path
     phantom = make_phantom(seed)
     scan = read_image(nib.Nifti1Image(phantom.ct, phantom.affine))
-    image = to_model_grid(scan, spacing_mm=(SPACING_MM,) * 3, order=1, threads=1).voxels
+    image = to_model_grid(scan, spacing_mm=(sampling.spacing_mm,) * 3, order=1, threads=1).voxels
     labels = phantom.labels.transpose(2, 1, 0)
     counts = np.bincount(labels.ravel(), minlength=CLASSES)
     wanted = np.where(counts > 0, counts.astype(np.float64) ** RARITY, 0)
@@ -96,8 +134,9 @@ def draw(seed: int, *, folder: Path) -> Path:
     chosen = chance[labels] * np.where(border, BORDER, 1) / (1 + (BORDER - 1) * border.mean())
     random = np.random.default_rng(seed)
     picked = np.flatnonzero(random.random(labels.size) < chosen.ravel())
-    places = tile_places(np.stack(np.unravel_index(picked, labels.shape), axis=1), labels.shape)
-    margins = [p - n for n, p in zip(image.shape, PATCH_ZYX, strict=True)]
+    voxels = np.stack(np.unravel_index(picked, labels.shape), axis=1)
+    places = tile_places(voxels, labels.shape, sampling)
+    margins = [p - n for n, p in zip(image.shape, sampling.padded, strict=True)]
     tile = (np.clip(image, LOW_HU, HIGH_HU) - np.float32(MEAN_HU)) / np.float32(STD_HU)
     tile = np.pad(tile, [(m // 2, m - m // 2) for m in margins])
     part = path.with_suffix(".part.npz")
@@ -112,15 +151,17 @@ def draw(seed: int, *, folder: Path) -> Path:
     return path
 
 
-def tile_places(voxels: NDArray[np.integer[Any]], shape: tuple[int, ...]) -> NDArray[np.float64]:
+def tile_places(
+    voxels: NDArray[np.integer[Any]], shape: tuple[int, ...], sampling: Sampling
+) -> NDArray[np.float64]:
     """Return the places of a phantom's voxels (n, 3) in the padded tile, in voxels of the tile.
 
     ``shape`` is the shape of the phantom. The corner voxels of the model grid and of the scan have
     the same position.
     """
-    sizes = [round(n * DRAWN_MM / SPACING_MM) for n in shape]
+    sizes = [round(n * DRAWN_MM / sampling.spacing_mm) for n in shape]
     scale = [(m - 1) / (n - 1) for n, m in zip(shape, sizes, strict=True)]
-    below = [(p - m) // 2 for p, m in zip(PATCH_ZYX, sizes, strict=True)]
+    below = [(p - m) // 2 for p, m in zip(sampling.padded, sizes, strict=True)]
     return voxels * scale + np.array(below, dtype=np.float64)
 
 
@@ -136,9 +177,10 @@ def _borders(labels: NDArray[np.uint8]) -> NDArray[np.bool_]:
     return border
 
 
-def architecture() -> dict[str, Any]:
+def architecture(sampling: Sampling) -> dict[str, Any]:
     """Return the network's entry in nnU-Net's plans."""
     stages = len(FEATURES)
+    last = [2 if n % 2 ** (stages - 1) == 0 else 1 for n in sampling.patch]
     return {
         "network_class_name": "dynamic_network_architectures.architectures.unet.PlainConvUNet",
         "arch_kwargs": {
@@ -147,7 +189,7 @@ def architecture() -> dict[str, Any]:
             "conv_op": "torch.nn.modules.conv.Conv3d",
             # At full resolution, 1x1x1 kernels are cheap and sufficient to sharpen borders.
             "kernel_sizes": [[1, 1, 1]] + [[3, 3, 3]] * (stages - 1),
-            "strides": [[1, 1, 1]] + [[2, 2, 2]] * (stages - 2) + [[2, 1, 2]],
+            "strides": [[1, 1, 1]] + [[2, 2, 2]] * (stages - 2) + [last],
             "n_conv_per_stage": list(CONVOLUTIONS),
             "n_conv_per_stage_decoder": list(DECODER_CONVOLUTIONS),
             "conv_bias": True,
@@ -162,15 +204,15 @@ def architecture() -> dict[str, Any]:
     }
 
 
-def plans(dataset_name: str) -> dict[str, Any]:
+def plans(dataset_name: str, sampling: Sampling) -> dict[str, Any]:
     """Return the content of plans.json."""
     resample = {"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": None}
-    shape = [125, 100, 125]
+    shape, spacing_mm = sampling.shape, [sampling.spacing_mm] * 3
     intensities = {"max": HIGH_HU, "min": LOW_HU, "mean": MEAN_HU, "median": MEAN_HU, "std": STD_HU}
     return {
         "dataset_name": dataset_name,
         "plans_name": "nnUNetPlans",
-        "original_median_spacing_after_transp": [SPACING_MM] * 3,
+        "original_median_spacing_after_transp": spacing_mm,
         "original_median_shape_after_transp": shape,
         "image_reader_writer": "NibabelIOWithReorient",
         "transpose_forward": [0, 1, 2],
@@ -180,9 +222,9 @@ def plans(dataset_name: str) -> dict[str, Any]:
                 "data_identifier": "nnUNetPlans_3d_fullres",
                 "preprocessor_name": "DefaultPreprocessor",
                 "batch_size": 1,
-                "patch_size": list(PATCH_ZYX),
+                "patch_size": list(sampling.patch),
                 "median_image_size_in_voxels": shape,
-                "spacing": [SPACING_MM] * 3,
+                "spacing": spacing_mm,
                 "normalization_schemes": ["CTNormalization"],
                 "use_mask_for_norm": [False],
                 "resampling_fn_data": "resample_data_or_seg_to_shape",
@@ -191,7 +233,7 @@ def plans(dataset_name: str) -> dict[str, Any]:
                 "resampling_fn_seg_kwargs": resample | {"is_seg": True, "order": 1},
                 "resampling_fn_probabilities": "resample_data_or_seg_to_shape",
                 "resampling_fn_probabilities_kwargs": resample | {"order": 1},
-                "architecture": architecture(),
+                "architecture": architecture(sampling),
                 "batch_dice": False,
             }
         },
@@ -219,11 +261,11 @@ def dataset() -> dict[str, Any]:
     }
 
 
-def build_network() -> Untyped:
+def build_network(sampling: Sampling) -> Untyped:
     """Build the network from its plans, as nnU-Net does."""
     from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
-    described = architecture()
+    described = architecture(sampling)
     return get_network_from_plans(
         described["network_class_name"],
         described["arch_kwargs"],
@@ -268,23 +310,47 @@ def decoded(network: Untyped, tile: torch.Tensor, *, left_out: int = 1) -> torch
 
 
 class Example:
-    """One phantom as a training step uses it.
+    """A tile of one phantom as a training step uses it.
 
     Parameters
     ----------
     path
         A file of ``draw``.
     random
-        Chooses gain and offset of the intensities.
+        Chooses gain and offset of the intensities, and which part of the phantom it is.
+    patch
+        Size of the tile, (z, y, x).
     """
 
-    def __init__(self, path: Path, random: np.random.Generator) -> None:
+    def __init__(
+        self, path: Path, random: np.random.Generator, patch: tuple[int, int, int]
+    ) -> None:
         import torch
 
         with np.load(path) as data:
             tile = data["tile"] * np.float32(1 + random.normal(0, 0.02))
-            self.places, self.labels, self.counts = data["places"], data["labels"], data["counts"]
+            places, labels, self.counts = data["places"], data["labels"], data["counts"]
+        self._low, self._patch = np.zeros(3, dtype=int), patch
+        inside = np.ones(len(places), dtype=bool)
+        while tile.shape != patch:
+            self._low = random.integers(0, np.array(tile.shape) - patch + 1)
+            inside = self.contains(places)
+            if inside.sum() >= LEAST_POINTS:
+                z, y, x = (slice(a, a + n) for a, n in zip(self._low, patch, strict=True))
+                tile = np.ascontiguousarray(tile[z, y, x])
+        self.places, self.labels = self.in_tile(places[inside]), labels[inside]
         self.tile = torch.from_numpy(tile + np.float32(random.normal(0, 0.015)))
+
+    def contains(self, places: NDArray[np.floating[Any]]) -> NDArray[np.bool_]:
+        """Whether places (points, 3) of the padded phantom are in the tile."""
+        inside: NDArray[np.bool_] = np.all(
+            (places >= self._low) & (places <= self._low + self._patch - 1), axis=1
+        )
+        return inside
+
+    def in_tile(self, places: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
+        """Return places (points, 3) of the padded phantom in voxels of the tile."""
+        return places - self._low.astype(places.dtype)
 
 
 def logits_at(
@@ -404,6 +470,7 @@ def train_coarse(
     steps: int,
     share: float,
     random: np.random.Generator,
+    patch: tuple[int, int, int],
 ) -> None:
     """Train the network without the decoder's last stages, with the head of that stage."""
     import torch
@@ -414,7 +481,7 @@ def train_coarse(
     scale = 2**left_out
 
     def logits_and_target(turn: int) -> tuple[torch.Tensor, torch.Tensor]:
-        example = Example(files[turn], random)
+        example = Example(files[turn], random, patch)
         features = decoded(network, example.tile[None, None], left_out=left_out)
         chosen = random.integers(len(example.labels), size=COARSE_POINTS)
         last = np.array(features.shape[2:]) - 1
@@ -431,15 +498,19 @@ def train_coarse(
 
 
 def train_full(
-    network: Untyped, files: list[Path], steps: int, random: np.random.Generator
+    network: Untyped,
+    files: list[Path],
+    steps: int,
+    random: np.random.Generator,
+    sampling: Sampling,
 ) -> None:
     """Train the full-resolution layers, which start as identity."""
     import torch
 
     ready = []
     with torch.no_grad():
-        for path in files:
-            example = Example(path, random)
+        for path in files * sampling.crops:
+            example = Example(path, random, sampling.patch)
             features = decoded(network, example.tile[None, None])[0]
             ready.append((example, features.flatten(1).T.half().contiguous()))
         example, features = ready[0]
@@ -454,7 +525,7 @@ def train_full(
 
     decoder = network.decoder
     layers = [decoder.transpconvs[-1], decoder.stages[-1], decoder.seg_layers[-1]]
-    _run("full resolution", layers, logits_and_target, len(files), steps, random, rate=5e-3)
+    _run("full resolution", layers, logits_and_target, len(ready), steps, random, rate=5e-3)
 
 
 def _hand_on(
@@ -577,13 +648,15 @@ def _run(
             )
 
 
-def shift_biases(network: Untyped, files: list[Path], checks: list[Path]) -> None:
+def shift_biases(
+    network: Untyped, files: list[Path], checks: list[Path], sampling: Sampling
+) -> None:
     """Add the log frequencies to the biases, with the factor that is best on other phantoms."""
     import torch
 
     counts = sum(np.load(path)["counts"].astype(np.float64) for path in files)
     logs = torch.from_numpy(np.log(np.maximum(counts, 1) / counts.sum())).float()
-    dice = np.mean([_dice_of_shifts(network, path, logs) for path in checks], axis=0)
+    dice = np.mean([_dice_of_shifts(network, path, logs, sampling) for path in checks], axis=0)
     for shift, value in zip(SHARES, dice, strict=True):
         print(f"log frequencies times {shift}: estimated Dice {value:.3f}")
     best = SHARES[int(np.argmax(dice))]
@@ -592,30 +665,37 @@ def shift_biases(network: Untyped, files: list[Path], checks: list[Path]) -> Non
         network.decoder.seg_layers[-1].bias += best * logs
 
 
-def _dice_of_shifts(network: Untyped, path: Path, logs: torch.Tensor) -> list[float]:
+def _dice_of_shifts(
+    network: Untyped, path: Path, logs: torch.Tensor, sampling: Sampling
+) -> list[float]:
     """Return the mean Dice of the classes of 1 ml or more, for each of ``SHARES``.
 
-    The Dice is estimated from random voxels of the phantom.
+    The Dice is estimated from random voxels of the phantom, or of tiles of it.
     """
     import torch
 
     from totalfast.demo.phantom import make_phantom
 
     random = np.random.default_rng(0)
-    example = Example(path, random)
     labels = make_phantom(int(path.stem)).labels.transpose(2, 1, 0)
     voxels = np.flatnonzero(random.random(labels.size) < CHECKED_SHARE)
-    truth = labels.ravel()[voxels]
-    places = tile_places(np.stack(np.unravel_index(voxels, labels.shape), axis=1), labels.shape)
+    whole = np.stack(np.unravel_index(voxels, labels.shape), axis=1)
+    every = tile_places(whole, labels.shape, sampling)
+    truths: list[NDArray[np.uint8]] = []
     labels_by_share: list[list[NDArray[np.int64]]] = [[] for _ in SHARES]
     with torch.no_grad():
-        below = decoded(network, example.tile[None, None])[0].flatten(1).T.contiguous()
-        for part in np.array_split(places, 1 + len(places) // 50_000):
-            logits = logits_at(network, example.tile, below, part, random)
-            for shift, answers in zip(SHARES, labels_by_share, strict=True):
-                answers.append((logits + shift * logs).argmax(1).numpy())
+        for _ in range(sampling.crops):
+            example = Example(path, random, sampling.patch)
+            inside = example.contains(every)
+            truths.append(labels.ravel()[voxels[inside]])
+            places = example.in_tile(every[inside])
+            below = decoded(network, example.tile[None, None])[0].flatten(1).T.contiguous()
+            for part in np.array_split(places, 1 + len(places) // 50_000):
+                logits = logits_at(network, example.tile, below, part, random)
+                for shift, answers in zip(SHARES, labels_by_share, strict=True):
+                    answers.append((logits + shift * logs).argmax(1).numpy())
     scored = np.flatnonzero(example.counts * 0.001 * DRAWN_MM**3 >= 1)[1:]
-    result = []
+    truth, result = np.concatenate(truths), []
     for answers in labels_by_share:
         answer = np.concatenate(answers)
         both = np.bincount(truth[answer == truth], minlength=CLASSES)
@@ -624,7 +704,7 @@ def _dice_of_shifts(network: Untyped, path: Path, logs: torch.Tensor) -> list[fl
     return result
 
 
-def save(network: Untyped, output: Path) -> Path:
+def save(network: Untyped, output: Path, sampling: Sampling) -> Path:
     """Write the model folder; return the path of the checkpoint."""
     import torch
 
@@ -634,7 +714,10 @@ def save(network: Untyped, output: Path) -> Path:
     trainer = "nnUNetTrainer_4000epochs_NoMirroring"
     folder = output / name / f"{trainer}__nnUNetPlans__3d_fullres"
     (folder / "fold_0").mkdir(parents=True, exist_ok=True)
-    for file, content in (("plans.json", plans(name)), ("dataset.json", dataset())):
+    for file, content in (
+        ("plans.json", plans(name, sampling)),
+        ("dataset.json", dataset()),
+    ):
         (folder / file).write_text(json.dumps(content, indent=1) + "\n")
     with torch.no_grad():
         for layer in network.decoder.seg_layers[:-1]:  # these heads are never used
@@ -670,13 +753,26 @@ def main() -> None:
     parser.add_argument("--steps-half", type=int, default=440)
     parser.add_argument("--steps-full", type=int, default=2400)
     parser.add_argument("--seed", type=int, default=0)
+    default = Sampling()
+    parser.add_argument("--spacing-mm", type=float, default=default.spacing_mm)
+    parser.add_argument(
+        "--padded", type=int, nargs=3, default=default.padded, help="shape (z, y, x) of a phantom"
+    )
+    parser.add_argument(
+        "--patch", type=int, nargs=3, help="tile size (z, y, x); by default the whole phantom"
+    )
     options = parser.parse_args()
+    sampling = Sampling(
+        spacing_mm=options.spacing_mm,
+        padded=tuple(options.padded),
+        patch=tuple(options.patch or options.padded),
+    )
     options.work.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     seeds = [*range(FIRST_SEED, FIRST_SEED + options.phantoms), *VALIDATION_SEEDS]
     ready = sum((options.work / f"{seed}.npz").exists() for seed in seeds)
     with ProcessPoolExecutor(2) as pool:
-        files = list(pool.map(partial(draw, folder=options.work), seeds))
+        files = list(pool.map(partial(draw, folder=options.work, sampling=sampling), seeds))
     print(
         f"{len(files) - ready} phantoms drawn, {ready} reused: {time.perf_counter() - began:.0f} s",
         flush=True,
@@ -687,8 +783,8 @@ def main() -> None:
 
     torch.manual_seed(options.seed)
     random = np.random.default_rng(options.seed)
-    network = build_network().train()
-    set_ramps(network, Example(files[0], random).tile)
+    network = build_network(sampling).train()
+    set_ramps(network, Example(files[0], random, sampling.patch).tile)
     print(f"{sum(p.numel() for p in network.parameters())} parameters", flush=True)
     coarse = (options.seed, options.phantoms, options.steps_quarter, options.steps_half)
     below = options.work / f"below_{'_'.join(str(n) for n in coarse)}.pt"
@@ -699,15 +795,22 @@ def main() -> None:
         parts = (("quarter", 2, options.steps_quarter), ("half", 1, options.steps_half))
         for name, left_out, steps in parts:
             train_coarse(
-                network, files, f"{name} resolution", left_out, steps, KERNEL_SHARES[name], random
+                network,
+                files,
+                f"{name} resolution",
+                left_out,
+                steps,
+                KERNEL_SHARES[name],
+                random,
+                sampling.patch,
             )
         torch.save(network.state_dict(), below)
     # A second call, which reads the layers below from the file, must have the same random state.
     torch.manual_seed(options.seed)
     random = np.random.default_rng((options.seed, 1))
-    train_full(network, files, options.steps_full, random)
-    shift_biases(network, files, checks)
-    path = save(network.eval(), options.output)
+    train_full(network, files, options.steps_full, random, sampling)
+    shift_biases(network, files, checks, sampling)
+    path = save(network.eval(), options.output, sampling)
     print(f"{path.stat().st_size} bytes in {path.name}")
     print(f"{time.perf_counter() - began:.0f} s in all")
 

@@ -1,12 +1,18 @@
 from __future__ import annotations
 
+from dataclasses import replace
+from unittest import mock
+
 import pytest
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from totalfast import ArgmaxPredictor, PredictionError
-from totalfast.backends.forward import split_head
-from totalfast.engine.fold_networks import logits_by_slices
+from totalfast.backends.forward import run_by_torch, split_head
+from totalfast.backends.openvino import run_by_openvino
+from totalfast.backends.winograd import run_by_winograd
+from totalfast.engine import fold_networks
+from totalfast.engine.fold_networks import constant_value, logits_by_slices
 from totalfast.engine.rolling_window import WindowMemory
 from totalfast.engine.sliding_window import predict_labels, predict_logits
 from totalfast.engine.tiles import Tiling, plan_tiles
@@ -45,6 +51,44 @@ def test_labels_and_logits_are_nnunets(predictors, shape, step):
     labels = ours.predict_labels_from_preprocessed_data(image)
     assert torch.equal(labels, expected.argmax(0).to(torch.uint8))
     assert labels.dtype == torch.uint8
+
+
+@pytest.mark.parametrize("backend", [run_by_torch, run_by_winograd, run_by_openvino])
+@pytest.mark.parametrize("folds", [1, 2])
+def test_tiles_of_one_value_are_computed_once_and_change_nothing(folder, backend, folds):
+    """Equal to what the network gives if no tile is recognised."""
+    model = load_model(folder, folds=(0,) * folds, device=torch.device("cpu"), backend=backend)
+    z, y, x = model.patch_size
+    image = torch.full((1, 4 * z, y, x), -2.0)
+    image[:, 3 * z :] = torch.randn((1, z, y, x), generator=torch.Generator().manual_seed(0))
+    image[:, 2 * z :, 20, 20] = 3.0
+    computed: list[int] = []
+
+    def counting(body):
+        return lambda tile: computed.append(1) or body(tile)
+
+    forwards = tuple(replace(each, body=counting(each.body)) for each in model.forwards)
+    model = replace(model, forwards=forwards)
+    logits = predict_logits(model, image, Tiling(step=0.5))
+    once, tiles = len(computed), plan_tiles(tuple(image.shape[1:]), model.patch_size, 0.5).count
+    computed.clear()
+    with mock.patch.object(fold_networks, "constant_value", return_value=None):
+        expected = predict_logits(model, image, Tiling(step=0.5))
+    assert len(computed) == folds * tiles
+    assert once == folds * (tiles - 2)  # three of them are constant
+    assert torch.equal(logits, expected)
+
+
+def test_a_value_is_constant_by_its_bits():
+    tile = torch.full((2, 3, 4, 5), 1.5)
+    tile[1] = -0.0
+    assert constant_value(tile) == constant_value(tile.clone()) is not None
+    for channel, place, value in ((0, (0, 0, 0), 2.0), (1, (2, 3, 4), 0.0), (1, (1, 0, 2), 1e-45)):
+        changed = tile.clone()
+        changed[(channel, *place)] = value
+        assert constant_value(changed) is None
+        assert constant_value(changed[:, :, 1:2, 1:2]) == constant_value(tile)
+    assert constant_value(torch.zeros((1, 4, 4, 4))) != constant_value(-torch.zeros((1, 4, 4, 4)))
 
 
 def test_shared_window_memory_does_not_change_labels(predictors):

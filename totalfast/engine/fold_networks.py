@@ -59,20 +59,33 @@ class FoldNetworks:
         self._networks = [
             (forward.body, forward.head) if plain else (forward, None) for forward in model.forwards
         ]
+        self._splits_heads = any(head is not None for _, head in self._networks)
+        self._constant = [_ConstantTile() for _ in self._networks]
         self._mirrorings = mirrorings(tiling.mirror_axes)
         self.weights = torch.ones(tiles.patch, dtype=torch.half, device=device)
         if tiling.gaussian:
             self.weights = gaussian_weights(model.patch_size, device).reshape(tiles.patch)
 
     def run(self, tile: torch.Tensor) -> Iterator[TileOutput]:
-        """Run one network after another on a tile (channels, z, y, x); yield the outputs."""
+        """Run one network after another on a tile (channels, z, y, x); yield the outputs.
+
+        A tile that holds one value, such as padding, is computed only if the one before held
+        another.
+        """
         import torch
 
-        for network, head in self._networks:
-            # A copy for each network, as in nnU-Net: a network may change its input.
-            batch = torch.clone(tile[None], memory_format=torch.contiguous_format)
-            batch = batch.to(self.model.device)
-            yield TileOutput(head=head, features=self._mirrored_mean(network, batch))
+        value = constant_value(tile) if self._splits_heads else None
+        for last, (network, head) in zip(self._constant, self._networks, strict=True):
+            if value is None or value != last.value:
+                last.forget()  # the network needs the memory
+                # A copy for each network, as in nnU-Net: a network may change its input.
+                batch = torch.clone(tile[None], memory_format=torch.contiguous_format)
+                features = self._mirrored_mean(network, batch.to(self.model.device))
+                if value is None or head is None:
+                    yield TileOutput(head=head, features=features)
+                    continue
+                last.value, last.features = value, features
+            yield TileOutput(head=head, features=last.features)
 
     def logits_of_one_tile(
         self, image: torch.Tensor, tiles: Tiles
@@ -93,6 +106,8 @@ class FoldNetworks:
 
     def release(self) -> None:
         """Free the memory that is kept between tiles."""
+        for last in self._constant:
+            last.forget()
         for forward in self.model.forwards:
             forward.release()
 
@@ -139,6 +154,36 @@ class FoldNetworks:
         if self._mirrorings:
             output /= len(self._mirrorings) + 1
         return output[:, :, None] if slices else output
+
+
+class _ConstantTile:
+    """A network's last features, if they are those of a tile of one value.
+
+    They are valid until the network's next call, and no last layer changes them.
+    """
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        self.value: list[int] | None = None
+        self.features: Any = None
+
+
+def constant_value(tile: torch.Tensor) -> list[int] | None:
+    """Return the bits of each channel's value, if it is the same everywhere; else None.
+
+    ``tile`` is float32, (channels, z, y, x).
+    """
+    import torch
+
+    bits = tile.view(torch.int32)
+    first = bits[:, :1, :1, :1]
+    z, y, x = (slice(n // 2, n // 2 + 1) for n in bits.shape[1:])
+    if all(torch.equal(first.expand_as(part), part) for part in (bits[:, z, y, x], bits)):
+        value: list[int] = first.flatten().tolist()
+        return value
+    return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
