@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
+from dynamic_network_architectures.building_blocks.residual import BottleneckD
 from torch import nn
 
 from totalfast.backends import keeps_weights
@@ -68,6 +69,16 @@ def unet(
     return network.eval()
 
 
+def residual(*arguments, **keywords) -> nn.Module:
+    """As ``unet``, with residual blocks."""
+    return unet(*arguments, kind=ResidualEncoderUNet, **keywords)
+
+
+def without_stem(network) -> nn.Module:
+    network.encoder.stem = None
+    return network
+
+
 def errors(network, tile) -> tuple[float, float]:
     """Largest and mean error of the logits against float64, as a share of their deviation."""
     with inference_settings(CPU):
@@ -111,6 +122,18 @@ def test_what_is_multiplied_in_the_transforms_is_exact_in_float32():
         (unet((32, 64), conv_bias=False), (1, 1, 8, 8, 8)),
         (unet((32, 64), dropout_op=nn.Dropout3d, dropout_op_kwargs={"p": 0.5}), (1, 1, 8, 8, 8)),
         (unet((32, 64), kernels=1), (1, 1, 8, 8, 8)),
+        (residual(), (1, 1, 16, 24, 32)),
+        (residual((32, 64, 64), strides=[1, (1, 2, 2), 2]), (1, 1, 6, 12, 20)),
+        (residual((24, 40), stem_channels=16, inputs=3, kernels=[(1, 3, 3), 3]), (1, 3, 6, 10, 14)),
+        (residual((32, 64), strides=[(2, 1, 1), (1, 2, 1)]), (1, 1, 8, 8, 12)),
+        (residual((32, 32), n_blocks_per_stage=[1, 4]), (1, 1, 8, 8, 8)),
+        (residual((32, 64), nonlin=nn.ReLU, nonlin_kwargs={}), (1, 1, 8, 8, 8)),
+        (residual((32, 64), nonlin=None, nonlin_kwargs=None), (1, 1, 8, 8, 8)),
+        (residual((32, 64), norm_op=None, norm_op_kwargs=None), (1, 1, 8, 8, 8)),
+        (
+            residual((32, 64), dropout_op=nn.Dropout3d, dropout_op_kwargs={"p": 0.5}),
+            (1, 1, 8, 8, 8),
+        ),
     ],
     ids=lambda value: value.__class__.__name__ if isinstance(value, nn.Module) else str(value),
 )
@@ -330,7 +353,7 @@ def test_a_window_gives_the_same_sums_with_a_separate_last_layer():
 def test_features_that_are_in_use_have_memory_of_their_own():
     sizes, lasts = (8, 8, 1, 8, 2), (1, 4, 3, 4, 5)
     some = [features.Features(Shape(1, 1, size), 1, 1.0) for size in sizes]
-    pieces = features.assign_places(list(zip(some, lasts, strict=True)))
+    pieces = features.assign_places(list(map(features.Use, some, lasts)))
     for number, (one, last) in enumerate(zip(some, lasts, strict=True)):
         assert pieces[one.place] >= one.size
         for later, other in enumerate(some[number + 1 :], number + 1):
@@ -341,8 +364,10 @@ def test_features_that_are_in_use_have_memory_of_their_own():
 @pytest.mark.parametrize(
     "network",
     [
-        unet((32, 64), kind=ResidualEncoderUNet),
         unet((32, 64), norm_op=nn.BatchNorm3d),
+        residual((32, 64), norm_op=nn.BatchNorm3d),
+        residual((32, 64), block=BottleneckD, bottleneck_channels=16),
+        without_stem(residual((1, 64))),
         unet((32, 64), nonlin=nn.GELU, nonlin_kwargs={}),
         unet((32, 64), nonlin_first=True),
         nn.Sequential(nn.Conv3d(1, 3, 3, padding=1)).eval(),

@@ -71,4 +71,5 @@ def prepare(network: nn.Module, shape: tuple[int, ...], *, fewest_features: int 
 
 
 def _features(layers: Layers) -> int:
-    return len(layers.encoder[0][0].weight)
+    _, convolutions = layers.decoder[-1]
+    return len(convolutions[-1].weight)

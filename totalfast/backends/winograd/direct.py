@@ -21,6 +21,7 @@ from totalfast.backends.winograd.vectors import (
     fetch,
     load,
     load_normalisation,
+    rectified,
     store,
     take_number,
     zeros,
@@ -39,7 +40,10 @@ FINISHED = 4096
 
 
 class Window(NamedTuple):
-    """Kernel and stride of a convolution; a kernel of three voxels has one voxel of padding."""
+    """Kernel and stride of a convolution.
+
+    A kernel of three voxels has one voxel of padding, smaller ones have none.
+    """
 
     kernel: Shape
     stride: Shape
@@ -103,7 +107,7 @@ def convolve(shape, source, second, new_shape, target, window, work):
     blocks = target.channels // BLOCK
     together = blocks if blocks * block_bytes <= CACHED_WEIGHTS else 1
     rows = new_shape.z * new_shape.y
-    length = shape.x + kernel.x - 1
+    length = shape.x + 2 * _around(kernel.x)
     segment_bytes = kernel.x * inputs * BLOCK * FLOAT_BYTES
     total = rows * (blocks // together)
     size = rows_in_piece(total)
@@ -136,16 +140,23 @@ def _copy_lines(shape, source, second, row, line, window, work):
     """Copy the lines of the input that a row of the output needs."""
     kernel = window.kernel
     inputs = source.channels + second.channels
-    length = shape.x + kernel.x - 1
+    around = _around(kernel.x)
+    length = shape.x + 2 * around
     for part in range(kernel.z * kernel.y):
         place = work.scratch + part * length * inputs * FLOAT_BYTES
-        z = row * window.stride.z + part // kernel.y - kernel.z // 2
-        y = line * window.stride.y + part % kernel.y - kernel.y // 2
+        z = row * window.stride.z + part // kernel.y - _around(kernel.z)
+        y = line * window.stride.y + part % kernel.y - _around(kernel.y)
         is_inside = 0 <= z < shape.z and 0 <= y < shape.y
-        _copy(shape, source, z, y, is_inside, kernel.x // 2, place, inputs)
+        _copy(shape, source, z, y, is_inside, around, place, inputs)
         if second.channels:
             there = place + source.channels * FLOAT_BYTES
-            _copy(shape, second, z, y, is_inside, kernel.x // 2, there, inputs)
+            _copy(shape, second, z, y, is_inside, around, there, inputs)
+
+
+@jit
+def _around(size):
+    """Voxels of padding of a kernel of ``size`` voxels."""
+    return (size - 1) // 2
 
 
 def scratch_floats(width: int, kernel: Shape, inputs: int) -> int:
@@ -233,9 +244,9 @@ def _list_windows(shape, image, channels, terms, row, line, length, window, work
     kernel, stride = window.kernel, window.stride
     term = 0
     for part in range(kernel.z * kernel.y * kernel.x):
-        z = row * stride.z + part // (kernel.y * kernel.x) - kernel.z // 2
-        y = line * stride.y + part // kernel.x % kernel.y - kernel.y // 2
-        first = part % kernel.x - kernel.x // 2
+        z = row * stride.z + part // (kernel.y * kernel.x) - _around(kernel.z)
+        y = line * stride.y + part // kernel.x % kernel.y - _around(kernel.y)
+        first = part % kernel.x - _around(kernel.x)
         is_inside = 0 <= z < shape.z and 0 <= y < shape.y
         for channel in range(channels):
             data = image + ((channel * shape.z + z) * shape.y + y) * shape.x * FLOAT_BYTES
@@ -289,6 +300,37 @@ def enlarge(shape, source, target, stride, work):
                         source.channels,
                         True,
                     )
+
+
+@jit
+def add(voxels, first, second, slope, work):
+    """Add features to others, in place, and rectify the sums.
+
+    Parameters
+    ----------
+    voxels
+        Number of voxels.
+    first, second
+        What is added; the sums take the place of the first.
+    slope
+        Of the leaky ReLU behind the sums.
+    work
+        The counter starts at zero.
+    """
+    while True:
+        start = take_number(work.counter) * FINISHED
+        if start >= voxels:
+            return
+        for channel in range(0, first.channels, LANES):
+            mean, factor, shift = load_normalisation(first, channel)
+            other_mean, other_factor, other_shift = load_normalisation(second, channel)
+            for voxel in range(start, min(start + FINISHED, voxels)):
+                offset = (voxel * first.channels + channel) * FLOAT_BYTES
+                one = fetch(first.data + offset, True, mean, factor, shift, first.slope)
+                other = fetch(
+                    second.data + offset, True, other_mean, other_factor, other_shift, second.slope
+                )
+                store(first.data + offset, rectified(one + other, slope))
 
 
 @jit

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -91,14 +91,23 @@ NOTHING = Source(data=0, normalisation=0, channels=0, slope=1.0)
 """Stands for a second source where there is none."""
 
 
-def assign_places(features: Sequence[tuple[Features, int]]) -> list[int]:
+class Use(NamedTuple):
+    """Features, and how long they are in use."""
+
+    features: Features
+    last: int
+    """Number of the last ones that are computed from them."""
+    replaced: Features | None = None
+    """Others, whose memory they take."""
+
+
+def assign_places(uses: Sequence[Use]) -> list[int]:
     """Give features that are in use at the same time different pieces of memory.
 
     Parameters
     ----------
-    features
-        In the order in which they are computed, each with the number of the last one that is
-        computed from it.
+    uses
+        In the order in which the features are computed.
 
     Returns
     -------
@@ -106,7 +115,11 @@ def assign_places(features: Sequence[tuple[Features, int]]) -> list[int]:
     """
     sizes: list[int] = []
     used_until: list[int] = []
-    for number, (each, last_use) in enumerate(features):
+    for number, (each, last_use, replaced) in enumerate(uses):
+        if replaced is not None:
+            each.place = replaced.place
+            used_until[each.place] = last_use
+            continue
         free = [place for place, until in enumerate(used_until) if until < number]
         fitting = [place for place in free if sizes[place] >= each.size]
         if fitting:

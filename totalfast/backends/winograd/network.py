@@ -1,11 +1,11 @@
-"""The layers of nnU-Net's plain U-Net, read from the network, in the order in which they run.
+"""The layers of nnU-Net's two U-Nets, read from the network, in the order in which they run.
 
 Knows nothing of how layers are computed.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -87,45 +87,78 @@ class Enlargement:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Residual:
+    """Two convolutions, to whose result their input is added, and a leaky ReLU behind the sum.
+
+    Parameters
+    ----------
+    first, second
+        The convolutions.
+    shortcut
+        What gives the input the shape of the result; None if it has it.
+    slope
+        Of the leaky ReLU behind the sum.
+    """
+
+    first: Convolution
+    second: Convolution
+    shortcut: Convolution | None
+    slope: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Layers:
     """A U-Net without its last layer.
 
     Parameters
     ----------
     encoder
-        The convolutions of each stage, from full resolution.
+        The convolutions and blocks of each stage, from full resolution.
     decoder
         For each stage from the coarsest, what enlarges the features, and the convolutions; the
         first one reads the enlarged features and then those of the encoder's stage.
     """
 
-    encoder: tuple[tuple[Convolution, ...], ...]
+    encoder: tuple[tuple[Convolution | Residual, ...], ...]
     decoder: tuple[tuple[Enlargement, tuple[Convolution, ...]], ...]
 
 
 def read_layers(network: nn.Module) -> Layers:
-    """Read the layers of a plain 3-D U-Net, in eval mode.
+    """Read the layers of nnU-Net's plain or residual 3-D U-Net, in eval mode.
 
     Raises
     ------
     UnknownLayerError
         If it is another network, or has other layers.
     """
-    from dynamic_network_architectures.architectures.unet import PlainConvUNet
+    from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
 
-    if type(network) is not PlainConvUNet:
+    if type(network) not in (PlainConvUNet, ResidualEncoderUNet):
         raise UnknownLayerError(type(network).__name__)
     unet: Untyped = network
-    encoder = tuple(_blocks(stage) for stage in unet.encoder.stages)
+    encoder = [_parts(stage) for stage in unet.encoder.stages]
+    if type(network) is ResidualEncoderUNet:
+        if unet.encoder.stem is None:
+            raise UnknownLayerError("a residual network without a stem")
+        encoder[0] = _parts(unet.encoder.stem) + encoder[0]
     decoder = tuple(
         (_enlargement(enlarge), _blocks(stage))
         for enlarge, stage in zip(unet.decoder.transpconvs, unet.decoder.stages, strict=True)
     )
-    return Layers(encoder=encoder, decoder=decoder)
+    return Layers(encoder=tuple(encoder), decoder=decoder)
 
 
 def _blocks(stage: Untyped) -> tuple[Convolution, ...]:
-    """All convolutions of a stage, which is one block, or a sequence of them."""
+    """All convolutions of a stage of the decoder."""
+    return tuple(part for part in _parts(stage) if isinstance(part, Convolution))
+
+
+def _parts(stage: Untyped) -> tuple[Convolution | Residual, ...]:
+    """All convolutions and residual blocks of a stage, which is one of them, or a sequence."""
+    from dynamic_network_architectures.building_blocks.residual import (
+        BasicBlockD,
+        StackedResidualBlocks,
+    )
     from dynamic_network_architectures.building_blocks.simple_conv_blocks import (
         ConvDropoutNormReLU,
         StackedConvBlocks,
@@ -134,10 +167,53 @@ def _blocks(stage: Untyped) -> tuple[Convolution, ...]:
 
     if type(stage) is ConvDropoutNormReLU:
         return (_block(stage),)
-    if type(stage) not in (nn.Sequential, StackedConvBlocks):
+    if type(stage) is BasicBlockD:
+        return (_residual(stage),)
+    if type(stage) is StackedConvBlocks:
+        stage = stage.convs
+    elif type(stage) is StackedResidualBlocks:
+        stage = stage.blocks
+    if type(stage) is not nn.Sequential:
         raise UnknownLayerError(type(stage).__name__)
-    parts = stage.convs if type(stage) is StackedConvBlocks else stage
-    return tuple(convolution for part in parts for convolution in _blocks(part))
+    return tuple(part for own in stage for part in _parts(own))
+
+
+def _residual(block: Untyped) -> Residual:
+    from torch import nn
+
+    if block.apply_se:
+        raise UnknownLayerError(type(block.squeeze_excitation).__name__)
+    return Residual(
+        first=_block(block.conv1),
+        second=_block(block.conv2),
+        shortcut=_shortcut(block) if isinstance(block.skip, nn.Module) else None,
+        slope=_slope(block.nonlin2) if isinstance(block.nonlin2, nn.Module) else 1.0,
+    )
+
+
+def _shortcut(block: Untyped) -> Convolution:
+    """Mean of the voxels that a stride joins, and a 1x1x1 convolution, as one convolution."""
+    from torch import nn
+
+    channels = block.output_channels
+    nothing = Convolution(
+        weight=np.eye(channels, dtype=np.float32)[..., None, None, None],
+        bias=np.zeros(channels, dtype=np.float32),
+        stride=(1, 1, 1),
+        normalisation=None,
+        slope=1.0,
+    )
+    pools: list[Untyped] = [layer for layer in block.skip if type(layer) is nn.AvgPool3d]
+    others = [layer for layer in block.skip if type(layer) is not nn.AvgPool3d]
+    convolution = _block(others.pop()) if others else nothing
+    for pool in pools:
+        if pool.kernel_size != pool.stride or pool.padding or pool.divisor_override:
+            raise UnknownLayerError(str(pool))
+    if others or len(pools) > 1 or convolution.weight.shape[2:] != (1, 1, 1):
+        raise UnknownLayerError(str(block.skip))
+    z, y, x = pools[0].stride if pools else (1, 1, 1)
+    window = np.full((z, y, x), 1 / (z * y * x), dtype=np.float32)
+    return replace(convolution, weight=convolution.weight * window, stride=(z, y, x))
 
 
 def _block(block: Untyped) -> Convolution:

@@ -12,11 +12,12 @@ from totalfast.backends.winograd import direct, winograd
 from totalfast.backends.winograd.features import (
     NOTHING,
     Features,
+    Use,
     assign_places,
     with_zeros,
 )
 from totalfast.backends.winograd.layers import PIECES, Shape, Target
-from totalfast.backends.winograd.network import UnknownLayerError
+from totalfast.backends.winograd.network import Residual, UnknownLayerError
 from totalfast.backends.winograd.products import BLOCK
 from totalfast.backends.winograd.threads import run_in_threads
 from totalfast.backends.winograd.transforms import POINTS, transform_kernel
@@ -59,6 +60,8 @@ class Step:
         Number of float32 of each thread's scratch memory.
     normalisation
         Of the target; None if there is none.
+    replaces_source
+        Whether the target takes the memory of the first source.
     """
 
     sources: tuple[Features, ...]
@@ -66,6 +69,7 @@ class Step:
     bind: Callable[[Memory, int, int], Call]
     scratch: int
     normalisation: Normalisation | None
+    replaces_source: bool = False
 
 
 class Program:
@@ -87,7 +91,7 @@ class Program:
         self._lock = threading.Lock()
         self._steps = _steps(layers, Shape(*shape[2:]))
         self._output = self._steps[-1].target
-        self._sizes = assign_places(_with_last_uses(self._steps))
+        self._sizes = assign_places(_uses(self._steps))
         self._memory: list[NDArray[np.float32]] = []
         self._floats = max(step.scratch for step in self._steps)
 
@@ -142,11 +146,14 @@ class Program:
         run_in_threads(call, self._threads, self._floats, owners=owners)
 
 
-def _with_last_uses(steps: Sequence[Step]) -> list[tuple[Features, int]]:
+def _uses(steps: Sequence[Step]) -> list[Use]:
     last = {id(step.target): number for number, step in enumerate(steps)}
     for number, step in enumerate(steps):
         last.update({id(source): number for source in step.sources})
-    return [(step.target, last[id(step.target)]) for step in steps]
+    return [
+        Use(step.target, last[id(step.target)], step.sources[0] if step.replaces_source else None)
+        for step in steps
+    ]
 
 
 def _steps(layers: Layers, shape: Shape) -> list[Step]:
@@ -154,9 +161,12 @@ def _steps(layers: Layers, shape: Shape) -> list[Step]:
     steps: list[Step] = []
     skips: list[Features] = []
     for stage in layers.encoder:
-        for convolution in stage:
+        for part in stage:
             before: tuple[Features, ...] = (steps[-1].target,) if steps else ()
-            steps.append(_convolution(convolution, before, shape))
+            if isinstance(part, Residual):
+                steps += _residual(part, before[0], shape)
+            else:
+                steps.append(_convolution(part, before, shape))
         skips.append(steps[-1].target)
     skips.pop()
     for enlargement, stage in layers.decoder:
@@ -166,6 +176,36 @@ def _steps(layers: Layers, shape: Shape) -> list[Step]:
             steps.append(_convolution(convolution, before, shape))
             before = (steps[-1].target,)
     return steps
+
+
+def _residual(block: Residual, source: Features, image: Shape) -> list[Step]:
+    steps, other = [], source
+    if block.shortcut is not None:
+        steps.append(_convolution(block.shortcut, (source,), image))
+        other = steps[-1].target
+    steps.append(_convolution(block.first, (source,), image))
+    steps.append(_convolution(block.second, (steps[-1].target,), image))
+    result = steps[-1].target
+    if (result.shape, result.count) != (other.shape, other.count):
+        raise UnknownLayerError(f"tiles whose size is {tuple(image)}, because of its strides")
+    return [*steps, _sum(result, other, block.slope)]
+
+
+def _sum(first: Features, second: Features, slope: float) -> Step:
+    voxels = int(np.prod(first.shape))
+
+    def bind(memory: Memory, image: int, sums: int) -> Call:
+        one, other = first.source(memory), second.source(memory)
+        return lambda work: direct.add(voxels, one, other, slope, work)
+
+    return Step(
+        sources=(first, second),
+        target=Features(first.shape, first.count, 1.0),
+        bind=bind,
+        scratch=1,
+        normalisation=None,
+        replaces_source=True,
+    )
 
 
 def _convolution(layer: Convolution, sources: tuple[Features, ...], image: Shape) -> Step:
