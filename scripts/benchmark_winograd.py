@@ -4,7 +4,8 @@
 
 All programs run in turn on the same random numbers; the best of several repeats counts. Weights are
 random: the time does not depend on them. The networks are those of TotalSegmentator's models of
-3 mm (112x112x128 voxels, 5 stages) and 1.5 mm (128x128x128, 6 stages).
+3 mm (112x112x128 voxels, 5 stages) and 1.5 mm (128x128x128, 6 stages), and nnU-Net's residual
+encoder U-Net in its size L on the latter tiles.
 
 - Layers: torch's convolution alone; winograd's with the normalisation and leaky ReLU of its input.
   A layer "32+32" reads two features, one after the other.
@@ -55,31 +56,38 @@ LAYERS = (
 MODELS = {
     "3 mm": ((32, 64, 128, 256, 320), (112, 112, 128)),
     "1.5 mm": ((32, 64, 128, 256, 320, 320), (128, 128, 128)),
+    "residual": ((32, 64, 128, 256, 320, 320), (128, 128, 128)),
 }
 """Name to the features of its stages, and the voxels of its tiles."""
 
+RESIDUAL_BLOCKS = (1, 3, 4, 6, 6, 6)
+"""Per stage of the model "residual" (nnU-Net's ResEncUNetPlanner)."""
 
-def network(features: tuple[int, ...]) -> Any:
+
+def network(name: str) -> Any:
     """Build a model's network with random weights."""
     import torch
-    from dynamic_network_architectures.architectures.unet import PlainConvUNet
+    from dynamic_network_architectures.architectures import unet
 
     torch.manual_seed(0)
-    return PlainConvUNet(
+    features, kind, blocks = MODELS[name][0], unet.PlainConvUNet, {"n_conv_per_stage": 2}
+    if name == "residual":
+        kind, blocks = unet.ResidualEncoderUNet, {"n_blocks_per_stage": RESIDUAL_BLOCKS}
+    return kind(
         input_channels=1,
         n_stages=len(features),
         features_per_stage=features,
         conv_op=torch.nn.Conv3d,
         kernel_sizes=3,
         strides=[1] + [2] * (len(features) - 1),
-        n_conv_per_stage=2,
         num_classes=25,
-        n_conv_per_stage_decoder=2,
+        n_conv_per_stage_decoder=1 if name == "residual" else 2,
         conv_bias=True,
         norm_op=torch.nn.InstanceNorm3d,
         norm_op_kwargs={"eps": 1e-5, "affine": True},
         nonlin=torch.nn.LeakyReLU,
         nonlin_kwargs={"inplace": True},
+        **blocks,
     ).eval()
 
 
@@ -220,8 +228,8 @@ def time_tiles(repeats: int, *, with_openvino: bool) -> dict[str, Any]:
     from totalfast.backends.winograd import run_by_winograd
 
     found: dict[str, Any] = {}
-    for name, (features, voxels) in MODELS.items():
-        unet, shape = network(features), (1, 1, *voxels)
+    for name, (_, voxels) in MODELS.items():
+        unet, shape = network(name), (1, 1, *voxels)
         tile = torch.randn(shape)
         backends = {"torch": run_by_torch, "winograd": run_by_winograd}
         if with_openvino:
@@ -250,7 +258,7 @@ def find_errors(*, with_openvino: bool) -> dict[str, Any]:
     from totalfast.backends.openvino import run_by_openvino, run_in_bfloat16
     from totalfast.backends.winograd import run_by_winograd
 
-    unet, tile = network(MODELS["3 mm"][0]), torch.randn(1, 1, 64, 64, 64)
+    unet, tile = network("3 mm"), torch.randn(1, 1, 64, 64, 64)
     backends = {"torch": run_by_torch, "winograd": run_by_winograd}
     if with_openvino:
         backends |= {"openvino": run_by_openvino, "openvino in bfloat16": run_in_bfloat16}

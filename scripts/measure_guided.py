@@ -13,7 +13,7 @@ voxels; the margin is halved, too. All five models have the same network, which 
 the labels of other models' classes are dropped, as always.
 
 Each phantom is segmented in full, guided, and in full with tiles in other places
-(``--tile_step_size 0.7``). The last run shows how much labels depend on the places of the tiles,
+(``--tile_step_size 0.5``). The last run shows how much labels depend on the places of the tiles,
 which differ in a guided run, too.
 """
 
@@ -42,7 +42,7 @@ SHAPES = {"375 x 300 x 375 mm": (250, 200, 250), "500 x 500 x 375 mm": (334, 334
 """Field of view to voxels (x, y, z) of 1.5 mm; the second is that of a scan with arms beside."""
 SCALE = 0.5
 DRAWN_MM = 1.5
-OTHER_STEP = 0.7
+OTHER_STEP = 0.5
 RUNS: dict[str, dict[str, Any]] = {
     "full": {},
     "guided": {"guided": True},
