@@ -117,7 +117,7 @@ def peak_gflops() -> float:
     @numba.njit(nogil=True)
     def many(a: int, b: int, c: int) -> None:
         for _ in range(times):
-            multiply(a, terms * 4, b, c, BLOCK * 4, ROWS, terms, True)
+            multiply(a, terms * 4, b, c, BLOCK * 4, ROWS, BLOCK, terms, True)
 
     arrays = [np.ones(size, dtype=np.float32) for size in (ROWS * terms, terms * BLOCK)]
     targets = [np.ones(ROWS * BLOCK + 32, dtype=np.float32) for _ in range(layer_threads())]

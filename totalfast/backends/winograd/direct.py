@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from totalfast.backends.winograd.layers import Shape, rows_in_piece
-from totalfast.backends.winograd.products import BLOCK, multiply
+from totalfast.backends.winograd.products import BLOCK, in_blocks, multiply
 from totalfast.backends.winograd.vectors import (
     DOUBLE_BYTES,
     FLOAT_BYTES,
@@ -55,15 +55,13 @@ def direct_weights(weight: NDArray[np.float32]) -> NDArray[np.float32]:
     Parameters
     ----------
     weight
-        (outputs, inputs, z, y, x); the outputs fill whole blocks.
+        (outputs, inputs, z, y, x).
 
     Returns
     -------
-        (blocks of outputs, z, y, x, inputs, ``BLOCK``).
+        (z, y, x, inputs, outputs), in the blocks of ``in_blocks``.
     """
-    outputs = weight.shape[0]
-    blocks = weight.reshape(outputs // BLOCK, BLOCK, *weight.shape[1:])
-    return np.ascontiguousarray(blocks.transpose(0, 3, 4, 5, 2, 1))
+    return in_blocks(weight.transpose(2, 3, 4, 1, 0))
 
 
 def transposed_weights(weight: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -72,15 +70,14 @@ def transposed_weights(weight: NDArray[np.float32]) -> NDArray[np.float32]:
     Parameters
     ----------
     weight
-        (inputs, outputs, z, y, x); the outputs fill whole blocks.
+        (inputs, outputs, z, y, x).
 
     Returns
     -------
-        (z, y, x, blocks of outputs, inputs, ``BLOCK``).
+        For each voxel of the kernel (inputs, outputs), in the blocks of ``in_blocks``.
     """
-    inputs, outputs = weight.shape[:2]
-    blocks = weight.reshape(inputs, outputs // BLOCK, BLOCK, *weight.shape[2:])
-    return np.ascontiguousarray(blocks.transpose(3, 4, 5, 1, 0, 2))
+    taps = weight.reshape(*weight.shape[:2], -1).transpose(2, 0, 1)
+    return np.concatenate([in_blocks(tap) for tap in taps])
 
 
 @jit
@@ -104,11 +101,10 @@ def convolve(shape, source, second, new_shape, target, window, work):
     kernel = window.kernel
     taps = kernel.z * kernel.y * kernel.x
     block_bytes = taps * inputs * BLOCK * FLOAT_BYTES
-    blocks = target.channels // BLOCK
+    blocks = (target.channels + BLOCK - 1) // BLOCK
     together = blocks if blocks * block_bytes <= CACHED_WEIGHTS else 1
     rows = new_shape.z * new_shape.y
     length = shape.x + 2 * _around(kernel.x)
-    segment_bytes = kernel.x * inputs * BLOCK * FLOAT_BYTES
     total = rows * (blocks // together)
     size = rows_in_piece(total)
     while True:
@@ -121,6 +117,8 @@ def convolve(shape, source, second, new_shape, target, window, work):
             _copy_lines(shape, source, second, row // new_shape.y, row % new_shape.y, window, work)
             for which in range(block, block + together):
                 here = (row * new_shape.x * target.channels + which * BLOCK) * FLOAT_BYTES
+                columns = min(BLOCK, target.channels - which * BLOCK)
+                segment_bytes = kernel.x * inputs * columns * FLOAT_BYTES
                 for part in range(kernel.z * kernel.y):
                     multiply(
                         work.scratch + part * length * inputs * FLOAT_BYTES,
@@ -129,10 +127,11 @@ def convolve(shape, source, second, new_shape, target, window, work):
                         target.data + here,
                         target.channels * FLOAT_BYTES,
                         new_shape.x,
+                        columns,
                         kernel.x * inputs,
                         part == 0,
                     )
-                _add_to_sums(target, here, new_shape.x, which * BLOCK, sums)
+                _add_to_sums(target, here, new_shape.x, which * BLOCK, columns, sums)
 
 
 @jit
@@ -183,10 +182,10 @@ def _copy(shape, source, z, y, is_inside, around, place, stride):
 
 
 @jit
-def _add_to_sums(target, here, length, channel, all_sums):
+def _add_to_sums(target, here, length, channel, channels, all_sums):
     """Add a line of a block of channels to the sums, four voxels at a time."""
     step = target.channels * FLOAT_BYTES
-    for vector in range(0, BLOCK, LANES):
+    for vector in range(0, channels, LANES):
         address = target.data + here + vector * FLOAT_BYTES
         sums = all_sums + (channel + vector) * DOUBLE_BYTES
         squares = sums + target.channels * DOUBLE_BYTES
@@ -225,6 +224,7 @@ def convolve_image(shape, image, channels, terms, new_shape, target, window, wor
             _list_windows(shape, image, channels, terms, z, y, new_shape.x, window, work)
             for column in range(0, target.channels, BLOCK):
                 here = (row * new_shape.x * target.channels + column) * FLOAT_BYTES
+                columns = min(BLOCK, target.channels - column)
                 multiply(
                     work.scratch,
                     terms * FLOAT_BYTES,
@@ -232,10 +232,11 @@ def convolve_image(shape, image, channels, terms, new_shape, target, window, wor
                     target.data + here,
                     target.channels * FLOAT_BYTES,
                     new_shape.x,
+                    columns,
                     terms,
                     True,
                 )
-                _add_to_sums(target, here, new_shape.x, column, sums)
+                _add_to_sums(target, here, new_shape.x, column, columns, sums)
 
 
 @jit
@@ -275,8 +276,7 @@ def enlarge(shape, source, target, stride, work):
     """
     rows = shape.z * shape.y
     width = shape.x * stride.x
-    weight_bytes = source.channels * BLOCK * FLOAT_BYTES
-    blocks = target.channels // BLOCK
+    column_bytes = source.channels * FLOAT_BYTES
     while True:
         row = take_number(work.counter)
         if row >= rows:
@@ -287,16 +287,17 @@ def enlarge(shape, source, target, stride, work):
             line = (z * stride.z + part // stride.y) * shape.y * stride.y
             line += y * stride.y + part % stride.y
             for tap in range(stride.x):
-                for block in range(blocks):
-                    voxel = (line * width + tap) * target.channels + block * BLOCK
-                    number = (part * stride.x + tap) * blocks + block
+                for block in range(0, target.channels, BLOCK):
+                    voxel = (line * width + tap) * target.channels + block
+                    before = (part * stride.x + tap) * target.channels + block
                     multiply(
                         work.scratch,
                         source.channels * FLOAT_BYTES,
-                        target.weights + number * weight_bytes,
+                        target.weights + before * column_bytes,
                         target.data + voxel * FLOAT_BYTES,
                         stride.x * target.channels * FLOAT_BYTES,
                         shape.x,
+                        min(BLOCK, target.channels - block),
                         source.channels,
                         True,
                     )

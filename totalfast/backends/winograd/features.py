@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from totalfast.backends.winograd.layers import Shape, Source
-from totalfast.backends.winograd.products import BLOCK
+from totalfast.backends.winograd.products import NARROW
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def padded(channels: int) -> int:
     """Return the number of channels with those that fill the last block."""
-    return -(-channels // BLOCK) * BLOCK
+    return -(-channels // NARROW) * NARROW
 
 
 def with_zeros(array: NDArray[np.float32], sizes: dict[int, int]) -> NDArray[np.float32]:

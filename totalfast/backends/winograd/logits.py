@@ -79,6 +79,7 @@ def add_logits(call, work):
                 there,
                 length_bytes,
                 call.classes,
+                BLOCK,
                 call.terms,
                 False,
             )

@@ -252,7 +252,7 @@ def _by_winograd(
     tiles = winograd.tiles_at_a_time(inputs, outputs)
     bounds = np.cumsum([source.channels for source in sources])[:-1]
     parts = np.split(weight, bounds, axis=1)
-    weights = np.concatenate([transform_kernel(part).ravel() for part in parts])
+    weights = np.concatenate([transform_kernel(part) for part in parts])
 
     def bind(memory: Memory, image: int, sums: int) -> Call:
         first, *rest = (source.source(memory) for source in sources)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from totalfast.backends.winograd.products import BLOCK
+from totalfast.backends.winograd.products import in_blocks
 from totalfast.system.loops import jit
 
 if TYPE_CHECKING:
@@ -45,18 +45,18 @@ def transform_kernel(weight: NDArray[np.float32]) -> NDArray[np.float32]:
     Parameters
     ----------
     weight
-        (outputs, inputs, 3, 3, 3); the outputs fill whole blocks.
+        (outputs, inputs, 3, 3, 3).
 
     Returns
     -------
-        (blocks of outputs, 216, inputs, ``BLOCK``).
+        (216, inputs, outputs), in the blocks of ``in_blocks``.
     """
     outputs, inputs = weight.shape[:2]
     wide, kernel = weight.astype(np.float64), _kernel_transform()
     for _ in range(3):  # the first axis becomes the last one
         wide = np.moveaxis(np.tensordot(kernel, wide, axes=(1, 2)), 0, -1)
-    points = wide.reshape(outputs // BLOCK, BLOCK, inputs, POINTS)
-    return np.ascontiguousarray(points.transpose(0, 3, 2, 1), dtype=np.float32)
+    points = wide.reshape(outputs, inputs, POINTS).astype(np.float32)
+    return in_blocks(points.transpose(2, 1, 0))
 
 
 @jit

@@ -98,14 +98,15 @@ def convolve(shape, first, second, target, work, tiles):
                 for column in range(0, target.channels, BLOCK):
                     place = results + column % columns * FLOAT_BYTES
                     weights = source_weights + column * POINTS * source.channels * FLOAT_BYTES
+                    width = min(BLOCK, target.channels - column)
                     _multiply_points(
                         work.scratch, point_bytes, source.channels, weights, place, result_bytes,
-                        columns, count, not is_second,
+                        columns, width, count, not is_second,
                     )  # fmt: skip
                     if is_second or second.channels == 0:
                         _voxels(
-                            shape, target, corner, column, count, place, result_bytes, columns,
-                            scratch, sums,
+                            shape, target, corner, column, width, count, place, result_bytes,
+                            columns, scratch, sums,
                         )  # fmt: skip
 
 
@@ -193,16 +194,17 @@ def _store(address, step, p0, p1, p2, p3, p4, p5):
 
 @jit
 def _multiply_points(
-    points, point_bytes, inputs, weights, results, result_bytes, columns, tiles, is_first
+    points, point_bytes, inputs, weights, results, result_bytes, columns, width, tiles, is_first
 ):
     for number in range(POINTS):
         multiply(
             points + number * point_bytes,
             inputs * FLOAT_BYTES,
-            weights + number * inputs * BLOCK * FLOAT_BYTES,
+            weights + number * inputs * width * FLOAT_BYTES,
             results + number * result_bytes,
             columns * FLOAT_BYTES,
             tiles,
+            width,
             inputs,
             is_first,
         )
@@ -210,7 +212,7 @@ def _multiply_points(
 
 @jit
 def _voxels(
-    shape, target, corner, column, tiles, results, result_bytes, columns, scratch, all_sums
+    shape, target, corner, column, width, tiles, results, result_bytes, columns, scratch, all_sums
 ):
     """Transform a row of tiles back, write its voxels, and add to the sums."""
     z, y, x = corner
@@ -218,7 +220,7 @@ def _voxels(
     slice_bytes = shape.y * line_bytes
     slices, rows = min(TILE, shape.z - z), min(TILE, shape.y - y)
     for tile in range(tiles):
-        for channel in range(0, BLOCK, LANES):
+        for channel in range(0, width, LANES):
             result = results + (tile * columns + channel) * FLOAT_BYTES
             for number in range(PLANE):
                 here = result + number * WINDOW * result_bytes
