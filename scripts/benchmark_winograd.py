@@ -154,6 +154,7 @@ def time_layers(repeats: int) -> list[dict[str, Any]]:
             weight=layer.weight.detach().numpy(),
             bias=np.zeros(outputs, dtype=np.float32),
             stride=(1, 1, 1),
+            padding=(1, 1, 1),
             normalisation=None,
             slope=0.01,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from types import SimpleNamespace
 
@@ -11,15 +12,19 @@ import pytest
 import torch
 
 import totalfast
+from totalfast.engine import predict as predict_module
 from totalfast.engine.normalise import to_network_image
 from totalfast.errors import OptionError
-from totalfast.geometry import Grid
+from totalfast.geometry import Grid, enlarged
 from totalfast.labels.merge import merge_part
 from totalfast.models.weights import find_part, parts_of
 from totalfast.options import Options
 from totalfast.run import pipeline, prediction
+from totalfast.run.context import RunContext
+from totalfast.run.empty_classes import NOT_GUIDED_TO
 from totalfast.run.guide import box_in_piece, boxes_of_models
 from totalfast.run.shared_scan import SharedScan
+from totalfast.system.progress import Progress
 from totalfast.tasks import Part, resolve_task
 
 pytestmark = pytest.mark.usefixtures("standins_are_used")
@@ -33,6 +38,25 @@ def scan():
     """A scan of several tiles at 1.5 mm, and no resampling."""
     values = np.random.default_rng(0).normal(0, 300, (90, 70, 110)).astype(np.int16)
     return nib.Nifti1Image(values, np.diag([1.5, 1.5, 1.5, 1.0]))
+
+
+class Bar(Progress):
+    """Adds up the work, without a limit."""
+
+    def __init__(self):
+        self.done = self.total = 0.0
+
+    def stage(self, name):
+        pass
+
+    def expect(self, total):
+        self.total = total
+
+    def advance(self, work):
+        self.done += work
+
+    def __exit__(self, *error):
+        pass
 
 
 def grid_of(shape_xyz, mm):
@@ -70,8 +94,8 @@ def test_only_selected_classes_count():
     assert box[0].stop > 100
 
 
-@pytest.mark.parametrize("seed", range(200))
-def test_a_box_in_a_piece_keeps_its_voxels_and_is_as_large_as_a_tile(seed):
+@pytest.mark.parametrize("seed", range(100))
+def test_a_box_in_a_piece_and_enlarged_keeps_its_voxels(seed):
     random = np.random.default_rng(seed)
     shape = random.integers(1, 60, 3)
     first = int(random.integers(0, shape[0]))
@@ -80,22 +104,21 @@ def test_a_box_in_a_piece_keeps_its_voxels_and_is_as_large_as_a_tile(seed):
     box = tuple(
         slice(int(a), int(random.integers(a + 1, n + 1))) for a, n in zip(low, shape, strict=True)
     )
-    patch = [int(n) for n in random.integers(1, 40, 2 if seed % 4 == 0 else 3)]
     within = (piece.stop - piece.start, *(int(n) for n in shape[1:]))
     wanted = np.zeros(shape, bool)
     wanted[box] = True
     wanted = wanted[piece]
-    found = box_in_piece(box, piece, within, patch)
+    found = box_in_piece(box, piece, within)
     if not wanted.any():
         assert found is None
         return
-    wanted[found] = False
-    assert not wanted.any()
-    least = [1, *patch][-3:]
-    for part, (asked, n), size in zip(found, zip(box, within, strict=True), least, strict=True):
-        assert 0 <= part.start < part.stop <= n
-        assert part.stop - part.start >= min(size, n)
-        assert part.stop - part.start <= max(asked.stop - asked.start, min(size, n))
+    assert wanted[found].all()
+    assert wanted.sum() == wanted[found].size
+    patch = [int(n) for n in random.integers(1, 40, 3)]
+    large = enlarged(found, patch, [slice(0, n) for n in within])
+    for part, own, n, least in zip(large, found, within, patch, strict=True):
+        assert 0 <= part.start <= own.start < own.stop <= part.stop <= n
+        assert part.stop - part.start == max(own.stop - own.start, min(least, n))
 
 
 def nnunets_labels(task, part, voxels):
@@ -123,7 +146,7 @@ def test_each_model_labels_its_box_as_nnunet_labels_such_an_image(scan, monkeypa
     for part, box in zip(task.parts, boxes, strict=True):
         if box is not None:
             patch = prediction.ModelSummary.of(task, part).patch
-            inside = box_in_piece(box, slice(0, len(voxels)), voxels.shape, patch)
+            inside = enlarged(box, patch, [slice(0, n) for n in voxels.shape])
             own = nnunets_labels(task, part, np.ascontiguousarray(voxels[inside]))
             merge_part(expected[inside], own, part.labels)
     assert expected.any()
@@ -190,6 +213,73 @@ def test_a_box_of_zeros_which_nnunet_crops_gives_no_labels(monkeypatch):
         assert not np.any(labels.dataobj)
 
 
+def test_a_tile_has_no_padding_where_there_is_an_image_inside_a_border_of_zeros(monkeypatch):
+    """nnU-Net crops the border; a box near it grows to the other side."""
+    values = np.zeros((90, 70, 170), dtype=np.int16)
+    values[:, :, :90] = np.random.default_rng(0).normal(0, 300, (90, 70, 90))
+    scan = nib.Nifti1Image(values, np.diag([1.5, 1.5, 1.5, 1.0]))
+    guide = np.zeros((85, 35, 45), dtype=np.uint8)
+    guide[40:44, 8:20, 10:20] = LIVER
+    monkeypatch.setattr(pipeline, "_guiding_labels", lambda *_: guide)
+    seen = []
+    queue = predict_module._queue_network_image
+    monkeypatch.setattr(
+        predict_module,
+        "_queue_network_image",
+        lambda image, *a, **k: seen.append(image) or queue(image, *a, **k),
+    )
+    totalfast.segment(scan, guided=True, **TOTAL)
+    task = resolve_task("total")
+    depth = prediction.ModelSummary.of(task, task.parts[0]).patch[0]
+    (image,) = seen
+    assert image.box[0] == slice(90 - depth, 90)
+    assert image.voxels.shape[1] == depth
+
+
+def test_the_progress_bar_counts_tiles_of_zeros_too(monkeypatch):
+    values = np.zeros((90, 70, 170), dtype=np.int16)
+    values[:, :, :90] = np.random.default_rng(0).normal(0, 300, (90, 70, 90))
+    scan = nib.Nifti1Image(values, np.diag([1.5, 1.5, 1.5, 1.0]))
+    guide = np.zeros((85, 35, 45), dtype=np.uint8)
+    guide[60:80, 8:20, 10:20] = LIVER  # where there are only zeros
+    guide[10:20, 8:20, 10:20] = RIB
+    monkeypatch.setattr(
+        pipeline, "_guiding_labels", lambda c, *_: c.progress.advance(c.work.guide) or guide
+    )
+    for keywords in ({}, {"guided": True}):
+        bar = Bar()
+        with totalfast.Session() as session:
+            session.segment_shown(scan, None, {**keywords, **TOTAL}, bar)
+        assert bar.done == pytest.approx(bar.total, rel=0.02)
+
+
+def test_a_scan_thinner_than_a_voxel_of_the_fast_model_is_not_guided(caplog):
+    values = np.random.default_rng(0).normal(0, 300, (60, 60, 1)).astype(np.int16)
+    scan = nib.Nifti1Image(values, np.diag([1.5, 1.5, 1.0, 1.0]))
+    plain = totalfast.segment(scan, task="body", **TOTAL)
+    with caplog.at_level(logging.INFO, "totalfast"):
+        guided = totalfast.segment(scan, task="body", guided=True, **TOTAL)
+    np.testing.assert_array_equal(guided.dataobj, plain.dataobj)
+    assert "Not guided: " in caplog.text
+
+
+def test_the_report_tells_classes_whose_model_did_not_run(scan, monkeypatch, tmp_path):
+    guide = np.zeros((55, 35, 45), dtype=np.uint8)
+    guide[4:9, 8:20, 10:20] = LIVER
+    monkeypatch.setattr(pipeline, "_guiding_labels", lambda *_: guide)
+    loaded = []
+    take = RunContext.take
+    monkeypatch.setattr(
+        RunContext, "take", lambda s, t, p: loaded.append(p.model_id) or take(s, t, p)
+    )
+    totalfast.segment(scan, guided=True, report=tmp_path / "report.json", **TOTAL)
+    report = json.loads((tmp_path / "report.json").read_text())["totalfast"]
+    assert report["guided"] is True
+    assert report["empty_classes"]["heart"] == NOT_GUIDED_TO
+    assert NOT_GUIDED_TO not in {report["empty_classes"].get(name) for name in ("liver", "spleen")}
+    assert loaded == [291]
+
+
 def test_an_image_that_the_plans_resample_is_not_cut(scan):
     model = SimpleNamespace(
         folder="model",
@@ -206,10 +296,11 @@ def test_an_image_that_the_plans_resample_is_not_cut(scan):
     voxels = np.ones((1, 20, 30, 40), np.float32)
     same = to_network_image(voxels, spacing_mm=(1.5, 1.5, 1.5), model=model)
     box = (slice(5, 9), slice(0, 30), slice(10, 20))
-    assert same.within(box).voxels.shape == (1, 4, 30, 10)
-    assert same.within(box).box == box
+    assert same.within(box, (2, 2, 2)).voxels.shape == (1, 4, 30, 10)
+    assert same.within(box, (2, 2)).box == box
+    assert same.within(box, (6, 60, 12)).box == (slice(4, 10), slice(0, 30), slice(9, 21))
     other = to_network_image(voxels, spacing_mm=(3.0, 1.5, 1.5), model=model)
-    assert other.within(box) is other
+    assert other.within(box, (2, 2, 2)) is other
 
 
 def test_combinations_that_can_not_be_guided_are_refused():

@@ -126,6 +126,9 @@ def test_what_is_multiplied_in_the_transforms_is_exact_in_float32():
         (residual((32, 64, 64), strides=[1, (1, 2, 2), 2]), (1, 1, 6, 12, 20)),
         (residual((24, 40), stem_channels=16, inputs=3, kernels=[(1, 3, 3), 3]), (1, 3, 6, 10, 14)),
         (residual((32, 64), strides=[(2, 1, 1), (1, 2, 1)]), (1, 1, 8, 8, 12)),
+        (residual((32, 64), strides=[1, 3]), (1, 1, 12, 12, 12)),
+        (residual((32, 64), strides=[3, (1, 4, 3)]), (1, 1, 12, 12, 36)),
+        (unet((32, 64), strides=[1, (4, 3, 1)]), (1, 1, 8, 12, 12)),
         (residual((32, 32), n_blocks_per_stage=[1, 4]), (1, 1, 8, 8, 8)),
         (residual((32, 64), nonlin=nn.ReLU, nonlin_kwargs={}), (1, 1, 8, 8, 8)),
         (residual((32, 64), nonlin=None, nonlin_kwargs=None), (1, 1, 8, 8, 8)),
@@ -228,12 +231,19 @@ def test_tiles_of_another_shape_or_kind_are_refused(tile):
         forward.body(tile)
 
 
-def test_sizes_that_strides_do_not_divide_are_left_to_torch(caplog):
-    network = unet((32, 64))
+@pytest.mark.parametrize(
+    ("network", "shape", "error"),
+    [
+        (unet((32, 64)), (7, 9, 11), "Sizes of tensors"),
+        (residual((32, 64)), (8, 8, 7), "must match the size"),
+        (residual((32, 64), strides=[2, 2]), (7, 8, 8), "must match the size"),
+    ],
+)
+def test_sizes_that_strides_do_not_divide_are_left_to_torch(network, shape, error, caplog):
     with inference_settings(CPU):
-        forward = run_by_winograd(network, (1, 1, 7, 9, 11))
-        with pytest.raises(RuntimeError, match="Sizes of tensors"):
-            forward(tile_of(1, 1, 7, 9, 11))
+        forward = run_by_winograd(network, (1, 1, *shape))
+        with pytest.raises(RuntimeError, match=error):
+            forward(tile_of(1, 1, *shape))
     assert "because of its strides" in caplog.text
 
 

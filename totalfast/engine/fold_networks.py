@@ -59,8 +59,7 @@ class FoldNetworks:
         self._networks = [
             (forward.body, forward.head) if plain else (forward, None) for forward in model.forwards
         ]
-        self._splits_heads = any(head is not None for _, head in self._networks)
-        self._constant = [_ConstantTile() for _ in self._networks]
+        self._last: tuple[list[int], torch.Tensor] | None = None
         self._mirrorings = mirrorings(tiling.mirror_axes)
         self.weights = torch.ones(tiles.patch, dtype=torch.half, device=device)
         if tiling.gaussian:
@@ -69,23 +68,23 @@ class FoldNetworks:
     def run(self, tile: torch.Tensor) -> Iterator[TileOutput]:
         """Run one network after another on a tile (channels, z, y, x); yield the outputs.
 
-        A tile that holds one value, such as padding, is computed only if the one before held
-        another.
+        A tile of one value, such as padding, is computed only if the one before had another.
         """
         import torch
 
-        value = constant_value(tile) if self._splits_heads else None
-        for last, (network, head) in zip(self._constant, self._networks, strict=True):
-            if value is None or value != last.value:
-                last.forget()  # the network needs the memory
-                # A copy for each network, as in nnU-Net: a network may change its input.
-                batch = torch.clone(tile[None], memory_format=torch.contiguous_format)
-                features = self._mirrored_mean(network, batch.to(self.model.device))
-                if value is None or head is None:
-                    yield TileOutput(head=head, features=features)
-                    continue
-                last.value, last.features = value, features
-            yield TileOutput(head=head, features=last.features)
+        value = constant_value(tile) if self._may_repeat else None
+        if value is not None and self._last is not None and self._last[0] == value:
+            yield TileOutput(head=self._networks[0][1], features=self._last[1])
+            return
+        self._last = None  # the network needs the memory
+        for network, head in self._networks:
+            # A copy for each network, as in nnU-Net: a network may change its input.
+            batch = torch.clone(tile[None], memory_format=torch.contiguous_format)
+            features = self._mirrored_mean(network, batch.to(self.model.device))
+            if value is not None:
+                self._last = value, features
+            yield TileOutput(head=head, features=features)
+            del features
 
     def logits_of_one_tile(
         self, image: torch.Tensor, tiles: Tiles
@@ -104,10 +103,18 @@ class FoldNetworks:
                 weight = self.weights[(slice(row, row + 1), *inside)]
                 yield row - rows.start, self.mean([weighted[place]], weight)
 
+    @property
+    def _may_repeat(self) -> bool:
+        """Whether features stay valid until the next call, and are as small as a forward pass.
+
+        A last layer changes no features, but what networks return may be changed. The features of
+        several folds would need more memory than one forward pass.
+        """
+        return self.count == 1 and self._networks[0][1] is not None
+
     def release(self) -> None:
         """Free the memory that is kept between tiles."""
-        for last in self._constant:
-            last.forget()
+        self._last = None
         for forward in self.model.forwards:
             forward.release()
 
@@ -154,20 +161,6 @@ class FoldNetworks:
         if self._mirrorings:
             output /= len(self._mirrorings) + 1
         return output[:, :, None] if slices else output
-
-
-class _ConstantTile:
-    """A network's last features, if they are those of a tile of one value.
-
-    They are valid until the network's next call, and no last layer changes them.
-    """
-
-    def __init__(self) -> None:
-        self.forget()
-
-    def forget(self) -> None:
-        self.value: list[int] | None = None
-        self.features: Any = None
 
 
 def constant_value(tile: torch.Tensor) -> list[int] | None:

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from totalfast.engine.normalise import NetworkImage
     from totalfast.engine.sliding_window import WindowMemory
     from totalfast.engine.source_image import SourceImage
-    from totalfast.geometry import LinearWeights
+    from totalfast.geometry import Box, LinearWeights
     from totalfast.models.model import Model
 
 logger = logging.getLogger(__name__)
@@ -48,10 +48,10 @@ def queue_part(
     source: SourceImage,
     *,
     model: Model,
+    box: Box,
     tiling: Tiling,
     memory: WindowMemory | None,
     on_tile: Callable[[], None],
-    box: tuple[slice, ...] | None = None,
     linear_to: tuple[int, int, int] | None = None,
 ) -> Callable[[], NDArray[np.unsignedinteger]]:
     """Start to label every voxel of a model image with one model.
@@ -62,15 +62,15 @@ def queue_part(
         The model image, of one channel.
     model
         A loaded model.
+    box
+        Slices along (z, y, x) of the model image. Voxels outside get 0, unless a tile is larger
+        than the box. The image is normalised as a whole.
     tiling
         How tiles are placed, mirrored and weighted.
     memory
         Memory for the sums of logits on the CPU; None allocates it.
     on_tile
         Called after each tile.
-    box
-        Slices along (z, y, x) of the model image; the voxels outside get 0. The image is normalised
-        as a whole. None takes all of it.
     linear_to
         Shape (z, y, x) of a grid with the same field of view and the same corner voxels. The
         logits are interpolated to this grid and then turned into labels. None returns labels on
@@ -82,10 +82,9 @@ def queue_part(
         the model's label numbers. On a CUDA device, all work is then in its queue; elsewhere it is
         done.
     """
-    image = _prepared(source, model, tiling)
-    if box is not None:
-        image = image.within(tuple(box[axis] for axis in model.plans.transpose_forward))
-    if image.voxels.numel() == 0:  # the box holds only zeros, which nnU-Net crops
+    z, y, x = model.plans.transpose_forward
+    image = _prepared(source, model, tiling).within((box[z], box[y], box[x]), model.patch_size)
+    if image is None:  # nnU-Net crops zeros
         shape, dtype = linear_to or source.shape, label_dtype(len(model.labels.foreground_labels))
         return lambda: np.zeros(shape, dtype=dtype)
     return _queue_network_image(

@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 
 NOT_FOUND = "not found"
 NO_REGION = "the region was not found"
+NOT_GUIDED_TO = "the fast model found no class of its model"
 CLEANED = "removed by the task's clean-up"
 TOO_SMALL = "removed because it was too small"
 NOT_RESTORED = "smaller than the scan's voxel spacing"
@@ -45,6 +46,11 @@ class EmptyClasses:
         """Record a reason for the classes that are empty now and were not before."""
         if self._enabled:
             self._record(self._classes.keys() - label_boxes(labels), reason)
+
+    def note_some(self, labels: Iterable[int], reason: str) -> None:
+        """Record a reason for some classes."""
+        if self._enabled:
+            self._record(self._classes.keys() & labels, reason)
 
     def note_all(self, reason: str) -> None:
         """Record a reason for all classes."""

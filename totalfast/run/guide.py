@@ -47,10 +47,8 @@ def boxes_of_models(labels: NDArray[np.uint8], task: Task, grid: Grid) -> tuple[
     return tuple(boxes)
 
 
-def box_in_piece(box: Box, slices: slice, shape: Sequence[int], patch: Sequence[int]) -> Box | None:
-    """Return the part of a box that lies in a piece of the image, at least as large as a tile.
-
-    Tiles then see the image beyond the box, and no padding where there is an image.
+def box_in_piece(box: Box, slices: slice, shape: Sequence[int]) -> Box | None:
+    """Return the part of a box that lies in a piece of the image.
 
     Parameters
     ----------
@@ -60,8 +58,6 @@ def box_in_piece(box: Box, slices: slice, shape: Sequence[int], patch: Sequence[
         The piece's slices of the image.
     shape
         The piece's shape, (z, y, x).
-    patch
-        Tile size (z, y, x), or (y, x) of a 2-D model.
 
     Returns
     -------
@@ -70,18 +66,4 @@ def box_in_piece(box: Box, slices: slice, shape: Sequence[int], patch: Sequence[
     first, stop = box[0].start - slices.start, box[0].stop - slices.start
     if first >= shape[0] or stop <= 0:
         return None
-    depth = () if len(patch) == 3 else (1,)
-    parts = (slice(max(first, 0), min(stop, shape[0])), *box[1:])
-    z, y, x = (
-        _grown(part, least, n)
-        for part, least, n in zip(parts, (*depth, *patch), shape, strict=True)
-    )
-    return z, y, x
-
-
-def _grown(part: slice, least: int, n: int) -> slice:
-    """Make a slice of an axis of ``n`` voxels at least ``least`` long, evenly where it can be."""
-    size = min(max(part.stop - part.start, least), n)
-    start = max(part.start - (size - (part.stop - part.start)) // 2, 0)
-    start = min(start, n - size)
-    return slice(start, start + size)
+    return slice(max(first, 0), min(stop, shape[0])), box[1], box[2]

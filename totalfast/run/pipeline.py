@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from totalfast.errors import InputError
 from totalfast.export.cell_export import prepare as prepare_linear
 from totalfast.files.read import open_scan, read_image
 from totalfast.files.targets import derives_body_and_skin
@@ -23,7 +24,13 @@ from totalfast.models.weights import ensure_parts, parts_of
 from totalfast.resampling.model_grid import to_model_grid
 from totalfast.run.cleanup import clean, refine
 from totalfast.run.context import RunContext
-from totalfast.run.empty_classes import NO_REGION, NOT_RESTORED, OUTSIDE, EmptyClasses
+from totalfast.run.empty_classes import (
+    NO_REGION,
+    NOT_GUIDED_TO,
+    NOT_RESTORED,
+    OUTSIDE,
+    EmptyClasses,
+)
 from totalfast.run.guide import boxes_of_models
 from totalfast.run.input_warnings import warn_of_unusual
 from totalfast.run.intensities import replace_non_finite
@@ -57,6 +64,7 @@ if TYPE_CHECKING:
 
     from totalfast.files.dicom.read import Series
     from totalfast.files.targets import OutputPlan
+    from totalfast.geometry import Box
     from totalfast.models.store import ModelStore
     from totalfast.options import Options
     from totalfast.run.memory_plan import MemoryPlan
@@ -208,14 +216,12 @@ def label(context: RunContext, image: ScannerImage, task: Task) -> LabelMap:
 
 def label_whole(context: RunContext, image: ScannerImage, task: Task) -> LabelMap:
     """Label all of an image: to the model grid, predict, clean up, and back."""
-    rough_labels = None if task.guide is None else _guiding_labels(context, image, task.guide)
+    guide = None if task.guide is None else _guiding_labels(context, image, task.guide)
     model_image = resample(context, image, task)
     context.progress.advance(context.work.resample)
     if not context.keeps_scan:
         image.drop_voxels()
-    boxes = None
-    if rough_labels is not None:
-        boxes = boxes_of_models(rough_labels, task, model_image.grid)
+    boxes = None if guide is None else _boxes_of_models(context, guide, model_image, task)
     labels = predict(context, model_image, task, boxes=boxes)
     labels = clean(context, labels, model_image, task)
     statistics = None
@@ -273,14 +279,37 @@ def _rough_labels(context: RunContext, image: ScannerImage, crop: Crop) -> NDArr
     return _shared(context, image, crop.rough, predict_roughly)
 
 
-def _guiding_labels(context: RunContext, image: ScannerImage, guide: Task) -> NDArray[np.uint8]:
-    """Run the faster task that guides, unless another has: labels (z, y, x), RAS+ axes."""
+def _guiding_labels(
+    context: RunContext, image: ScannerImage, guide: Task
+) -> NDArray[np.uint8] | None:
+    """Run the faster task that guides, unless another has: labels (z, y, x), RAS+ axes.
+
+    None if the image is thinner than the task's voxels.
+    """
+    try:
+        image.grid.canonical().resampled(guide.spacing_mm or ())
+    except InputError as error:
+        logger.info("Not guided: %s", error)
+        context.progress.advance(context.work.guide)
+        return None
 
     def predict_roughly() -> NDArray[np.uint8]:
         logger.info("Generating %dmm segmentation to guide the models...", guide.coarse_mm)
         return _predict_roughly(context.rough(work=context.work.guide), image, guide)
 
     return _shared(context, image, guide, predict_roughly)
+
+
+def _boxes_of_models(
+    context: RunContext, guide: NDArray[np.uint8], model_image: ModelImage, task: Task
+) -> tuple[Box | None, ...]:
+    """Where each model runs; classes of a model that runs nowhere are noted as empty."""
+    boxes = boxes_of_models(guide, task, model_image.grid)
+    for part, box in zip(task.parts, boxes, strict=True):
+        if box is None:
+            labels = task.classes if part.labels is None else part.labels.values()
+            context.empty_classes.note_some(labels, NOT_GUIDED_TO)
+    return boxes
 
 
 def _shared(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -14,6 +15,7 @@ from totalfast.engine.sliding_window import WindowMemory, prepare_tiles
 from totalfast.engine.source_image import SourceImage
 from totalfast.engine.tiles import Tiling, plan_tiles
 from totalfast.files.write import write_probabilities
+from totalfast.geometry import enlarged
 from totalfast.labels.merge import merge_part, thirds, wants_split, whole
 from totalfast.models.model_summary import ModelSummary
 from totalfast.run.device_plan import choose_ladder
@@ -53,6 +55,7 @@ class _Window(NamedTuple):
     box: Box
     """Slices along (z, y, x) of the piece."""
     tile_count: int
+    """At most: nnU-Net crops zeros at the border of an image."""
 
 
 class _Layout(NamedTuple):
@@ -125,6 +128,7 @@ def _predict(
         work = work.of_models(len(task.parts), share=tile_count / full)
         context.progress.expect(work.total)
         logger.info("Guided: %d of %d tiles", tile_count, full)
+        context = _without_idle(context, task, windows)
     layout = _Layout(
         windows=windows,
         tile_work=work.part * len(task.parts) / max(tile_count, 1),
@@ -139,6 +143,8 @@ def _predict(
         for index, part in enumerate(task.parts):
             if task.several_models:
                 logger.info("Predicting part %d of %d ...", index + 1, len(task.parts))
+            if index > 0 and not windows[index]:
+                continue  # the first one is being loaded
             context.progress.stage("Loading model")
             if context.device.type != "cuda":
                 prepare_tiles(ModelSummary.of(task, part).patch)  # while it loads
@@ -179,6 +185,7 @@ def _queue_model(
             )
 
         yield window.piece, layout.ladder.run(queue)
+        tiles.finish(window.tile_count)
     if model.device.type == "cpu":
         trim_memory()
 
@@ -247,6 +254,10 @@ class _TileProgress:
             self._shown = self._done
             self._progress.advance(self._work)
 
+    def finish(self, count: int) -> None:
+        """Add those of ``count`` tiles that were not run."""
+        self._progress.advance(self._work * max(count - self._shown, 0))
+
 
 def _windows(
     pieces: tuple[tuple[Piece, SourceImage], ...],
@@ -258,16 +269,35 @@ def _windows(
     z, y, x = (slice(0, n) for n in model_image.voxels.shape)
 
     def windows(part: Part, box: Box | None) -> Iterator[_Window]:
-        patch = ModelSummary.of(task, part).patch
+        model = ModelSummary.of(task, part)
         for piece, source in pieces:
-            inside = box and box_in_piece(box, piece.predicted, source.shape, patch)
+            inside = box and box_in_piece(box, piece.predicted, source.shape)
             if inside is not None:
-                shape = tuple(some.stop - some.start for some in inside)
-                count = plan_tiles(shape, patch, task.tile_step).count
+                first, second, third = model.axes
+                large = enlarged(
+                    (inside[first], inside[second], inside[third]),
+                    (1, *model.patch)[-3:],
+                    tuple(slice(0, source.shape[axis]) for axis in model.axes),
+                )
+                shape = tuple(some.stop - some.start for some in large)
+                count = plan_tiles(shape, model.patch, task.tile_step).count
                 yield _Window(piece, source, inside, count)
 
     every = boxes or [(z, y, x)] * len(task.parts)
     return tuple(tuple(windows(part, box)) for part, box in zip(task.parts, every, strict=True))
+
+
+def _without_idle(
+    context: RunContext, task: Task, windows: tuple[tuple[_Window, ...], ...]
+) -> RunContext:
+    """Return the context without the models that have nothing to do, but with the first one."""
+    idle = [part for part, own in zip(task.parts[1:], windows[1:], strict=True) if not own]
+    models = tuple(
+        (of, part)
+        for of, part in context.models
+        if of is not task or not any(part is other for other in idle)
+    )
+    return replace(context, models=models)
 
 
 def _tile_count(windows: tuple[tuple[_Window, ...], ...]) -> int:

@@ -308,7 +308,11 @@ def save_report(
         runtime_seconds=elapsed_s,
         save_lowres=options.lowres,
     )
-    facts["totalfast"] = {"version": version(), "empty_classes": empty_classes.reasons}
+    facts["totalfast"] = {
+        "version": version(),
+        "guided": options.guided,
+        "empty_classes": empty_classes.reasons,
+    }
     if results.output is not None and not options.multilabel:
         folder = results.output.resolve()
         written = {file.name for file in results.files.targets if file.parent == folder}

@@ -73,8 +73,8 @@ class Work:
 
 
 CPU_S_PER_VOXEL, GPU_S_PER_VOXEL = 1e-6, 2e-8
-"""Of the network. On two cores winograd takes 5e-7 and torch 2e-6 (scripts/results/winograd.json); an
-H200 took 6e-9 (scripts/results/gpu.json), and smaller GPUs take more."""
+"""Of the network. On two cores winograd takes 5e-7 and torch 2e-6 (scripts/results/winograd.json).
+An H200 took 6e-9 (scripts/results/gpu.json); smaller GPUs take more."""
 
 TYPICAL_REGION = 0.2
 """Share of a scan that a task with a region segments; an estimate for the progress bar."""

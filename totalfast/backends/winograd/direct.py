@@ -40,13 +40,11 @@ FINISHED = 4096
 
 
 class Window(NamedTuple):
-    """Kernel and stride of a convolution.
-
-    A kernel of three voxels has one voxel of padding, smaller ones have none.
-    """
+    """Kernel, stride and padding of a convolution."""
 
     kernel: Shape
     stride: Shape
+    padding: Shape
 
 
 def direct_weights(weight: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -104,7 +102,7 @@ def convolve(shape, source, second, new_shape, target, window, work):
     blocks = (target.channels + BLOCK - 1) // BLOCK
     together = blocks if blocks * block_bytes <= CACHED_WEIGHTS else 1
     rows = new_shape.z * new_shape.y
-    length = shape.x + 2 * _around(kernel.x)
+    length = shape.x + 2 * window.padding.x
     total = rows * (blocks // together)
     size = rows_in_piece(total)
     while True:
@@ -139,28 +137,22 @@ def _copy_lines(shape, source, second, row, line, window, work):
     """Copy the lines of the input that a row of the output needs."""
     kernel = window.kernel
     inputs = source.channels + second.channels
-    around = _around(kernel.x)
-    length = shape.x + 2 * around
+    around = window.padding
+    length = shape.x + 2 * around.x
     for part in range(kernel.z * kernel.y):
         place = work.scratch + part * length * inputs * FLOAT_BYTES
-        z = row * window.stride.z + part // kernel.y - _around(kernel.z)
-        y = line * window.stride.y + part % kernel.y - _around(kernel.y)
+        z = row * window.stride.z + part // kernel.y - around.z
+        y = line * window.stride.y + part % kernel.y - around.y
         is_inside = 0 <= z < shape.z and 0 <= y < shape.y
-        _copy(shape, source, z, y, is_inside, around, place, inputs)
+        _copy(shape, source, z, y, is_inside, around.x, place, inputs)
         if second.channels:
             there = place + source.channels * FLOAT_BYTES
-            _copy(shape, second, z, y, is_inside, around, there, inputs)
+            _copy(shape, second, z, y, is_inside, around.x, there, inputs)
 
 
-@jit
-def _around(size):
-    """Voxels of padding of a kernel of ``size`` voxels."""
-    return (size - 1) // 2
-
-
-def scratch_floats(width: int, kernel: Shape, inputs: int) -> int:
-    """Return the size of a thread's scratch memory for ``convolve`` and ``enlarge``."""
-    return kernel.z * kernel.y * (width + kernel.x - 1) * inputs
+def scratch_floats(width: int, window: Window, inputs: int) -> int:
+    """Return the size of a thread's scratch memory for ``convolve``, for rows of ``width``."""
+    return window.kernel.z * window.kernel.y * (width + 2 * window.padding.x) * inputs
 
 
 @jit
@@ -242,12 +234,12 @@ def convolve_image(shape, image, channels, terms, new_shape, target, window, wor
 @jit
 def _list_windows(shape, image, channels, terms, row, line, length, window, work):
     """List the values of the windows of a row of the output, with zeros outside of the image."""
-    kernel, stride = window.kernel, window.stride
+    kernel, stride, around = window.kernel, window.stride, window.padding
     term = 0
     for part in range(kernel.z * kernel.y * kernel.x):
-        z = row * stride.z + part // (kernel.y * kernel.x) - _around(kernel.z)
-        y = line * stride.y + part // kernel.x % kernel.y - _around(kernel.y)
-        first = part % kernel.x - _around(kernel.x)
+        z = row * stride.z + part // (kernel.y * kernel.x) - around.z
+        y = line * stride.y + part // kernel.x % kernel.y - around.y
+        first = part % kernel.x - around.x
         is_inside = 0 <= z < shape.z and 0 <= y < shape.y
         for channel in range(channels):
             data = image + ((channel * shape.z + z) * shape.y + y) * shape.x * FLOAT_BYTES

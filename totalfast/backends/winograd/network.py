@@ -57,6 +57,8 @@ class Convolution:
         (outputs,).
     stride
         Voxels along z, y, x.
+    padding
+        Zeros at both ends along z, y, x.
     normalisation
         None if there is none.
     slope
@@ -66,6 +68,7 @@ class Convolution:
     weight: NDArray[np.float32]
     bias: NDArray[np.float32]
     stride: tuple[int, int, int]
+    padding: tuple[int, int, int]
     normalisation: Normalisation | None
     slope: float
 
@@ -200,6 +203,7 @@ def _shortcut(block: Untyped) -> Convolution:
         weight=np.eye(channels, dtype=np.float32)[..., None, None, None],
         bias=np.zeros(channels, dtype=np.float32),
         stride=(1, 1, 1),
+        padding=(0, 0, 0),
         normalisation=None,
         slope=1.0,
     )
@@ -232,6 +236,7 @@ def _block(block: Untyped) -> Convolution:
         weight=_array(convolution.weight),
         bias=_bias(convolution),
         stride=convolution.stride,
+        padding=convolution.padding,
         normalisation=normalisation,
         slope=slope,
     )

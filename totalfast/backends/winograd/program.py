@@ -181,14 +181,20 @@ def _steps(layers: Layers, shape: Shape) -> list[Step]:
 def _residual(block: Residual, source: Features, image: Shape) -> list[Step]:
     steps, other = [], source
     if block.shortcut is not None:
+        if any(np.remainder(source.shape, block.shortcut.stride)):
+            raise _indivisible(image)
         steps.append(_convolution(block.shortcut, (source,), image))
         other = steps[-1].target
     steps.append(_convolution(block.first, (source,), image))
     steps.append(_convolution(block.second, (steps[-1].target,), image))
     result = steps[-1].target
     if (result.shape, result.count) != (other.shape, other.count):
-        raise UnknownLayerError(f"tiles whose size is {tuple(image)}, because of its strides")
+        raise _indivisible(image)
     return [*steps, _sum(result, other, block.slope)]
+
+
+def _indivisible(image: Shape) -> UnknownLayerError:
+    return UnknownLayerError(f"tiles whose size is {tuple(image)}, because of its strides")
 
 
 def _sum(first: Features, second: Features, slope: float) -> Step:
@@ -211,7 +217,7 @@ def _sum(first: Features, second: Features, slope: float) -> Step:
 def _convolution(layer: Convolution, sources: tuple[Features, ...], image: Shape) -> Step:
     shape = sources[0].shape if sources else image
     if any(source.shape != shape for source in sources):
-        raise UnknownLayerError(f"tiles whose size is {tuple(image)}, because of its strides")
+        raise _indivisible(image)
     target = Features(
         Shape(*(-(-size // step) for size, step in zip(shape, layer.stride, strict=True))),
         len(layer.weight),
@@ -281,7 +287,7 @@ def _directly(
     sources: tuple[Features, ...],
     target: Features,
 ) -> Step:
-    window = direct.Window(kernel=Shape(*weight.shape[2:]), stride=Shape(*layer.stride))
+    window = _window(layer)
     weights, shape = direct.direct_weights(weight), sources[0].shape
 
     def bind(memory: Memory, image: int, sums: int) -> Call:
@@ -295,7 +301,7 @@ def _directly(
 
         return call
 
-    scratch = direct.scratch_floats(shape.x, window.kernel, weight.shape[1])
+    scratch = direct.scratch_floats(shape.x, window, weight.shape[1])
     return Step(
         sources=sources,
         target=target,
@@ -305,8 +311,16 @@ def _directly(
     )
 
 
+def _window(layer: Convolution) -> direct.Window:
+    return direct.Window(
+        kernel=Shape(*layer.weight.shape[2:]),
+        stride=Shape(*layer.stride),
+        padding=Shape(*layer.padding),
+    )
+
+
 def _of_image(layer: Convolution, shape: Shape, target: Features) -> Step:
-    window = direct.Window(kernel=Shape(*layer.weight.shape[2:]), stride=Shape(*layer.stride))
+    window = _window(layer)
     weights = direct.direct_weights(with_zeros(layer.weight, {0: target.channels}))
     channels, terms = layer.weight.shape[1], int(np.prod(layer.weight.shape[1:]))
 
@@ -344,5 +358,5 @@ def _enlargement(layer: Enlargement, source: Features) -> Step:
 
         return call
 
-    scratch = direct.scratch_floats(source.shape.x, Shape(1, 1, 1), source.channels)
+    scratch = source.shape.x * source.channels
     return Step(sources=(source,), target=target, bind=bind, scratch=scratch, normalisation=None)
