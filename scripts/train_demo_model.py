@@ -102,8 +102,23 @@ class Sampling:
         """Number of tiles that are taken of each phantom."""
         return 1 if self.patch == self.padded else CROPS
 
+    @property
+    def below(self) -> NDArray[np.int64]:
+        """Voxels (z, y, x) of padding before a phantom."""
+        return (np.array(self.padded) - self.shape) // 2
+
+    def in_air(self, tile: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return a phantom without its padding, and with ``AROUND`` voxels of air in plane."""
+        z, y, x = (
+            slice(first, first + n) for first, n in zip(self.below, self.shape, strict=True)
+        )
+        around = [(n, n) for n in AROUND]
+        return np.pad(tile[z, y, x], around, constant_values=tile.min())
+
 
 CROPS = 4
+AROUND = (0, 32, 32)
+"""Voxels (z, y, x) of air on each side of a phantom of which tiles are taken."""
 LEAST_POINTS = 2_000
 """Number of labelled places in a tile that is part of a phantom; emptier ones are not used."""
 
@@ -161,8 +176,7 @@ def tile_places(
     """
     sizes = [round(n * DRAWN_MM / sampling.spacing_mm) for n in shape]
     scale = [(m - 1) / (n - 1) for n, m in zip(shape, sizes, strict=True)]
-    below = [(p - m) // 2 for p, m in zip(sampling.padded, sizes, strict=True)]
-    return voxels * scale + np.array(below, dtype=np.float64)
+    return voxels * scale + sampling.below
 
 
 def _borders(labels: NDArray[np.uint8]) -> NDArray[np.bool_]:
@@ -318,25 +332,26 @@ class Example:
         A file of ``draw``.
     random
         Chooses gain and offset of the intensities, and which part of the phantom it is.
-    patch
-        Size of the tile, (z, y, x).
+    sampling
+        Size of the tile.
     """
 
-    def __init__(
-        self, path: Path, random: np.random.Generator, patch: tuple[int, int, int]
-    ) -> None:
+    def __init__(self, path: Path, random: np.random.Generator, sampling: Sampling) -> None:
         import torch
 
         with np.load(path) as data:
             tile = data["tile"] * np.float32(1 + random.normal(0, 0.02))
             places, labels, self.counts = data["places"], data["labels"], data["counts"]
-        self._low, self._patch = np.zeros(3, dtype=int), patch
+        self._low, self._patch = np.zeros(3, dtype=np.int64), sampling.patch
         inside = np.ones(len(places), dtype=bool)
-        while tile.shape != patch:
-            self._low = random.integers(0, np.array(tile.shape) - patch + 1)
+        if sampling.crops > 1:
+            tile = sampling.in_air(tile)
+        while tile.shape != sampling.patch:
+            low = random.integers(0, np.array(tile.shape) - sampling.patch + 1)
+            self._low = low + sampling.below - AROUND
             inside = self.contains(places)
             if inside.sum() >= LEAST_POINTS:
-                z, y, x = (slice(a, a + n) for a, n in zip(self._low, patch, strict=True))
+                z, y, x = (slice(a, a + n) for a, n in zip(low, sampling.patch, strict=True))
                 tile = np.ascontiguousarray(tile[z, y, x])
         self.places, self.labels = self.in_tile(places[inside]), labels[inside]
         self.tile = torch.from_numpy(tile + np.float32(random.normal(0, 0.015)))
@@ -470,7 +485,7 @@ def train_coarse(
     steps: int,
     share: float,
     random: np.random.Generator,
-    patch: tuple[int, int, int],
+    sampling: Sampling,
 ) -> None:
     """Train the network without the decoder's last stages, with the head of that stage."""
     import torch
@@ -481,7 +496,7 @@ def train_coarse(
     scale = 2**left_out
 
     def logits_and_target(turn: int) -> tuple[torch.Tensor, torch.Tensor]:
-        example = Example(files[turn], random, patch)
+        example = Example(files[turn], random, sampling)
         features = decoded(network, example.tile[None, None], left_out=left_out)
         chosen = random.integers(len(example.labels), size=COARSE_POINTS)
         last = np.array(features.shape[2:]) - 1
@@ -510,7 +525,7 @@ def train_full(
     ready = []
     with torch.no_grad():
         for path in files * sampling.crops:
-            example = Example(path, random, sampling.patch)
+            example = Example(path, random, sampling)
             features = decoded(network, example.tile[None, None])[0]
             ready.append((example, features.flatten(1).T.half().contiguous()))
         example, features = ready[0]
@@ -685,7 +700,7 @@ def _dice_of_shifts(
     labels_by_share: list[list[NDArray[np.int64]]] = [[] for _ in SHARES]
     with torch.no_grad():
         for _ in range(sampling.crops):
-            example = Example(path, random, sampling.patch)
+            example = Example(path, random, sampling)
             inside = example.contains(every)
             truths.append(labels.ravel()[voxels[inside]])
             places = example.in_tile(every[inside])
@@ -784,7 +799,7 @@ def main() -> None:
     torch.manual_seed(options.seed)
     random = np.random.default_rng(options.seed)
     network = build_network(sampling).train()
-    set_ramps(network, Example(files[0], random, sampling.patch).tile)
+    set_ramps(network, Example(files[0], random, sampling).tile)
     print(f"{sum(p.numel() for p in network.parameters())} parameters", flush=True)
     coarse = (options.seed, options.phantoms, options.steps_quarter, options.steps_half)
     below = options.work / f"below_{'_'.join(str(n) for n in coarse)}.pt"
@@ -802,7 +817,7 @@ def main() -> None:
                 steps,
                 KERNEL_SHARES[name],
                 random,
-                sampling.patch,
+                sampling,
             )
         torch.save(network.state_dict(), below)
     # A second call, which reads the layers below from the file, must have the same random state.

@@ -84,15 +84,21 @@ class RunContext:
         )
 
     def take(self, task: Task, part: Part) -> Model:
-        """Wait until a model of a task is loaded, and start loading the next one."""
+        """Wait until a model of a task is loaded, and start loading the next one.
+
+        On a CPU the next one of the same task is loaded later: it takes a third of a second, and
+        its memory would add to the peak.
+        """
         model = self.store.take(
             task,
             part,
             **self._loading,
         )
-        for number, (other_task, other_part) in enumerate(self.models, start=1):
-            if other_task is task and other_part is part and number < len(self.models):
-                self.start_loading(number)
+        for number, (other_task, other_part) in enumerate(self.models[:-1]):
+            if other_task is task and other_part is part:
+                next_task, _ = self.models[number + 1]
+                if next_task is not task or model.device.type != "cpu":
+                    self.start_loading(number + 1)
         return model
 
     def is_loaded(self, task: Task, part: Part) -> bool:
