@@ -17,12 +17,14 @@ from readme import RESULTS, write_table
 RESULTS_OF = {
     "benchmark_clients": "clients",
     "benchmark_export": "export",
+    "benchmark_guided": "guided_time",
     "benchmark_nnunet": "nnunet",
     "benchmark_scaling": "scaling",
     "compare_backends": "backends",
     "compare_exports": "exports",
     "compare_resampling": "resampling",
     "compare_tile_steps": "tile_steps",
+    "measure_guided": "guided",
     "nnunet_versions": "nnunet_versions",
     "score_demo_model": "demo_model",
 }
