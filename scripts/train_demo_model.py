@@ -109,9 +109,7 @@ class Sampling:
 
     def in_air(self, tile: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return a phantom without its padding, and with ``AROUND`` voxels of air in plane."""
-        z, y, x = (
-            slice(first, first + n) for first, n in zip(self.below, self.shape, strict=True)
-        )
+        z, y, x = (slice(first, first + n) for first, n in zip(self.below, self.shape, strict=True))
         around = [(n, n) for n in AROUND]
         return np.pad(tile[z, y, x], around, constant_values=tile.min())
 
