@@ -326,8 +326,9 @@ def add_hardware_flags(parser: argparse.ArgumentParser) -> None:
         "--guided",
         action="store_true",
         help="Run the fast model first, and then each of the task's models only in the box around "
-        "what it found for that model, with a margin of 20 mm. Saves half of the network's time or "
-        "more; voxels at borders change, and what the fast model missed can be lost.",
+        "what it found for that model, with a margin of 20 mm. Saves a quarter of the time if the "
+        "body fills the scan, more than half if not. Voxels at borders change, and what the fast "
+        "model missed can be lost.",
     )
     add(
         "--deterministic",

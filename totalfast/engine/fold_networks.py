@@ -105,10 +105,10 @@ class FoldNetworks:
 
     @property
     def _may_repeat(self) -> bool:
-        """Whether features stay valid until the next call, and are as small as a forward pass.
+        """Whether the features of a tile can be used for the next tile, too.
 
-        A last layer changes no features, but what networks return may be changed. The features of
-        several folds would need more memory than one forward pass.
+        They are valid until the network's next call, and a separate last layer does not change
+        them. Features of several folds would add to the peak memory.
         """
         return self.count == 1 and self._networks[0][1] is not None
 

@@ -144,7 +144,8 @@ def _predict(
             if task.several_models:
                 logger.info("Predicting part %d of %d ...", index + 1, len(task.parts))
             if index > 0 and not windows[index]:
-                continue  # the first one is being loaded
+                logger.info("  not run: the fast model found none of its classes")
+                continue  # but the first model, which is being loaded
             context.progress.stage("Loading model")
             if context.device.type != "cuda":
                 prepare_tiles(ModelSummary.of(task, part).patch)  # while it loads
