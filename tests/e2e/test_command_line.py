@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
 from importlib.metadata import version
 
+import nibabel as nib
+import numpy as np
 import pytest
 
 import totalfast
@@ -267,3 +270,21 @@ def test_no_file_but_the_results_and_no_child_process(standin_home, scan, tmp_pa
     )
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "seg").iterdir())) == 117
+
+
+def test_a_guided_command_writes_the_same_files_and_tells_what_it_saved(run, tmp_path):
+    values = np.random.default_rng(0).normal(0, 300, (90, 70, 110)).astype(np.int16)
+    nib.save(nib.Nifti1Image(values, np.diag([1.5, 1.5, 1.5, 1.0])), tmp_path / "ct.nii.gz")
+    names = []
+    for flags in ((), ("--guided",)):
+        output = tmp_path / f"masks{len(names)}"
+        done = run("-i", tmp_path / "ct.nii.gz", "-o", output, "-d", "cpu", *flags)
+        assert done.returncode == 0, done.stderr
+        names.append(sorted(path.name for path in output.iterdir()))
+    assert names[0] == names[1]
+    assert len(names[0]) == 117
+    assert re.search(r"Generating 3mm segmentation .*Guided: \d+ of \d+ tiles", done.stdout, re.S)
+    refused = run("-i", tmp_path / "ct.nii.gz", "-o", tmp_path / "no", "--guided", "--fast")
+    assert refused.returncode == 2
+    assert "guided" in refused.stderr
+    assert not (tmp_path / "no").exists()
