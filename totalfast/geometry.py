@@ -23,20 +23,12 @@ Box = tuple[slice, slice, slice]
 """Part of a grid: slices with a start and a stop, no step, along its three axes."""
 
 
-def enlarged(box: Box, least: Sequence[int], within: Sequence[slice]) -> Box:
-    """Return a box with at least some voxels along each axis, as far as another one has them.
-
-    ``within`` encloses ``box`` and the result. A box grows evenly to both sides where it can.
-    """
-
-    def along(part: slice, voxels: int, whole: slice) -> slice:
-        own = part.stop - part.start
-        size = max(own, min(voxels, whole.stop - whole.start))
-        start = max(part.start - (size - own) // 2, whole.start)
-        start = min(start, whole.stop - size)
-        return slice(start, start + size)
-
-    z, y, x = map(along, box, least, within)
+def shifted(box: Box, origin: Box) -> Box:
+    """Return a box counted from the first voxel of another one, which encloses it."""
+    z, y, x = (
+        slice(part.start - whole.start, part.stop - whole.start)
+        for part, whole in zip(box, origin, strict=True)
+    )
     return z, y, x
 
 

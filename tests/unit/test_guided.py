@@ -12,14 +12,13 @@ import pytest
 import torch
 
 import totalfast
-from totalfast.engine import predict as predict_module
-from totalfast.engine.normalise import to_network_image
+from totalfast.engine.tiles import plan_tiles, tiles_that_touch
 from totalfast.errors import OptionError
-from totalfast.geometry import Grid, enlarged
+from totalfast.geometry import Grid
 from totalfast.labels.merge import merge_part
 from totalfast.models.weights import find_part, parts_of
 from totalfast.options import Options
-from totalfast.run import pipeline, prediction
+from totalfast.run import pipeline
 from totalfast.run.context import RunContext
 from totalfast.run.empty_classes import NOT_GUIDED_TO
 from totalfast.run.guide import box_in_piece, boxes_of_models
@@ -95,7 +94,7 @@ def test_only_selected_classes_count():
 
 
 @pytest.mark.parametrize("seed", range(100))
-def test_a_box_in_a_piece_and_enlarged_keeps_its_voxels(seed):
+def test_a_box_in_a_piece_keeps_its_voxels(seed):
     random = np.random.default_rng(seed)
     shape = random.integers(1, 60, 3)
     first = int(random.integers(0, shape[0]))
@@ -114,15 +113,33 @@ def test_a_box_in_a_piece_and_enlarged_keeps_its_voxels(seed):
         return
     assert wanted[found].all()
     assert wanted.sum() == wanted[found].size
-    patch = [int(n) for n in random.integers(1, 40, 3)]
-    large = enlarged(found, patch, [slice(0, n) for n in within])
-    for part, own, n, least in zip(large, found, within, patch, strict=True):
-        assert 0 <= part.start <= own.start < own.stop <= part.stop <= n
-        assert part.stop - part.start == max(own.stop - own.start, min(least, n))
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_the_tiles_of_a_box_are_those_of_the_image_that_touch_it(seed):
+    random = np.random.default_rng(seed)
+    shape = tuple(int(n) for n in random.integers(1, 60, 3))
+    patch = tuple(int(n) for n in random.integers(1, 30, 2 if seed % 4 == 0 else 3))
+    tiles = plan_tiles(shape, patch, float(random.choice([0.3, 0.5, 0.8, 1.0])))
+    low = random.integers(0, shape)
+    box = tuple(
+        slice(int(a), int(random.integers(a + 1, n + 1))) for a, n in zip(low, shape, strict=True)
+    )
+    part, starts = tiles_that_touch(tiles, box)
+    for axis in range(3):
+        # in voxels of the image; tiles of a small image begin in its padding
+        moved = tiles.below[axis] if tiles.below[axis] or tiles.above[axis] else -part[axis].start
+        own = {start - moved for start in starts[axis]}
+        size, wanted = tiles.patch[axis], box[axis]
+        every = {start - tiles.below[axis] for start in tiles.starts[axis]}
+        touching = {a for a in every if a < wanted.stop and a + size > wanted.start}
+        assert own == touching
+        covered = {v for a in own for v in range(a, a + size)} & set(range(shape[axis]))
+        assert covered == set(range(part[axis].start, part[axis].stop))
 
 
 def nnunets_labels(task, part, voxels):
-    """What nnU-Net's own predictor gives for a part of the image, (z, y, x)."""
+    """What nnU-Net's own predictor gives for an image, (z, y, x)."""
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
     predictor = nnUNetPredictor(
@@ -133,7 +150,7 @@ def nnunets_labels(task, part, voxels):
     return predictor.predict_single_npy_array(voxels[None].astype(np.float32), spacing)
 
 
-def test_each_model_labels_its_box_as_nnunet_labels_such_an_image(scan, monkeypatch, caplog):
+def test_each_model_labels_its_box_as_nnunet_labels_the_whole_image(scan, monkeypatch, caplog):
     guide = np.zeros((55, 35, 45), dtype=np.uint8)
     guide[4:9, 8:20, 10:20], guide[30:50, 5:30, 30:44] = LIVER, RIB
     monkeypatch.setattr(pipeline, "_guiding_labels", lambda *_: guide)
@@ -145,10 +162,8 @@ def test_each_model_labels_its_box_as_nnunet_labels_such_an_image(scan, monkeypa
     boxes = boxes_of_models(guide, task, grid_of(scan.shape, 1.5))
     for part, box in zip(task.parts, boxes, strict=True):
         if box is not None:
-            patch = prediction.ModelSummary.of(task, part).patch
-            inside = enlarged(box, patch, [slice(0, n) for n in voxels.shape])
-            own = nnunets_labels(task, part, np.ascontiguousarray(voxels[inside]))
-            merge_part(expected[inside], own, part.labels)
+            own = nnunets_labels(task, part, np.ascontiguousarray(voxels))
+            merge_part(expected[box], own[box], part.labels)
     assert expected.any()
     assert not expected.all()
     np.testing.assert_array_equal(labels.dataobj, expected.transpose(2, 1, 0))
@@ -161,13 +176,21 @@ def test_pieces_and_linear_export_are_guided_too(scan, monkeypatch):
     guide = np.zeros((55, 35, 45), dtype=np.uint8)
     guide[4:9, 8:20, 10:20] = LIVER
     monkeypatch.setattr(pipeline, "_guiding_labels", lambda *_: guide)
-    task = resolve_task("total")
-    depth = prediction.ModelSummary.of(task, task.parts[0]).patch[0]
-    assert 2 * 9 + 13 < depth < scan.shape[2]
     for options in ({"force_split": True}, {"export": "linear"}):
         labels = np.asarray(totalfast.segment(scan, guided=True, **options, **TOTAL).dataobj)
-        assert labels.any()
-        assert not labels[:, :, depth:].any()
+        plain = np.asarray(totalfast.segment(scan, roi_subset=None, **options, **TOTAL).dataobj)
+        (box, *others) = boxes_of_models(guide, resolve_task("total"), grid_of(scan.shape, 1.5))
+        assert not any(others)
+        inside = np.isin(plain, list(resolve_task("total").parts[0].labels.values()))
+        z, y, x = box
+        inside[:, :, : z.start] = inside[:, :, z.stop :] = False
+        inside[:, : y.start] = inside[:, y.stop :] = False
+        inside[: x.start] = inside[x.stop :] = False
+        # later models overwrite the first one, but where its classes are left they are its own
+        assert inside.any()
+        np.testing.assert_array_equal(labels[inside], plain[inside])
+        labels[x, y, z] = 0
+        assert not labels.any()
 
 
 def test_the_fast_model_is_asked_and_what_it_does_not_find_stays_empty(scan, monkeypatch):
@@ -213,27 +236,24 @@ def test_a_box_of_zeros_which_nnunet_crops_gives_no_labels(monkeypatch):
         assert not np.any(labels.dataobj)
 
 
-def test_a_tile_has_no_padding_where_there_is_an_image_inside_a_border_of_zeros(monkeypatch):
-    """nnU-Net crops the border; a box near it grows to the other side."""
+@pytest.mark.parametrize("export", ["auto", "linear"])
+def test_in_a_border_of_zeros_the_labels_of_the_box_are_those_of_a_full_run(export, monkeypatch):
     values = np.zeros((90, 70, 170), dtype=np.int16)
-    values[:, :, :90] = np.random.default_rng(0).normal(0, 300, (90, 70, 90))
+    values[:, 5:, 20:110] = np.random.default_rng(0).normal(0, 300, (90, 65, 90))
     scan = nib.Nifti1Image(values, np.diag([1.5, 1.5, 1.5, 1.0]))
-    guide = np.zeros((85, 35, 45), dtype=np.uint8)
-    guide[40:44, 8:20, 10:20] = LIVER
+    monkeypatch.setattr(pipeline, "clean", lambda context, labels, *_: labels)
+    full = np.asarray(totalfast.segment(scan, task="body", export=export, **TOTAL).dataobj).copy()
+    guide = np.zeros((42, 18, 22), dtype=np.uint8)
+    guide[20:24, 4:9, 10:14] = 1
     monkeypatch.setattr(pipeline, "_guiding_labels", lambda *_: guide)
-    seen = []
-    queue = predict_module._queue_network_image
-    monkeypatch.setattr(
-        predict_module,
-        "_queue_network_image",
-        lambda image, *a, **k: seen.append(image) or queue(image, *a, **k),
-    )
-    totalfast.segment(scan, guided=True, **TOTAL)
-    task = resolve_task("total")
-    depth = prediction.ModelSummary.of(task, task.parts[0]).patch[0]
-    (image,) = seen
-    assert image.box[0] == slice(90 - depth, 90)
-    assert image.voxels.shape[1] == depth
+    labels = totalfast.segment(scan, task="body", guided=True, export=export, **TOTAL)
+    ((z, y, x),) = boxes_of_models(guide, resolve_task("body"), grid_of(scan.shape, 1.5))
+    outside = np.ones(full.shape, bool)
+    outside[x, y, z] = False
+    assert full[outside].any()
+    full[outside] = 0
+    assert full.any()
+    np.testing.assert_array_equal(labels.dataobj, full)
 
 
 def test_the_progress_bar_counts_tiles_of_zeros_too(monkeypatch):
@@ -278,29 +298,6 @@ def test_the_report_tells_classes_whose_model_did_not_run(scan, monkeypatch, tmp
     assert report["empty_classes"]["heart"] == NOT_GUIDED_TO
     assert NOT_GUIDED_TO not in {report["empty_classes"].get(name) for name in ("liver", "spleen")}
     assert loaded == [291]
-
-
-def test_an_image_that_the_plans_resample_is_not_cut(scan):
-    model = SimpleNamespace(
-        folder="model",
-        plans=SimpleNamespace(
-            transpose_forward=[0, 1, 2], foreground_intensity_properties_per_channel={"0": {}}
-        ),
-        configuration=SimpleNamespace(
-            normalization_schemes=["NoNormalization"],
-            use_mask_for_norm=[False],
-            spacing=[1.5, 1.5, 1.5],
-            resampling_fn_data=lambda data, shape, *_: np.zeros((1, *shape), np.float32),
-        ),
-    )
-    voxels = np.ones((1, 20, 30, 40), np.float32)
-    same = to_network_image(voxels, spacing_mm=(1.5, 1.5, 1.5), model=model)
-    box = (slice(5, 9), slice(0, 30), slice(10, 20))
-    assert same.within(box, (2, 2, 2)).voxels.shape == (1, 4, 30, 10)
-    assert same.within(box, (2, 2)).box == box
-    assert same.within(box, (6, 60, 12)).box == (slice(4, 10), slice(0, 30), slice(9, 21))
-    other = to_network_image(voxels, spacing_mm=(3.0, 1.5, 1.5), model=model)
-    assert other.within(box, (2, 2, 2)) is other
 
 
 def test_combinations_that_can_not_be_guided_are_refused():

@@ -14,7 +14,7 @@ import numpy as np
 
 from totalfast.errors import InputError
 from totalfast.export import is_default_resampling, separate_axis
-from totalfast.geometry import CENTERS, enlarged, nearest_indices
+from totalfast.geometry import CENTERS, nearest_indices
 from totalfast.system.cores import usable_cores
 
 if TYPE_CHECKING:
@@ -69,38 +69,23 @@ class NetworkImage:
         """Whether resampling to the plans' spacing changed the shape."""
         return tuple(self.voxels.shape[1:]) != self.cropped_shape
 
-    def within(self, box: Box, patch: Sequence[int]) -> NetworkImage | None:
-        """Return the part of the image in a box, at least as large as a tile; nothing is copied.
-
-        A tile then has no padding where there is an image. Resampled images are returned whole,
-        because their voxels are not those of the model image.
-
-        Parameters
-        ----------
-        box
-            Of the model image.
-        patch
-            Tile size, of two axes for a 2-D model.
-
-        Returns
-        -------
-            None if the box has no voxel of the image.
-        """
-        if self.was_resampled:
-            return self
+    def touching(self, box: Box) -> Box | None:
+        """Return the voxels of the image in a box of the model image, or None if there are none."""
         z, y, x = (
             slice(max(own.start, other.start), min(own.stop, other.stop))
             for own, other in zip(self.box, box, strict=True)
         )
-        if any(part.start >= part.stop for part in (z, y, x)):
-            return None
-        box = enlarged((z, y, x), (1, *patch)[-3:], self.box)
-        z, y, x = (
-            slice(part.start - own.start, part.stop - own.start)
-            for part, own in zip(box, self.box, strict=True)
-        )
+        return None if any(part.start >= part.stop for part in (z, y, x)) else (z, y, x)
+
+    def part(self, box: Box) -> NetworkImage:
+        """Return a part of an image that was not resampled; ``box`` is of its own voxels."""
+        z, y, x = box
         voxels = self.voxels[:, z, y, x]
-        return replace(self, voxels=voxels, box=box, cropped_shape=tuple(voxels.shape[1:]))
+        z, y, x = (
+            slice(own.start + part.start, own.start + part.stop)
+            for own, part in zip(self.box, box, strict=True)
+        )
+        return replace(self, voxels=voxels, box=(z, y, x), cropped_shape=tuple(voxels.shape[1:]))
 
 
 def nonzero_box(voxels: NDArray[np.float32]) -> tuple[slice, slice, slice]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from totalfast.engine.sliding_window import (
     queue_labels,
     summing_device,
 )
-from totalfast.engine.tiles import Tiling
+from totalfast.engine.tiles import Tiling, tiles_that_touch
 from totalfast.export import (
     choose_method,
     export_labels,
@@ -26,7 +26,13 @@ from totalfast.export import (
 )
 from totalfast.export.host_labels import empty_labels
 from totalfast.export.nearest import gather
-from totalfast.geometry import CENTERS, interpolation_weights, nearest_indices, sample_positions
+from totalfast.geometry import (
+    CENTERS,
+    interpolation_weights,
+    nearest_indices,
+    sample_positions,
+    shifted,
+)
 from totalfast.system.cores import usable_cores
 
 if TYPE_CHECKING:
@@ -63,8 +69,8 @@ def queue_part(
     model
         A loaded model.
     box
-        Slices along (z, y, x) of the model image. Voxels outside get 0, unless a tile is larger
-        than the box. The image is normalised as a whole.
+        Slices along (z, y, x) of the model image. Only tiles that touch it are run, so that its
+        labels are those of the whole image; voxels outside get 0.
     tiling
         How tiles are placed, mirrored and weighted.
     memory
@@ -82,13 +88,19 @@ def queue_part(
         the model's label numbers. On a CUDA device, all work is then in its queue; elsewhere it is
         done.
     """
+    image = _prepared(source, model, tiling)
     z, y, x = model.plans.transpose_forward
-    image = _prepared(source, model, tiling).within((box[z], box[y], box[x]), model.patch_size)
-    if image is None:  # nnU-Net crops zeros
+    kept = image.touching((box[z], box[y], box[x]))
+    if kept is None:  # nnU-Net crops zeros
         shape, dtype = linear_to or source.shape, label_dtype(len(model.labels.foreground_labels))
         return lambda: np.zeros(shape, dtype=dtype)
+    if kept != image.box and not image.was_resampled:
+        inside = shifted(kept, image.box)
+        tiles = tiling.tiles(tuple(image.voxels.shape[1:]), model.patch_size)
+        part, starts = tiles_that_touch(tiles, inside)
+        image, tiling = image.part(part), replace(tiling, starts=starts)
     return _queue_network_image(
-        image, model, tiling, memory=memory, on_tile=on_tile, linear_to=linear_to
+        image, model, tiling, kept, memory=memory, on_tile=on_tile, linear_to=linear_to
     )
 
 
@@ -115,7 +127,7 @@ def predict_network_image(
     -------
         uint8 (uint16 for 255 or more labels), (z, y, x), with the model's label numbers.
     """
-    return _queue_network_image(image, model, tiling, on_tile=on_tile, method=method)()
+    return _queue_network_image(image, model, tiling, image.box, on_tile=on_tile, method=method)()
 
 
 def _prepared(source: SourceImage, model: Model, tiling: Tiling) -> NetworkImage:
@@ -133,19 +145,23 @@ def _queue_network_image(
     image: NetworkImage,
     model: Model,
     tiling: Tiling,
+    kept: Box,
     *,
     memory: WindowMemory | None = None,
     on_tile: Callable[[], None],
     method: str = "auto",
     linear_to: tuple[int, int, int] | None = None,
 ) -> Callable[[], NDArray[np.unsignedinteger]]:
-    """``predict_network_image``, or with ``linear_to``; returns a function as ``queue_part``."""
+    """``predict_network_image``, or with ``linear_to``; returns a function as ``queue_part``.
+
+    ``kept`` is the box of the model image outside of which labels are 0.
+    """
     cropped: NDArray[np.unsignedinteger] | None = None
     shape: tuple[int, ...] = image.full_shape
-    box: tuple[slice, ...] = image.box
+    image_box = box = image.box
     if linear_to is not None:
         shape = tuple(linear_to[axis] for axis in model.plans.transpose_forward)
-        box, axes = _axes_to(shape, image)
+        box, axes = _axes_to(shape, image, kept)
         cropped = _linear(model, image.voxels, axes, tiling=tiling, memory=memory, on_tile=on_tile)
     elif image.was_resampled:
         cropped = _resampled(image, model, method, tiling=tiling, memory=memory, on_tile=on_tile)
@@ -156,7 +172,10 @@ def _queue_network_image(
     def finish() -> NDArray[np.unsignedinteger]:
         inner = wait().numpy() if cropped is None else cropped
         labels = np.zeros(shape, dtype=inner.dtype)
-        labels[box] = inner
+        if linear_to is None:
+            labels[kept] = inner[shifted(kept, image_box)]
+        else:
+            labels[box] = inner
         restored: NDArray[np.unsignedinteger] = labels.transpose(backward)
         return restored
 
@@ -222,26 +241,27 @@ def predict_probabilities(
 
 
 def _axes_to(
-    shape: tuple[int, ...], image: NetworkImage
-) -> tuple[tuple[slice, ...], list[LinearWeights]]:
-    """The network image's box in a grid of ``shape``, and the interpolation weights per axis.
+    shape: tuple[int, ...], image: NetworkImage, kept: Box
+) -> tuple[Box, list[LinearWeights]]:
+    """The box ``kept`` in a grid of ``shape``, and the interpolation weights per axis.
 
     The coordinates change from the network grid (half-pixel centres) to the box in the model grid
     to the target (corners). All these changes are linear, so they are one interpolation.
     """
     box, axes = [], []
     for axis, part in enumerate(image.box):
-        positions = sample_positions(image.full_shape[axis], shape[axis]) - part.start
-        size = part.stop - part.start
-        inside = np.flatnonzero((positions >= -0.5) & (positions < size - 0.5))
+        positions = sample_positions(image.full_shape[axis], shape[axis])
+        low, high = kept[axis].start - 0.5, kept[axis].stop - 0.5
+        inside = np.flatnonzero((positions >= low) & (positions < high))
         first, last = (int(inside[0]), int(inside[-1]) + 1) if inside.size else (0, 0)
-        positions = positions[first:last]
+        positions = positions[first:last] - part.start
+        size = part.stop - part.start
         own = image.voxels.shape[axis + 1]
         if own != size:
             positions = (positions + 0.5) * (own / size) - 0.5
         box.append(slice(first, last))
         axes.append(interpolation_weights(positions, own))
-    return tuple(box), axes
+    return (box[0], box[1], box[2]), axes
 
 
 def _linear(

@@ -15,7 +15,7 @@ import numpy as np
 from totalfast.engine.device_queue import HostCopy, TileQueue
 from totalfast.engine.fold_networks import FoldNetworks
 from totalfast.engine.rolling_window import RollingWindow, WindowMemory
-from totalfast.engine.tiles import Tiling, gaussian_weights, plan_tiles
+from totalfast.engine.tiles import Tiling, gaussian_weights
 from totalfast.engine.torch_settings import inference_settings
 from totalfast.export.nearest import first_maximum, label_dtype
 
@@ -158,7 +158,7 @@ def _logits(
     """``final_logits``; its caller must end the check that is put into ``finite``."""
     import torch
 
-    tiles = plan_tiles(tuple(image.shape[1:]), model.patch_size, tiling.step)
+    tiles = tiling.tiles(tuple(image.shape[1:]), model.patch_size)
     device = summing_device(model, tiling)
     padding = [n for pair in zip(tiles.below[::-1], tiles.above[::-1], strict=True) for n in pair]
     if any(padding):

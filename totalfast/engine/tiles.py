@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
     import torch
 
+    from totalfast.geometry import Box
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tiling:
@@ -32,6 +34,8 @@ class Tiling:
         if those are on the CPU.
     deterministic
         Whether a CUDA device must give the same bits in every run.
+    starts
+        Start positions of tiles along z, y and x, for a part of an image; None places nnU-Net's.
     """
 
     step: float
@@ -40,6 +44,12 @@ class Tiling:
     on_device: bool = True
     image_on_device: bool = True
     deterministic: bool = False
+    starts: tuple[tuple[int, ...], ...] | None = None
+
+    def tiles(self, shape: tuple[int, ...], patch: tuple[int, ...]) -> Tiles:
+        """Place the tiles on an image of ``shape`` (z, y, x)."""
+        tiles = plan_tiles(shape, patch, self.step)
+        return tiles if self.starts is None else replace(tiles, starts=self.starts)
 
     def smaller(self) -> Tiling | None:
         """Return the next way that takes less of a CUDA device's memory; None if there is none."""
@@ -124,6 +134,34 @@ def plan_tiles(shape: tuple[int, ...], patch: tuple[int, ...], step: float) -> T
         below=below,
         above=tuple(m - b for m, b in zip(missing, below, strict=True)),
     )
+
+
+def tiles_that_touch(tiles: Tiles, box: Box) -> tuple[Box, tuple[tuple[int, ...], ...]]:
+    """Return the part of an image whose tiles have a voxel of a box.
+
+    Parameters
+    ----------
+    tiles
+        Of the image.
+    box
+        Of the image, (z, y, x); at least one voxel.
+
+    Returns
+    -------
+        The part, and the start positions of its tiles in it (in its padding, where the image is
+        smaller than a tile). All tiles of the image that have a voxel of the box are among them.
+    """
+    parts, starts = [], []
+    for axis, part in enumerate(box):
+        size, below = tiles.patch[axis], tiles.below[axis]
+        first, stop = part.start + below, part.stop + below
+        own = [start for start in tiles.starts[axis] if start < stop and start + size > first]
+        if below or tiles.above[axis]:
+            parts.append(slice(0, tiles.shape[axis]))
+        else:
+            parts.append(slice(own[0], own[-1] + size))
+        starts.append(tuple(start - own[0] for start in own))
+    return (parts[0], parts[1], parts[2]), tuple(starts)
 
 
 def gaussian_weights(patch: tuple[int, ...], device: torch.device) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Where each of a task's models has something to do, found by a pass with a faster model.
 
-Each model then runs in one box, whose tiles are placed as on an image of this size. What remains of
-upstream's result is the image itself: it is resampled and normalised as a whole.
+Each model then runs only the tiles that touch a box around its classes. The labels in the box are
+those of a run with all tiles; there are none outside.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -13,9 +14,8 @@ import numpy as np
 from totalfast.engine.predict import predict_probabilities, queue_part
 from totalfast.engine.sliding_window import WindowMemory, prepare_tiles
 from totalfast.engine.source_image import SourceImage
-from totalfast.engine.tiles import Tiling, plan_tiles
+from totalfast.engine.tiles import Tiling, plan_tiles, tiles_that_touch
 from totalfast.files.write import write_probabilities
-from totalfast.geometry import enlarged
 from totalfast.labels.merge import merge_part, thirds, wants_split, whole
 from totalfast.models.model_summary import ModelSummary
 from totalfast.run.device_plan import choose_ladder
@@ -275,13 +275,10 @@ def _windows(
             inside = box and box_in_piece(box, piece.predicted, source.shape)
             if inside is not None:
                 first, second, third = model.axes
-                large = enlarged(
-                    (inside[first], inside[second], inside[third]),
-                    (1, *model.patch)[-3:],
-                    tuple(slice(0, source.shape[axis]) for axis in model.axes),
-                )
-                shape = tuple(some.stop - some.start for some in large)
-                count = plan_tiles(shape, model.patch, task.tile_step).count
+                shape = (source.shape[first], source.shape[second], source.shape[third])
+                tiles = plan_tiles(shape, model.patch, task.tile_step)
+                _, starts = tiles_that_touch(tiles, (inside[first], inside[second], inside[third]))
+                count = math.prod(len(axis) for axis in starts)
                 yield _Window(piece, source, inside, count)
 
     every = boxes or [(z, y, x)] * len(task.parts)
