@@ -17,7 +17,6 @@ from readme import RESULTS, write_table
 RESULTS_OF = {
     "benchmark_clients": "clients",
     "benchmark_export": "export",
-    "benchmark_guided": "guided_time",
     "benchmark_nnunet": "nnunet",
     "benchmark_scaling": "scaling",
     "compare_backends": "backends",

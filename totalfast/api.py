@@ -192,10 +192,10 @@ def segment(
         Not upstream's. "bf16" computes networks in bfloat16, by OpenVINO on CPUs that have it; many
         voxels change. "f32" is the default.
     guided
-        Not upstream's. Run the task's fast model first, and then each of the default models only in
-        the box around what the fast model found for it, with a margin of 20 mm. Saves a quarter of
-        the time if the body fills the scan, and more than half if it does not. Voxels at borders
-        change, and structures that the fast model missed outside of the boxes are lost.
+        Not upstream's. Run the task's fast model first, and then only the tiles of each default
+        model that touch the box around what the fast model found for it, with a margin of 20 mm.
+        Saves time for scans much larger than the structures, such as whole bodies. The labels in
+        the boxes do not change; what the fast model missed outside of them is lost.
 
     ``test`` other than 0, for upstream's own tests, raises ``UnsupportedError``.
 

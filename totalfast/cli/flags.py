@@ -325,10 +325,10 @@ def add_hardware_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--guided",
         action="store_true",
-        help="Run the fast model first, and then each of the task's models only in the box around "
-        "what it found for that model, with a margin of 20 mm. Saves a quarter of the time if the "
-        "body fills the scan, more than half if not. Voxels at borders change, and what the fast "
-        "model missed can be lost.",
+        help="Run the fast model first, and then only the tiles of each of the task's models that "
+        "touch the box around what it found for that model, with a margin of 20 mm. Saves time for "
+        "scans much larger than the structures, such as whole bodies. Labels in the boxes do not "
+        "change; what the fast model missed outside of them is lost.",
     )
     add(
         "--deterministic",
