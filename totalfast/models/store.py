@@ -63,7 +63,7 @@ class ModelStore:
     ----------
     keep
         Whether a model stays loaded after ``take``. If not, two models are in memory at a time: the
-        one that predicts and the next one.
+        one that predicts and the next one; one on a CPU.
     max_models
         Maximum number of models that stay; then the least recently used one is freed. None sets no
         limit.
