@@ -40,10 +40,10 @@ if TYPE_CHECKING:
 SHAPES = {
     "375 x 300 x 375 mm": (250, 200, 250),
     "500 x 500 x 375 mm": (334, 334, 250),
-    "500 x 500 x 1050 mm": (334, 334, 700),
+    "375 x 300 x 750 mm": (250, 200, 500),
 }
-"""Field of view to voxels (x, y, z) of 1.5 mm: a trunk that fills it, one that does not, and a scan
-of most of the body. The phantom has no structures in legs and head, only soft tissue."""
+"""Field of view to voxels (x, y, z) of 1.5 mm: a trunk that fills it, one that does not, and a long
+scan. The phantom has no structures in legs and head, only soft tissue."""
 SCALE = 0.5
 DRAWN_MM = 1.5
 RUNS: dict[str, dict[str, Any]] = {"full": {}, "guided": {"guided": True}}
