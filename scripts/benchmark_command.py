@@ -339,13 +339,26 @@ def differences(name: str, expected: Path, actual: Path) -> dict[str, Any]:
 
 def lowest_dice(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
     """Return the lowest Dice of all classes, and of classes with at least ``LARGE`` voxels."""
+    return lowest_of(dice_and_sizes(pairs))
+
+
+def lowest_of(rows: Iterable[tuple[float, int, int]]) -> dict[str, float]:
+    """``lowest_dice`` of the rows of ``dice_and_sizes``."""
     every, large = [1.0], [1.0]
-    for one, two in pairs:
-        sizes = np.count_nonzero(one), np.count_nonzero(two)
-        if any(sizes):
-            every.append(2 * np.count_nonzero(one & two) / sum(sizes))
-            large += every[-1:] if max(sizes) >= LARGE else []
+    for dice, *sizes in rows:
+        every.append(dice)
+        large += every[-1:] if max(sizes) >= LARGE else []
     return {"lowest_dice": min(every), "lowest_dice_of_large": min(large)}
+
+
+def dice_and_sizes(
+    pairs: Iterable[tuple[np.ndarray, np.ndarray]],
+) -> Iterator[tuple[float, int, int]]:
+    """Yield the Dice of pairs of masks, and their numbers of voxels, unless both are empty."""
+    for one, two in pairs:
+        sizes = int(np.count_nonzero(one)), int(np.count_nonzero(two))
+        if any(sizes):
+            yield 2 * int(np.count_nonzero(one & two)) / sum(sizes), *sizes
 
 
 def pairs_of_masks(expected: Path, actual: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:

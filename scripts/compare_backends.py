@@ -23,7 +23,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from benchmark_command import LARGE, WEIGHTS, add_device, lowest_dice, machine, pairs_of_labels
+from benchmark_command import (
+    LARGE,
+    WEIGHTS,
+    add_device,
+    dice_and_sizes,
+    lowest_of,
+    machine,
+    pairs_of_labels,
+)
 from readme import write_table
 
 from totalfast.backends import BFLOAT16, choose_backend
@@ -177,17 +185,13 @@ def cpu_s() -> float:
 
 def difference(labels: np.ndarray, reference: np.ndarray) -> dict[str, Any]:
     """Return the differing voxels, and the Dice of the classes."""
-    dice = [
-        2 * np.count_nonzero(one & two) / (np.count_nonzero(one) + np.count_nonzero(two))
-        for one, two in pairs_of_labels(reference, labels)
-        if np.count_nonzero(one) >= LARGE
-    ]
+    rows = list(dice_and_sizes(pairs_of_labels(reference, labels)))
     return {
-        "mean_dice": statistics.mean(dice),
+        "mean_dice": statistics.mean(dice for dice, size, _ in rows if size >= LARGE),
         "differing_voxels": int((labels != reference).sum()),
         "differing_share": float((labels != reference).mean()),
         "classes": int(np.count_nonzero(np.unique(reference))),
-        **lowest_dice(pairs_of_labels(reference, labels)),
+        **lowest_of(rows),
     }
 
 

@@ -13,7 +13,7 @@ voxels; the margin is halved, too. All five models have the same network, which 
 the labels of other models' classes are dropped, as always.
 
 Each phantom is segmented in full and guided; Dice is that with the true labels, and that of both
-runs. The voxels in the boxes of all models must be equal.
+runs.
 """
 
 from __future__ import annotations

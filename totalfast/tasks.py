@@ -105,6 +105,10 @@ class Task:
     tile_step: float
     """Largest distance between neighbouring tiles, as a share of the tile size."""
 
+    def labels_of(self, part: Part) -> Collection[int]:
+        """The task's labels that one of its models can give."""
+        return self.classes.keys() if part.labels is None else part.labels.values()
+
     @property
     def modality(self) -> str:
         """The scans that the models were trained on: "CT" or "MR"."""

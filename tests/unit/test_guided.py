@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from types import SimpleNamespace
+from dataclasses import replace
 
 import nibabel as nib
 import numpy as np
@@ -87,7 +87,8 @@ def test_only_selected_classes_count():
     task = resolve_task("total", roi_subset=["liver"])
     (box,) = boxes_of_models(labels, task, grid_of((90, 70, 110), 1.5))
     assert box[0].stop < 50
-    whole = SimpleNamespace(parts=(Part(model_id=300, labels=None),), classes={1: "a", 5: "b"})
+    one_model = (Part(model_id=300, labels=None),)
+    whole = replace(resolve_task("body"), parts=one_model, classes={1: "a", 5: "b"})
     (box,) = boxes_of_models(labels, whole, grid_of((90, 70, 110), 1.5))
     assert box[0].start < 10
     assert box[0].stop > 100

@@ -158,10 +158,11 @@ def _queue_network_image(
     """
     cropped: NDArray[np.unsignedinteger] | None = None
     shape: tuple[int, ...] = image.full_shape
-    image_box = box = image.box
+    place, taken = kept, shifted(kept, image.box)
     if linear_to is not None:
         shape = tuple(linear_to[axis] for axis in model.plans.transpose_forward)
-        box, axes = _axes_to(shape, image, kept)
+        place, axes = _axes_to(shape, image, kept)
+        taken = shifted(place, place)
         cropped = _linear(model, image.voxels, axes, tiling=tiling, memory=memory, on_tile=on_tile)
     elif image.was_resampled:
         cropped = _resampled(image, model, method, tiling=tiling, memory=memory, on_tile=on_tile)
@@ -172,10 +173,7 @@ def _queue_network_image(
     def finish() -> NDArray[np.unsignedinteger]:
         inner = wait().numpy() if cropped is None else cropped
         labels = np.zeros(shape, dtype=inner.dtype)
-        if linear_to is None:
-            labels[kept] = inner[shifted(kept, image_box)]
-        else:
-            labels[box] = inner
+        labels[place] = inner[taken]
         restored: NDArray[np.unsignedinteger] = labels.transpose(backward)
         return restored
 

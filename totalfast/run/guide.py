@@ -40,8 +40,7 @@ def boxes_of_models(labels: NDArray[np.uint8], task: Task, grid: Grid) -> tuple[
     """
     boxes: list[Box | None] = []
     for part in task.parts:
-        classes = task.classes if part.labels is None else part.labels.values()
-        wanted = [label for label in classes if label in task.classes]
+        wanted = [label for label in task.labels_of(part) if label in task.classes]
         box = box_around(labels, wanted, scanner=grid, margin_mm=ROUGH_MARGIN_MM)
         boxes.append(None if box is None else (box[2], box[1], box[0]))
     return tuple(boxes)

@@ -307,8 +307,7 @@ def _boxes_of_models(
     boxes = boxes_of_models(guide, task, model_image.grid)
     for part, box in zip(task.parts, boxes, strict=True):
         if box is None:
-            labels = task.classes if part.labels is None else part.labels.values()
-            context.empty_classes.note_some(labels, NOT_GUIDED_TO)
+            context.empty_classes.note_some(task.labels_of(part), NOT_GUIDED_TO)
     return boxes
 
 

@@ -153,7 +153,12 @@ def read_layers(network: nn.Module) -> Layers:
 
 def _blocks(stage: Untyped) -> tuple[Convolution, ...]:
     """All convolutions of a stage of the decoder."""
-    return tuple(part for part in _parts(stage) if isinstance(part, Convolution))
+    convolutions = []
+    for part in _parts(stage):
+        if not isinstance(part, Convolution):
+            raise UnknownLayerError("residual blocks in the decoder")
+        convolutions.append(part)
+    return tuple(convolutions)
 
 
 def _parts(stage: Untyped) -> tuple[Convolution | Residual, ...]:
