@@ -20,7 +20,7 @@ frequencies of the classes, because the choice of voxels changed them.
 The logits are interpolated as in ``--export linear``.
 
 Other options than the default ones train networks for ``measure_guided.py``: on coarser voxels, or
-on tiles that hold a part of the phantom.
+on tiles that hold a part of a phantom, or on whole bodies.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
+    from totalfast.demo.phantom import Phantom
+
 Untyped: TypeAlias = Any  # nnU-Net has no types
 
-MODEL_ID, DRAWN_MM, CLASSES = 297, 1.5, 118
-PHANTOM_MM = np.array((375.0, 300.0, 375.0))
-"""Size of a phantom, (z, y, x)."""
+MODEL_ID, CLASSES = 297, 118
 FIRST_SEED = 1000
 """First seed of the phantoms for training; the shown and scored ones have lower seeds."""
 FEATURES = (16, 32, 48, 52, 56, 48)
@@ -86,16 +86,29 @@ class Sampling:
         Shape (z, y, x) to which the phantom is padded.
     patch
         Tile size (z, y, x).
+    field_mm
+        Size of the phantom, (z, y, x).
+    drawn_mm
+        Spacing with which it is drawn.
     """
 
     spacing_mm: float = 3.0
     padded: tuple[int, int, int] = (128, 112, 128)
     patch: tuple[int, int, int] = (128, 112, 128)
+    field_mm: tuple[float, float, float] = (375.0, 300.0, 375.0)
+    drawn_mm: float = 1.5
 
     @property
     def shape(self) -> list[int]:
         """Shape (z, y, x) of a phantom."""
-        return [round(mm / self.spacing_mm) for mm in PHANTOM_MM]
+        return [round(mm / self.spacing_mm) for mm in self.field_mm]
+
+    def phantom(self, seed: int) -> Phantom:
+        """Draw a phantom."""
+        from totalfast.demo.phantom import make_phantom
+
+        z, y, x = (round(mm / self.drawn_mm) for mm in self.field_mm)
+        return make_phantom(seed, shape_xyz=(x, y, z), spacing_mm=self.drawn_mm)
 
     @property
     def crops(self) -> int:
@@ -129,14 +142,13 @@ def draw(seed: int, *, folder: Path, sampling: Sampling) -> Path:
     """
     import nibabel as nib
 
-    from totalfast.demo.phantom import make_phantom
     from totalfast.files.read import read_image
     from totalfast.resampling.model_grid import to_model_grid
 
     path = folder / f"{seed}.npz"
     if path.exists():
         return path
-    phantom = make_phantom(seed)
+    phantom = sampling.phantom(seed)
     scan = read_image(nib.Nifti1Image(phantom.ct, phantom.affine))
     image = to_model_grid(scan, spacing_mm=(sampling.spacing_mm,) * 3, order=1, threads=1).voxels
     labels = phantom.labels.transpose(2, 1, 0)
@@ -172,7 +184,7 @@ def tile_places(
     ``shape`` is the shape of the phantom. The corner voxels of the model grid and of the scan have
     the same position.
     """
-    sizes = [round(n * DRAWN_MM / sampling.spacing_mm) for n in shape]
+    sizes = [round(n * sampling.drawn_mm / sampling.spacing_mm) for n in shape]
     scale = [(m - 1) / (n - 1) for n, m in zip(shape, sizes, strict=True)]
     return voxels * scale + sampling.below
 
@@ -687,10 +699,8 @@ def _dice_of_shifts(
     """
     import torch
 
-    from totalfast.demo.phantom import make_phantom
-
     random = np.random.default_rng(0)
-    labels = make_phantom(int(path.stem)).labels.transpose(2, 1, 0)
+    labels = sampling.phantom(int(path.stem)).labels.transpose(2, 1, 0)
     voxels = np.flatnonzero(random.random(labels.size) < CHECKED_SHARE)
     whole = np.stack(np.unravel_index(voxels, labels.shape), axis=1)
     every = tile_places(whole, labels.shape, sampling)
@@ -707,7 +717,7 @@ def _dice_of_shifts(
                 logits = logits_at(network, example.tile, below, part, random)
                 for shift, answers in zip(SHARES, labels_by_share, strict=True):
                     answers.append((logits + shift * logs).argmax(1).numpy())
-    scored = np.flatnonzero(example.counts * 0.001 * DRAWN_MM**3 >= 1)[1:]
+    scored = np.flatnonzero(example.counts * 0.001 * sampling.drawn_mm**3 >= 1)[1:]
     truth, result = np.concatenate(truths), []
     for answers in labels_by_share:
         answer = np.concatenate(answers)
@@ -774,9 +784,15 @@ def main() -> None:
     parser.add_argument(
         "--patch", type=int, nargs=3, help="tile size (z, y, x); by default the whole phantom"
     )
+    parser.add_argument(
+        "--field-mm", type=float, nargs=3, default=default.field_mm, help="phantom size (z, y, x)"
+    )
+    parser.add_argument("--drawn-mm", type=float, default=default.drawn_mm)
     options = parser.parse_args()
     sampling = Sampling(
         spacing_mm=options.spacing_mm,
+        field_mm=tuple(options.field_mm),
+        drawn_mm=options.drawn_mm,
         padded=tuple(options.padded),
         patch=tuple(options.patch or options.padded),
     )
