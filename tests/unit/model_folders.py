@@ -178,7 +178,6 @@ def predict(folder: Path) -> np.ndarray | None:
     labels = queue_part(
         SourceImage(voxels[None], spacing_mm=(3.0, 3.0, 2.0)),
         model=model,
-        box=(slice(0, 9), slice(0, 10), slice(0, 8)),
         tiling=Tiling(step=0.5, mirror_axes=axes),
         memory=None,
         on_tile=lambda: None,

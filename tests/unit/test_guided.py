@@ -1,7 +1,8 @@
-"""Guided runs: the box of each model, and the labels in it."""
+"""Guided runs: the tiles of each model, and the labels that they give."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 from dataclasses import replace
@@ -10,18 +11,21 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 
 import totalfast
-from totalfast.engine.tiles import plan_tiles, tiles_that_touch
+from totalfast.engine.rough_mask import RoughMask
+from totalfast.engine.tiles import plan_tiles
 from totalfast.errors import OptionError
-from totalfast.geometry import Grid
+from totalfast.geometry import Grid, nearest_indices
 from totalfast.labels.merge import merge_part
+from totalfast.models.model_summary import ModelSummary
 from totalfast.models.weights import find_part, parts_of
 from totalfast.options import Options
 from totalfast.run import pipeline
 from totalfast.run.context import RunContext
 from totalfast.run.empty_classes import NOT_GUIDED_TO
-from totalfast.run.guide import box_in_piece, boxes_of_models
+from totalfast.run.guide import masks_of_models
 from totalfast.run.shared_scan import SharedScan
 from totalfast.system.progress import Progress
 from totalfast.tasks import Part, resolve_task
@@ -62,81 +66,107 @@ def grid_of(shape_xyz, mm):
     return Grid(shape=shape_xyz, affine=np.diag([mm, mm, mm, 1.0]))
 
 
-def test_a_box_encloses_the_classes_of_its_model_with_a_margin_of_20_mm():
+def expanded(mask):
+    """The voxels of the image that are in a rough mask, (z, y, x), by another way."""
+    axes = [nearest_indices(n, m) for n, m in zip(mask.voxels.shape, mask.shape, strict=True)]
+    voxels = np.asarray(mask.voxels)[np.ix_(*axes)]
+    size = [2 * n + 1 for n in mask.margin]
+    wide = ndimage.maximum_filter(voxels.astype(np.uint8), size, mode="constant").astype(bool)
+    return wide[tuple(slice(first, None) for first in mask.start)]
+
+
+def kept_voxels(mask, patch, step=0.8):
+    """The voxels, (z, y, x), of which all of nnU-Net's tiles touch a mask."""
+    wanted = expanded(mask)
+    tiles = plan_tiles(wanted.shape, patch, step)
+    kept = np.ones(wanted.shape, bool)
+    for corner in itertools.product(*tiles.starts):
+        place = tuple(
+            slice(max(first - below, 0), first - below + size)
+            for first, below, size in zip(corner, tiles.below, tiles.patch, strict=True)
+        )
+        if not wanted[place].any():
+            kept[place] = False
+    return kept
+
+
+def patch_of(task, part):
+    return ModelSummary.of(task, part).patch
+
+
+def test_a_mask_has_the_classes_of_its_model_with_a_margin_of_20_mm():
     labels = np.zeros((55, 35, 45), dtype=np.uint8)  # (z, y, x) at 3 mm
     labels[20:22, 10:13, 30:34] = LIVER
-    labels[54, 0, 0] = AORTA
-    boxes = boxes_of_models(labels, resolve_task("total"), grid_of((90, 70, 110), 1.5))
+    labels[54, 0, 0] = AORTA  # a speck, but there is nothing else
+    labels[40, 30, 40:] = LIVER  # five voxels beside a liver of 24
+    masks = masks_of_models(labels, resolve_task("total"), grid_of((90, 70, 110), 1.5))
     margin = int(20 / 1.5)
-    organs, vertebrae, heart, muscles, ribs = boxes
-    for part, (first, last), n in zip(
-        organs, [(20, 21), (10, 12), (30, 33)], [110, 70, 90], strict=True
+    organs, vertebrae, heart, muscles, ribs = masks
+    inside = np.argwhere(expanded(organs))
+    for axis, (first, last), n in zip(
+        range(3), [(20, 21), (10, 12), (30, 33)], [110, 70, 90], strict=True
     ):
         # voxel k of n // 2 lies at 2 k (n - 1) / (n - 2) on the grid of n voxels
         scale = (n - 1) / (n // 2 - 1)
-        assert part.start == pytest.approx(max((first - 0.5) * scale - margin, 0), abs=1)
-        assert part.stop == pytest.approx(min((last + 0.5) * scale + 1 + margin, n), abs=1)
-    assert [(part.start, part.stop) for part in heart][1:] == [(0, 2 + margin)] * 2
-    assert heart[0].stop == 110
+        low, high = inside[:, axis].min(), inside[:, axis].max() + 1
+        assert low == pytest.approx(max((first - 0.5) * scale - margin, 0), abs=1)
+        assert high == pytest.approx(min((last + 0.5) * scale + 1 + margin, n), abs=1)
+    assert np.argwhere(expanded(heart)).max(axis=0).tolist() == [109, 1 + margin, 1 + margin]
     assert vertebrae is muscles is ribs is None
 
 
 def test_only_selected_classes_count():
     labels = np.zeros((55, 35, 45), dtype=np.uint8)
-    labels[10, 10, 10], labels[50, 30, 40] = LIVER, 1  # the spleen
+    labels[10, 10, 10:22], labels[50, 30, 20:35] = LIVER, 1  # the spleen
     task = resolve_task("total", roi_subset=["liver"])
-    (box,) = boxes_of_models(labels, task, grid_of((90, 70, 110), 1.5))
-    assert box[0].stop < 50
+    (mask,) = masks_of_models(labels, task, grid_of((90, 70, 110), 1.5))
+    assert mask.voxels.sum() == 12
     one_model = (Part(model_id=300, labels=None),)
     whole = replace(resolve_task("body"), parts=one_model, classes={1: "a", 5: "b"})
-    (box,) = boxes_of_models(labels, whole, grid_of((90, 70, 110), 1.5))
-    assert box[0].start < 10
-    assert box[0].stop > 100
+    (mask,) = masks_of_models(labels, whole, grid_of((90, 70, 110), 1.5))
+    assert mask.voxels.sum() == 12 + 15
 
 
 @pytest.mark.parametrize("seed", range(100))
-def test_a_box_in_a_piece_keeps_its_voxels(seed):
-    random = np.random.default_rng(seed)
-    shape = random.integers(1, 60, 3)
-    first = int(random.integers(0, shape[0]))
-    piece = slice(first, int(random.integers(first + 1, shape[0] + 1)))
-    low = random.integers(0, shape)
-    box = tuple(
-        slice(int(a), int(random.integers(a + 1, n + 1))) for a, n in zip(low, shape, strict=True)
-    )
-    within = (piece.stop - piece.start, *(int(n) for n in shape[1:]))
-    wanted = np.zeros(shape, bool)
-    wanted[box] = True
-    wanted = wanted[piece]
-    found = box_in_piece(box, piece, within)
-    if not wanted.any():
-        assert found is None
-        return
-    assert wanted[found].all()
-    assert wanted.sum() == wanted[found].size
-
-
-@pytest.mark.parametrize("seed", range(100))
-def test_the_tiles_of_a_box_are_those_of_the_image_that_touch_it(seed):
+def test_the_tiles_of_a_mask_are_those_that_touch_it_and_cells_tell_where_all_were_run(seed):
     random = np.random.default_rng(seed)
     shape = tuple(int(n) for n in random.integers(1, 60, 3))
     patch = tuple(int(n) for n in random.integers(1, 30, 2 if seed % 4 == 0 else 3))
-    tiles = plan_tiles(shape, patch, float(random.choice([0.3, 0.5, 0.8, 1.0])))
-    low = random.integers(0, shape)
-    box = tuple(
-        slice(int(a), int(random.integers(a + 1, n + 1))) for a, n in zip(low, shape, strict=True)
+    step = float(random.choice([0.3, 0.5, 0.8, 1.0]))
+    rough = tuple(int(random.integers(1, n + 1)) for n in shape)
+    mask = RoughMask(
+        voxels=random.random(rough) < random.choice([0, 0.001, 0.01, 0.1]),
+        shape=shape,
+        margin=tuple(int(n) for n in random.integers(0, 5, 3)),
     )
-    part, starts = tiles_that_touch(tiles, box)
-    for axis in range(3):
-        # in voxels of the image; tiles of a small image begin in its padding
-        moved = tiles.below[axis] if tiles.below[axis] or tiles.above[axis] else -part[axis].start
-        own = {start - moved for start in starts[axis]}
-        size, wanted = tiles.patch[axis], box[axis]
-        every = {start - tiles.below[axis] for start in tiles.starts[axis]}
-        touching = {a for a in every if a < wanted.stop and a + size > wanted.start}
-        assert own == touching
-        covered = {v for a in own for v in range(a, a + size)} & set(range(shape[axis]))
-        assert covered == set(range(part[axis].start, part[axis].stop))
+    if seed % 3:
+        low = [int(random.integers(0, n)) for n in shape]
+        mask = mask.part(tuple(slice(first, n) for first, n in zip(low, shape, strict=True)))
+        axes = random.permutation(3)
+        np.testing.assert_array_equal(
+            expanded(mask.transposed(axes)), expanded(mask).transpose(axes)
+        )
+        mask = mask.transposed(axes)
+    wanted = expanded(mask)
+    tiles = plan_tiles(wanted.shape, patch, step).that_touch(mask)
+    run = [corner for _, boxes in tiles.rows() for corner in boxes]
+    assert tiles.count == len(run)
+    missing = np.zeros(tiles.padded_shape, bool)
+    padded = np.pad(wanted, list(zip(tiles.below, tiles.above, strict=True)))
+    for corner in itertools.product(*tiles.starts):
+        box = tuple(slice(a, a + n) for a, n in zip(corner, tiles.patch, strict=True))
+        assert (box in run) == padded[box].any()
+        if box not in run:
+            missing[box] = True
+    z, plane = tiles.inside
+    missing = missing[(z, *plane)]
+    assert not missing[wanted].any()
+    slices, complete = tiles.cells()
+    for cell in np.ndindex(complete.shape):
+        place = tuple(axis[k] for axis, k in zip(slices, cell, strict=True))
+        assert missing[place].size
+        assert (missing[place] == (not complete[cell])).all()
+    assert sum(missing[tuple(c)].size for c in itertools.product(*slices)) == missing.size
 
 
 def nnunets_labels(task, part, voxels):
@@ -151,7 +181,7 @@ def nnunets_labels(task, part, voxels):
     return predictor.predict_single_npy_array(voxels[None].astype(np.float32), spacing)
 
 
-def test_each_model_labels_its_box_as_nnunet_labels_the_whole_image(scan, monkeypatch, caplog):
+def test_each_model_labels_voxels_as_nnunet_labels_the_whole_image(scan, monkeypatch, caplog):
     guide = np.zeros((55, 35, 45), dtype=np.uint8)
     guide[4:9, 8:20, 10:20], guide[30:50, 5:30, 30:44] = LIVER, RIB
     monkeypatch.setattr(pipeline, "_guiding_labels", lambda *_: guide)
@@ -160,11 +190,12 @@ def test_each_model_labels_its_box_as_nnunet_labels_the_whole_image(scan, monkey
     task = resolve_task("total")
     voxels = np.asarray(scan.dataobj).transpose(2, 1, 0)
     expected = np.zeros(voxels.shape, dtype=np.uint8)
-    boxes = boxes_of_models(guide, task, grid_of(scan.shape, 1.5))
-    for part, box in zip(task.parts, boxes, strict=True):
-        if box is not None:
+    masks = masks_of_models(guide, task, grid_of(scan.shape, 1.5))
+    for part, mask in zip(task.parts, masks, strict=True):
+        if mask is not None:
             own = nnunets_labels(task, part, np.ascontiguousarray(voxels))
-            merge_part(expected[box], own[box], part.labels)
+            own[~kept_voxels(mask, patch_of(task, part))] = 0
+            merge_part(expected, own, part.labels)
     assert expected.any()
     assert not expected.all()
     np.testing.assert_array_equal(labels.dataobj, expected.transpose(2, 1, 0))
@@ -173,34 +204,33 @@ def test_each_model_labels_its_box_as_nnunet_labels_the_whole_image(scan, monkey
     assert 0 < few < many
 
 
-def test_pieces_and_linear_export_are_guided_too(scan, monkeypatch):
+@pytest.mark.parametrize("options", [{"force_split": True}, {"export": "linear"}])
+def test_pieces_and_linear_export_are_guided_too(options, scan, monkeypatch):
     guide = np.zeros((55, 35, 45), dtype=np.uint8)
     guide[4:9, 8:20, 10:20] = LIVER
     monkeypatch.setattr(pipeline, "_guiding_labels", lambda *_: guide)
-    for options in ({"force_split": True}, {"export": "linear"}):
-        labels = np.asarray(totalfast.segment(scan, guided=True, **options, **TOTAL).dataobj)
-        plain = np.asarray(totalfast.segment(scan, roi_subset=None, **options, **TOTAL).dataobj)
-        (box, *others) = boxes_of_models(guide, resolve_task("total"), grid_of(scan.shape, 1.5))
-        assert not any(others)
-        inside = np.isin(plain, list(resolve_task("total").parts[0].labels.values()))
-        z, y, x = box
-        inside[:, :, : z.start] = inside[:, :, z.stop :] = False
-        inside[:, : y.start] = inside[:, y.stop :] = False
-        inside[: x.start] = inside[x.stop :] = False
-        # later models overwrite the first one, but where its classes are left they are its own
-        assert inside.any()
-        np.testing.assert_array_equal(labels[inside], plain[inside])
-        labels[x, y, z] = 0
-        assert not labels.any()
+    labels = np.asarray(totalfast.segment(scan, guided=True, **options, **TOTAL).dataobj)
+    plain = np.asarray(totalfast.segment(scan, roi_subset=None, **options, **TOTAL).dataobj)
+    (mask, *others) = masks_of_models(guide, resolve_task("total"), grid_of(scan.shape, 1.5))
+    assert not any(others)
+    first = np.isin(plain, list(resolve_task("total").parts[0].labels.values()))
+    # later models overwrite the first one, but where its classes are left they are its own
+    inside = first & expanded(mask).T
+    assert inside.any()
+    np.testing.assert_array_equal(labels[inside], plain[inside])
+    assert not labels.all(axis=(0, 1)).any()
+    differs = (labels != plain) & first
+    assert differs.any()
+    assert not labels[differs].any()
 
 
 def test_the_fast_model_is_asked_and_what_it_does_not_find_stays_empty(scan, monkeypatch):
-    asked, boxes = [], []
+    asked, masks = [], []
     predict = pipeline.predict
 
     def spy(context, model_image, task, **keywords):
         asked.append((task.name, task.resolution, context.options.deterministic))
-        boxes.append(keywords.get("boxes"))
+        masks.append(keywords.get("masks"))
         return predict(context, model_image, task, **keywords)
 
     monkeypatch.setattr(pipeline, "predict", spy)
@@ -209,7 +239,11 @@ def test_the_fast_model_is_asked_and_what_it_does_not_find_stays_empty(scan, mon
     assert asked[1:] == [("total", "fast", True), ("total", "default", False)]
     rough = np.asarray(fast.dataobj).transpose(2, 1, 0)
     task = resolve_task("total", guided=True)
-    assert boxes[2] == boxes_of_models(rough, task, grid_of(scan.shape, 1.5))
+    expected = masks_of_models(rough, task, grid_of(scan.shape, 1.5))
+    assert masks[:2] == [None, None]
+    for mask, other in zip(masks[2], expected, strict=True):
+        np.testing.assert_array_equal(mask.voxels, other.voxels)
+        assert (mask.shape, mask.margin) == (other.shape, other.margin)
     assert [part.model_id for _, part in parts_of(task)] == [297, 291, 292, 293, 294, 295]
     monkeypatch.setattr(pipeline, "_guiding_labels", lambda *_: np.zeros_like(rough))
     assert not np.any(totalfast.segment(scan, guided=True, **TOTAL).dataobj)
@@ -224,7 +258,7 @@ def test_rough_labels_are_shared_for_the_whole_scan_and_not_for_a_region():
     assert passes == [scan, region, region]
 
 
-def test_a_box_of_zeros_which_nnunet_crops_gives_no_labels(monkeypatch):
+def test_a_mask_in_zeros_which_nnunet_crops_gives_no_labels(monkeypatch):
     values = np.zeros((90, 70, 110), dtype=np.int16)
     values[:, :, 80:] = np.random.default_rng(0).normal(0, 300, (90, 70, 30))
     scan = nib.Nifti1Image(values, np.diag([1.5, 1.5, 1.5, 1.0]))
@@ -238,23 +272,23 @@ def test_a_box_of_zeros_which_nnunet_crops_gives_no_labels(monkeypatch):
 
 
 @pytest.mark.parametrize("export", ["auto", "linear"])
-def test_in_a_border_of_zeros_the_labels_of_the_box_are_those_of_a_full_run(export, monkeypatch):
-    values = np.zeros((90, 70, 170), dtype=np.int16)
-    values[:, 5:, 20:110] = np.random.default_rng(0).normal(0, 300, (90, 65, 90))
+def test_in_a_border_of_zeros_labels_are_those_of_a_full_run(export, monkeypatch):
+    values = np.zeros((60, 50, 200), dtype=np.int16)
+    values[:, 5:, 20:180] = np.random.default_rng(0).normal(0, 300, (60, 45, 160))
     scan = nib.Nifti1Image(values, np.diag([1.5, 1.5, 1.5, 1.0]))
     monkeypatch.setattr(pipeline, "clean", lambda context, labels, *_: labels)
     full = np.asarray(totalfast.segment(scan, task="body", export=export, **TOTAL).dataobj).copy()
-    guide = np.zeros((42, 18, 22), dtype=np.uint8)
-    guide[20:24, 4:9, 10:14] = 1
+    guide = np.zeros((50, 12, 15), dtype=np.uint8)
+    guide[8:11, 4:9, 10:14] = 1
     monkeypatch.setattr(pipeline, "_guiding_labels", lambda *_: guide)
     labels = totalfast.segment(scan, task="body", guided=True, export=export, **TOTAL)
-    ((z, y, x),) = boxes_of_models(guide, resolve_task("body"), grid_of(scan.shape, 1.5))
-    outside = np.ones(full.shape, bool)
-    outside[x, y, z] = False
-    assert full[outside].any()
-    full[outside] = 0
-    assert full.any()
-    np.testing.assert_array_equal(labels.dataobj, full)
+    labels = np.asarray(labels.dataobj)
+    (mask,) = masks_of_models(guide, resolve_task("body"), grid_of(scan.shape, 1.5))
+    inside = expanded(mask).T
+    assert full[inside].any()
+    np.testing.assert_array_equal(labels[inside], full[inside])
+    assert not labels[labels != full].any()
+    assert np.any(labels != full)
 
 
 def test_the_progress_bar_counts_tiles_of_zeros_too(monkeypatch):

@@ -6,7 +6,7 @@ normalise inside a mask, because filled holes do not change the box.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from totalfast.geometry import Box
     from totalfast.models.model import Model
 
     Untyped: TypeAlias = Any
@@ -68,24 +67,6 @@ class NetworkImage:
     def was_resampled(self) -> bool:
         """Whether resampling to the plans' spacing changed the shape."""
         return tuple(self.voxels.shape[1:]) != self.cropped_shape
-
-    def touching(self, box: Box) -> Box | None:
-        """Return the voxels of the image in a box of the model image, or None if there are none."""
-        z, y, x = (
-            slice(max(own.start, other.start), min(own.stop, other.stop))
-            for own, other in zip(self.box, box, strict=True)
-        )
-        return None if any(part.start >= part.stop for part in (z, y, x)) else (z, y, x)
-
-    def part(self, box: Box) -> NetworkImage:
-        """Return a part of an image that was not resampled; ``box`` is of its own voxels."""
-        z, y, x = box
-        voxels = self.voxels[:, z, y, x]
-        z, y, x = (
-            slice(own.start + part.start, own.start + part.stop)
-            for own, part in zip(self.box, box, strict=True)
-        )
-        return replace(self, voxels=voxels, box=(z, y, x), cropped_shape=tuple(voxels.shape[1:]))
 
 
 def nonzero_box(voxels: NDArray[np.float32]) -> tuple[slice, slice, slice]:

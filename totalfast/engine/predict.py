@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,6 @@ from totalfast.engine.sliding_window import (
     queue_labels,
     summing_device,
 )
-from totalfast.engine.tiles import Tiling, tiles_that_touch
 from totalfast.export import (
     choose_method,
     export_labels,
@@ -31,20 +31,21 @@ from totalfast.geometry import (
     interpolation_weights,
     nearest_indices,
     sample_positions,
-    shifted,
 )
 from totalfast.system.cores import usable_cores
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     import torch
     from numpy.typing import NDArray
 
     from totalfast.engine.normalise import NetworkImage
+    from totalfast.engine.rough_mask import RoughMask
     from totalfast.engine.sliding_window import WindowMemory
     from totalfast.engine.source_image import SourceImage
-    from totalfast.geometry import Box, LinearWeights
+    from totalfast.engine.tiles import Tiles, Tiling
+    from totalfast.geometry import LinearWeights
     from totalfast.models.model import Model
 
 logger = logging.getLogger(__name__)
@@ -54,10 +55,10 @@ def queue_part(
     source: SourceImage,
     *,
     model: Model,
-    box: Box,
     tiling: Tiling,
     memory: WindowMemory | None,
     on_tile: Callable[[], None],
+    mask: RoughMask | None = None,
     linear_to: tuple[int, int, int] | None = None,
 ) -> Callable[[], NDArray[np.unsignedinteger]]:
     """Start to label every voxel of a model image with one model.
@@ -68,15 +69,15 @@ def queue_part(
         The model image, of one channel.
     model
         A loaded model.
-    box
-        Slices along (z, y, x) of the model image. Only tiles that touch it are run, so that its
-        labels are those of the whole image; voxels outside get 0.
     tiling
         How tiles are placed, mirrored and weighted.
     memory
         Memory for the sums of logits on the CPU; None allocates it.
     on_tile
         Called after each tile.
+    mask
+        Of the model image. Only tiles that touch it are run. Voxels of which a tile was not run get
+        0; all others, and so all voxels of the mask, get the labels of a run of all tiles.
     linear_to
         Shape (z, y, x) of a grid with the same field of view and the same corner voxels. The
         logits are interpolated to this grid and then turned into labels. None returns labels on
@@ -89,18 +90,11 @@ def queue_part(
         done.
     """
     image = _prepared(source, model, tiling)
-    z, y, x = model.plans.transpose_forward
-    kept = image.touching((box[z], box[y], box[x]))
-    if kept is None:  # nnU-Net crops zeros
-        shape, dtype = linear_to or source.shape, label_dtype(len(model.labels.foreground_labels))
-        return lambda: np.zeros(shape, dtype=dtype)
-    if kept != image.box and not image.was_resampled:
-        inside = shifted(kept, image.box)
-        tiles = tiling.tiles(tuple(image.voxels.shape[1:]), model.patch_size)
-        part, starts = tiles_that_touch(tiles, inside)
-        image, tiling = image.part(part), replace(tiling, starts=starts)
+    if mask is not None and not image.was_resampled:
+        mask = mask.transposed(model.plans.transpose_forward).part(image.box)
+        tiling = replace(tiling, mask=mask)
     return _queue_network_image(
-        image, model, tiling, kept, memory=memory, on_tile=on_tile, linear_to=linear_to
+        image, model, tiling, memory=memory, on_tile=on_tile, linear_to=linear_to
     )
 
 
@@ -127,7 +121,7 @@ def predict_network_image(
     -------
         uint8 (uint16 for 255 or more labels), (z, y, x), with the model's label numbers.
     """
-    return _queue_network_image(image, model, tiling, image.box, on_tile=on_tile, method=method)()
+    return _queue_network_image(image, model, tiling, on_tile=on_tile, method=method)()
 
 
 def _prepared(source: SourceImage, model: Model, tiling: Tiling) -> NetworkImage:
@@ -145,39 +139,67 @@ def _queue_network_image(
     image: NetworkImage,
     model: Model,
     tiling: Tiling,
-    kept: Box,
     *,
     memory: WindowMemory | None = None,
     on_tile: Callable[[], None],
     method: str = "auto",
     linear_to: tuple[int, int, int] | None = None,
 ) -> Callable[[], NDArray[np.unsignedinteger]]:
-    """``predict_network_image``, or with ``linear_to``; returns a function as ``queue_part``.
-
-    ``kept`` is the box of the model image outside of which labels are 0.
-    """
+    """``predict_network_image``, or with ``linear_to``; returns a function as ``queue_part``."""
     cropped: NDArray[np.unsignedinteger] | None = None
-    shape: tuple[int, ...] = image.full_shape
-    place, taken = kept, shifted(kept, image.box)
+    shape, box = image.full_shape, image.box
+    axes: list[LinearWeights] | None = None
     if linear_to is not None:
-        shape = tuple(linear_to[axis] for axis in model.plans.transpose_forward)
-        place, axes = _axes_to(shape, image, kept)
-        taken = shifted(place, place)
+        z, y, x = (linear_to[axis] for axis in model.plans.transpose_forward)
+        shape = (z, y, x)
+        box, axes = _axes_to(shape, image)
         cropped = _linear(model, image.voxels, axes, tiling=tiling, memory=memory, on_tile=on_tile)
     elif image.was_resampled:
         cropped = _resampled(image, model, method, tiling=tiling, memory=memory, on_tile=on_tile)
     else:
         wait = queue_labels(model, image.voxels, tiling, memory=memory, on_tile=on_tile)
     backward = model.plans.transpose_backward  # the model may be freed before the labels are there
+    tiles = tiling.tiles(tuple(image.voxels.shape[1:]), model.patch_size)
 
     def finish() -> NDArray[np.unsignedinteger]:
         inner = wait().numpy() if cropped is None else cropped
+        if tiles.skipped is not None:
+            _erase_unfinished(inner, tiles, axes)
         labels = np.zeros(shape, dtype=inner.dtype)
-        labels[place] = inner[taken]
+        labels[box] = inner
         restored: NDArray[np.unsignedinteger] = labels.transpose(backward)
         return restored
 
     return finish
+
+
+def _erase_unfinished(
+    labels: NDArray[np.unsignedinteger], tiles: Tiles, axes: Sequence[LinearWeights] | None
+) -> None:
+    """Set labels to 0 where tiles were skipped, in place.
+
+    ``labels`` are those of the tiles' image, or interpolated from it along ``axes``.
+    """
+    slices, complete = tiles.cells()
+    blocks = [
+        list(_blocks(cells, None if axes is None else axes[axis]))
+        for axis, cells in enumerate(slices)
+    ]
+    for block in itertools.product(*blocks):
+        if not all(complete[cell] for cell in itertools.product(*(used for _, used in block))):
+            labels[tuple(part for part, _ in block)] = 0
+
+
+def _blocks(cells: list[slice], axis: LinearWeights | None) -> Iterator[tuple[slice, set[int]]]:
+    """Yield each run of labels along an axis that are made of the same cells, and the cells."""
+    cell_of = np.repeat(np.arange(len(cells)), [cell.stop - cell.start for cell in cells])
+    lower, upper = (
+        (cell_of, cell_of) if axis is None else (cell_of[axis.lower], cell_of[axis.upper])
+    )
+    changes = np.flatnonzero((np.diff(lower) != 0) | (np.diff(upper) != 0)) + 1
+    for first, stop in itertools.pairwise([0, *changes.tolist(), len(lower)]):
+        if first < stop:
+            yield slice(first, stop), {int(lower[first]), int(upper[first])}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -239,9 +261,9 @@ def predict_probabilities(
 
 
 def _axes_to(
-    shape: tuple[int, ...], image: NetworkImage, kept: Box
-) -> tuple[Box, list[LinearWeights]]:
-    """The box ``kept`` in a grid of ``shape``, and the interpolation weights per axis.
+    shape: tuple[int, int, int], image: NetworkImage
+) -> tuple[tuple[slice, slice, slice], list[LinearWeights]]:
+    """The image's box in a grid of ``shape``, and the interpolation weights per axis.
 
     The coordinates change from the network grid (half-pixel centres) to the box in the model grid
     to the target (corners). All these changes are linear, so they are one interpolation.
@@ -249,8 +271,7 @@ def _axes_to(
     box, axes = [], []
     for axis, part in enumerate(image.box):
         positions = sample_positions(image.full_shape[axis], shape[axis])
-        low, high = kept[axis].start - 0.5, kept[axis].stop - 0.5
-        inside = np.flatnonzero((positions >= low) & (positions < high))
+        inside = np.flatnonzero((positions >= part.start - 0.5) & (positions < part.stop - 0.5))
         first, last = (int(inside[0]), int(inside[-1]) + 1) if inside.size else (0, 0)
         positions = positions[first:last] - part.start
         size = part.stop - part.start

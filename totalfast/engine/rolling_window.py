@@ -73,10 +73,13 @@ class RollingWindow:
         self.weight = torch.zeros(area, dtype=torch.half, device=device)
         self._slice = torch.empty(networks.model.heads, *tiles.patch[1:], device=device)
 
-    def add(self, tile: torch.Tensor, box: tuple[slice, ...]) -> None:
-        """Run all networks on a tile (channels, z, y, x) and add their weighted logits."""
-        # The window starts at the tile's first slice and is as deep as the tile.
-        place = (slice(None), slice(None), *box[2:])
+    def add(self, tile: torch.Tensor, box: tuple[slice, slice]) -> None:
+        """Run all networks on a tile (channels, z, y, x) and add their weighted logits.
+
+        The window starts at the tile's first slice and is as deep as the tile; ``box`` is its place
+        along (y, x).
+        """
+        place = (slice(None), slice(None), *box)
         weights = self.networks.weights
         for output, total in zip(self.networks.run(tile), self.sums, strict=True):
             if output.add_to(total[place], weights):
@@ -114,7 +117,10 @@ class RollingWindow:
         for row in range(start_row, stop_row, step):
             some = slice(row, min(row + step, stop_row))
             part, place = (some, *inside), (slice(None), slice(None), some, *inside)
-            mean = self.networks.mean(self.sums[place], self.weight[part])
+            weight = self.weight[part]
+            if self.tiles.skipped is not None:
+                weight = weight.masked_fill(weight == 0, 1)  # where no tile was run, logits are 0
+            mean = self.networks.mean(self.sums[place], weight)
             yield self.first + row - rows.start, mean
         self.first = start
         if start >= self.tiles.padded_shape[0]:

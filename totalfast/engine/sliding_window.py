@@ -170,21 +170,18 @@ def _logits(
     settings = inference_settings(model.device, deterministic=tiling.deterministic)
     with settings, contextlib.ExitStack() as cleanup:
         cleanup.callback(networks.release)  # also if a tile fails
-        if tiles.count == 1 and networks.count == 1 and model.device.type == "cpu":
+        one = tiles.count == 1 and tiles.skipped is None
+        if one and networks.count == 1 and model.device.type == "cpu":
             yield from networks.logits_of_one_tile(image, tiles)
             on_tile()
             return
         window = RollingWindow(networks, tiles, memory or WindowMemory(), device)
         queue = TileQueue(model.device, on_tile)
-        starts_z, starts_y, starts_x = tiles.starts
-        for z in starts_z:
-            yield from window.advance(z)
-            for y in starts_y:
-                for x in starts_x:
-                    corner = zip((z, y, x), tiles.patch, strict=True)
-                    box = (slice(None), *(slice(start, start + size) for start, size in corner))
-                    window.add(image[box], box)
-                    queue.add()
+        for first, boxes in tiles.rows():
+            yield from window.advance(first)
+            for z, y, x in boxes:
+                window.add(image[:, z, y, x], (y, x))
+                queue.add()
         networks.release()
         yield from window.advance(tiles.padded_shape[0])
         queue.end()

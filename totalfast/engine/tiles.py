@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     import torch
+    from numpy.typing import NDArray
 
-    from totalfast.geometry import Box
+    from totalfast.engine.rough_mask import RoughMask
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,8 +38,8 @@ class Tiling:
         if those are on the CPU.
     deterministic
         Whether a CUDA device must give the same bits in every run.
-    starts
-        Start positions of tiles along z, y and x, for a part of an image; None places nnU-Net's.
+    mask
+        Only tiles that touch it are run; None runs all.
     """
 
     step: float
@@ -44,12 +48,12 @@ class Tiling:
     on_device: bool = True
     image_on_device: bool = True
     deterministic: bool = False
-    starts: tuple[tuple[int, ...], ...] | None = None
+    mask: RoughMask | None = None
 
     def tiles(self, shape: tuple[int, ...], patch: tuple[int, ...]) -> Tiles:
         """Place the tiles on an image of ``shape`` (z, y, x)."""
         tiles = plan_tiles(shape, patch, self.step)
-        return tiles if self.starts is None else replace(tiles, starts=self.starts)
+        return tiles if self.mask is None else tiles.that_touch(self.mask)
 
     def smaller(self) -> Tiling | None:
         """Return the next way that takes less of a CUDA device's memory; None if there is none."""
@@ -82,6 +86,8 @@ class Tiles:
         Shape (z, y, x) of the image, before padding.
     below, above
         Number of zeros that are added before and after the image, per axis.
+    skipped
+        Which tiles are not run: bool, (tiles along z, along y, along x); None if all are.
     """
 
     patch: tuple[int, ...]
@@ -89,12 +95,61 @@ class Tiles:
     shape: tuple[int, ...]
     below: tuple[int, ...]
     above: tuple[int, ...]
+    skipped: NDArray[np.bool_] | None = None
 
     @property
     def count(self) -> int:
-        """Number of tiles."""
-        z, y, x = self.starts
-        return len(z) * len(y) * len(x)
+        """Number of tiles that are run."""
+        every = math.prod(len(axis) for axis in self.starts)
+        return every if self.skipped is None else every - int(self.skipped.sum())
+
+    def rows(self) -> Iterator[tuple[int, list[tuple[slice, slice, slice]]]]:
+        """Yield each start along z, and the boxes of its tiles that are run, in nnU-Net's order."""
+        for row, z in enumerate(self.starts[0]):
+            boxes = []
+            for column, y in enumerate(self.starts[1]):
+                for place, x in enumerate(self.starts[2]):
+                    if self.skipped is None or not self.skipped[row, column, place]:
+                        depth, height, width = self.patch
+                        box = slice(z, z + depth), slice(y, y + height), slice(x, x + width)
+                        boxes.append(box)
+            yield z, boxes
+
+    def that_touch(self, mask: RoughMask) -> Tiles:
+        """Return these tiles; those without a voxel of a mask of the image are skipped."""
+        spans = [self._spans(axis) for axis in range(3)]
+        skipped = [not mask.touches(box) for box in itertools.product(*spans)]
+        return replace(self, skipped=np.reshape(skipped, [len(axis) for axis in spans]))
+
+    def cells(self) -> tuple[list[list[slice]], NDArray[np.bool_]]:
+        """Divide the image at the borders of tiles, and tell in which cells all tiles are run.
+
+        The labels of these cells are those of a run of all tiles.
+
+        Returns
+        -------
+            The cells' slices of the image, per axis; and bool, (cells along z, along y, along x).
+        """
+        slices, covered = [], []
+        for axis, size in enumerate(self.shape):
+            spans = self._spans(axis)
+            ends = sorted({0, size} | {end for span in spans for end in (span.start, span.stop)})
+            cells = [slice(first, stop) for first, stop in itertools.pairwise(ends)]
+            inside = [[t.start <= c.start and c.stop <= t.stop for t in spans] for c in cells]
+            slices.append(cells)
+            covered.append(np.array(inside, dtype=np.int64))
+        if self.skipped is None:
+            return slices, np.ones([len(axis) for axis in slices], dtype=bool)
+        missing = np.einsum("zyx,cz,dy,ex->cde", self.skipped.astype(np.int64), *covered)
+        return slices, missing == 0
+
+    def _spans(self, axis: int) -> list[slice]:
+        """The tiles' slices of the image, along an axis."""
+        below, size = self.below[axis], self.shape[axis]
+        return [
+            slice(max(start - below, 0), min(start - below + self.patch[axis], size))
+            for start in self.starts[axis]
+        ]
 
     @property
     def padded_shape(self) -> tuple[int, ...]:
@@ -134,34 +189,6 @@ def plan_tiles(shape: tuple[int, ...], patch: tuple[int, ...], step: float) -> T
         below=below,
         above=tuple(m - b for m, b in zip(missing, below, strict=True)),
     )
-
-
-def tiles_that_touch(tiles: Tiles, box: Box) -> tuple[Box, tuple[tuple[int, ...], ...]]:
-    """Return the part of an image whose tiles have a voxel of a box.
-
-    Parameters
-    ----------
-    tiles
-        Of the image.
-    box
-        Of the image, (z, y, x); at least one voxel.
-
-    Returns
-    -------
-        The part, and the start positions of its tiles in it (in its padding, where the image is
-        smaller than a tile). All tiles of the image that have a voxel of the box are among them.
-    """
-    parts, starts = [], []
-    for axis, part in enumerate(box):
-        size, below = tiles.patch[axis], tiles.below[axis]
-        first, stop = part.start + below, part.stop + below
-        own = [start for start in tiles.starts[axis] if start < stop and start + size > first]
-        if below or tiles.above[axis]:
-            parts.append(slice(0, tiles.shape[axis]))
-        else:
-            parts.append(slice(own[0], own[-1] + size))
-        starts.append(tuple(start - own[0] for start in own))
-    return (parts[0], parts[1], parts[2]), tuple(starts)
 
 
 def gaussian_weights(patch: tuple[int, ...], device: torch.device) -> torch.Tensor:

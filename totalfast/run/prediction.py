@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -14,12 +13,11 @@ import numpy as np
 from totalfast.engine.predict import predict_probabilities, queue_part
 from totalfast.engine.sliding_window import WindowMemory, prepare_tiles
 from totalfast.engine.source_image import SourceImage
-from totalfast.engine.tiles import Tiling, plan_tiles, tiles_that_touch
+from totalfast.engine.tiles import Tiling, plan_tiles
 from totalfast.files.write import write_probabilities
 from totalfast.labels.merge import merge_part, thirds, wants_split, whole
 from totalfast.models.model_summary import ModelSummary
 from totalfast.run.device_plan import choose_ladder
-from totalfast.run.guide import box_in_piece
 from totalfast.system.process_memory import trim_memory
 from totalfast.system.progress import timed
 
@@ -32,7 +30,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from totalfast.engine.ladder import Ladder
-    from totalfast.geometry import Box, Grid
+    from totalfast.engine.rough_mask import RoughMask
+    from totalfast.geometry import Grid
     from totalfast.labels.merge import Piece
     from totalfast.models.model import Model
     from totalfast.options import Options
@@ -52,8 +51,8 @@ class _Window(NamedTuple):
     piece: Piece
     source: SourceImage
     """The piece's voxels."""
-    box: Box
-    """Slices along (z, y, x) of the piece."""
+    mask: RoughMask | None
+    """Tiles of the piece that do not touch it are not run; None runs all."""
     tile_count: int
     """At most: nnU-Net crops zeros at the border of an image."""
 
@@ -83,7 +82,7 @@ def predict(
     model_image: ModelImage,
     task: Task,
     *,
-    boxes: Sequence[Box | None] | None = None,
+    masks: Sequence[RoughMask | None] | None = None,
 ) -> NDArray[np.uint8]:
     """Run all of a task's models and merge their labels, when it is this run's turn.
 
@@ -95,9 +94,9 @@ def predict(
         The scan on the model grid.
     task
         Whose models.
-    boxes
-        Where each of them runs: slices along (z, y, x) of the model grid; None for a model that
-        has nothing to do. Without boxes all run on the whole image.
+    masks
+        Which tiles of the model grid each of them runs: those that touch its mask; None for a model
+        that has nothing to do. Without masks all run on the whole image.
 
     Returns
     -------
@@ -107,11 +106,14 @@ def predict(
     if context.store.predicting.taken:
         wait()
     with context.store.predicting.turn(wait):
-        return _predict(context, model_image, task, boxes)
+        return _predict(context, model_image, task, masks)
 
 
 def _predict(
-    context: RunContext, model_image: ModelImage, task: Task, boxes: Sequence[Box | None] | None
+    context: RunContext,
+    model_image: ModelImage,
+    task: Task,
+    masks: Sequence[RoughMask | None] | None,
 ) -> NDArray[np.uint8]:
     """``predict``; a thread waits for a model's labels and merges them while the next one runs."""
     context.plan_memory(model_image.canonical, task).check(context.budget)
@@ -119,11 +121,11 @@ def _predict(
     labels = np.zeros((shape_z, shape_y, shape_x), dtype=np.uint8)
     tiling = Tiling(step=task.tile_step, deterministic=context.options.deterministic)
     pieces = _pieces(model_image, task, context.options, labelled=shape_z)
-    windows = _windows(pieces, model_image, task)
+    windows = _windows(pieces, task)
     tile_count = _tile_count(windows)
     work = context.work
-    if boxes is not None:
-        full, windows = tile_count, _windows(pieces, model_image, task, boxes)
+    if masks is not None:
+        full, windows = tile_count, _windows(pieces, task, masks)
         tile_count = _tile_count(windows)
         work = work.of_models(len(task.parts), share=tile_count / full)
         context.progress.expect(work.total)
@@ -209,10 +211,10 @@ def _queue_piece(
         return queue_part(
             window.source,
             model=model,
-            box=window.box,
             tiling=tiling,
             memory=layout.memory,
             on_tile=on_tile,
+            mask=window.mask,
             linear_to=linear_to,
         )
     part_labels, probabilities = predict_probabilities(
@@ -262,27 +264,32 @@ class _TileProgress:
 
 def _windows(
     pieces: tuple[tuple[Piece, SourceImage], ...],
-    model_image: ModelImage,
     task: Task,
-    boxes: Sequence[Box | None] | None = None,
+    masks: Sequence[RoughMask | None] | None = None,
 ) -> tuple[tuple[_Window, ...], ...]:
-    """Where each model runs: in all pieces, or in what a box has of them."""
-    z, y, x = (slice(0, n) for n in model_image.voxels.shape)
+    """Where each model runs: everywhere, or where its mask is."""
 
-    def windows(part: Part, box: Box | None) -> Iterator[_Window]:
+    def window(part: Part, piece: Piece, source: SourceImage, mask: RoughMask | None) -> _Window:
         model = ModelSummary.of(task, part)
-        for piece, source in pieces:
-            inside = box and box_in_piece(box, piece.predicted, source.shape)
-            if inside is not None:
-                first, second, third = model.axes
-                shape = (source.shape[first], source.shape[second], source.shape[third])
-                tiles = plan_tiles(shape, model.patch, task.tile_step)
-                _, starts = tiles_that_touch(tiles, (inside[first], inside[second], inside[third]))
-                count = math.prod(len(axis) for axis in starts)
-                yield _Window(piece, source, inside, count)
+        z, y, x = (source.shape[axis] for axis in model.axes)
+        tiles = plan_tiles((z, y, x), model.patch, task.tile_step)
+        if mask is not None:
+            mask = mask.part((piece.predicted, slice(0, None), slice(0, None)))
+            tiles = tiles.that_touch(mask.transposed(model.axes))
+        return _Window(piece, source, mask, tiles.count)
 
-    every = boxes or [(z, y, x)] * len(task.parts)
-    return tuple(tuple(windows(part, box)) for part, box in zip(task.parts, every, strict=True))
+    def windows(part: Part, mask: RoughMask | None) -> Iterator[_Window]:
+        for piece, source in pieces:
+            own = window(part, piece, source, mask)
+            if own.tile_count:
+                yield own
+
+    if masks is None:
+        return tuple(tuple(windows(part, None)) for part in task.parts)
+    return tuple(
+        () if mask is None else tuple(windows(part, mask))
+        for part, mask in zip(task.parts, masks, strict=True)
+    )
 
 
 def _without_idle(
