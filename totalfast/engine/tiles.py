@@ -117,9 +117,7 @@ class Tiles:
 
     def that_touch(self, mask: RoughMask) -> Tiles:
         """Return these tiles; those without a voxel of a mask of the image are skipped."""
-        spans = [self._spans(axis) for axis in range(3)]
-        skipped = [not mask.touches(box) for box in itertools.product(*spans)]
-        return replace(self, skipped=np.reshape(skipped, [len(axis) for axis in spans]))
+        return replace(self, skipped=~mask.touched([self._spans(axis) for axis in range(3)]))
 
     def cells(self) -> tuple[list[list[slice]], NDArray[np.bool_]]:
         """Divide the image at the borders of tiles, and tell in which cells all tiles are run.
@@ -140,7 +138,9 @@ class Tiles:
             covered.append(np.array(inside, dtype=np.int64))
         if self.skipped is None:
             return slices, np.ones([len(axis) for axis in slices], dtype=bool)
-        missing = np.einsum("zyx,cz,dy,ex->cde", self.skipped.astype(np.int64), *covered)
+        missing = np.einsum(
+            "zyx,cz,dy,ex->cde", self.skipped.astype(np.int64), *covered, optimize=True
+        )
         return slices, missing == 0
 
     def _spans(self, axis: int) -> list[slice]:
