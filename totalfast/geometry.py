@@ -23,15 +23,6 @@ Box = tuple[slice, slice, slice]
 """Part of a grid: slices with a start and a stop, no step, along its three axes."""
 
 
-def shifted(box: Box, origin: Box) -> Box:
-    """Return a box counted from the first voxel of another one, which encloses it."""
-    z, y, x = (
-        slice(part.start - whole.start, part.stop - whole.start)
-        for part, whole in zip(box, origin, strict=True)
-    )
-    return z, y, x
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grid:
     """A voxel grid in scanner space.

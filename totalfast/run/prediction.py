@@ -269,26 +269,20 @@ def _windows(
 ) -> tuple[tuple[_Window, ...], ...]:
     """Where each model runs: everywhere, or where its mask is."""
 
-    def window(part: Part, piece: Piece, source: SourceImage, mask: RoughMask | None) -> _Window:
-        model = ModelSummary.of(task, part)
-        z, y, x = (source.shape[axis] for axis in model.axes)
-        tiles = plan_tiles((z, y, x), model.patch, task.tile_step)
-        if mask is not None:
-            mask = mask.part((piece.predicted, slice(0, None), slice(0, None)))
-            tiles = tiles.that_touch(mask.transposed(model.axes))
-        return _Window(piece, source, mask, tiles.count)
-
     def windows(part: Part, mask: RoughMask | None) -> Iterator[_Window]:
+        model = ModelSummary.of(task, part)
         for piece, source in pieces:
-            own = window(part, piece, source, mask)
-            if own.tile_count:
-                yield own
+            z, y, x = (source.shape[axis] for axis in model.axes)
+            tiles = plan_tiles((z, y, x), model.patch, task.tile_step)
+            own = mask and mask.part((piece.predicted, slice(0, None), slice(0, None)))
+            if own is not None:
+                tiles = tiles.that_touch(own.transposed(model.axes))
+            if tiles.count:
+                yield _Window(piece, source, own, tiles.count)
 
-    if masks is None:
-        return tuple(tuple(windows(part, None)) for part in task.parts)
     return tuple(
-        () if mask is None else tuple(windows(part, mask))
-        for part, mask in zip(task.parts, masks, strict=True)
+        () if masks and mask is None else tuple(windows(part, mask))
+        for part, mask in zip(task.parts, masks or [None] * len(task.parts), strict=True)
     )
 
 
