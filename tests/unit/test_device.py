@@ -356,6 +356,21 @@ def test_linear_export_on_the_device_gives_the_cpus_labels(double, long_scan):
     assert sum(double.downloads) < 4 * 60 * 60 * 80  # labels, not logits
 
 
+@pytest.mark.parametrize("export", ["auto", "linear"])
+def test_guided_runs_on_the_device_give_the_cpus_labels(double, export, monkeypatch):
+    scan = scan_of((60, 50, 200), 1.5)
+    guide = np.zeros((50, 12, 15), dtype=np.uint8)
+    guide[8:11, 4:9, 10:14] = 1
+    monkeypatch.setattr(pipeline, "_guiding_labels", lambda *_: guide)
+    monkeypatch.setattr(pipeline, "clean", lambda context, labels, *_: labels)
+    body = {"task": "body", "export": export, **TOTAL}
+    on_cpu = totalfast.segment(scan, guided=True, device="cpu", **body)
+    double.reset()
+    assert_nearly_equal(totalfast.segment(scan, guided=True, device="gpu", **body), on_cpu)
+    assert not double.waits or export == "linear"
+    assert not labels_of(on_cpu).all()
+
+
 def test_without_page_locked_memory_labels_arrive_all_the_same(double, long_scan, monkeypatch):
     expected = totalfast.segment(long_scan, **FASTEST)
     empty = torch.empty
