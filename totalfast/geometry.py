@@ -23,6 +23,15 @@ Box = tuple[slice, slice, slice]
 """Part of a grid: slices with a start and a stop, no step, along its three axes."""
 
 
+def shifted(box: Box, origin: Box) -> Box:
+    """Return a box counted from the first voxel of another one."""
+    z, y, x = (
+        slice(part.start - first.start, part.stop - first.start)
+        for part, first in zip(box, origin, strict=True)
+    )
+    return z, y, x
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grid:
     """A voxel grid in scanner space.

@@ -167,11 +167,11 @@ def test_memory_that_ends_in_spite_of_the_plan_is_one_warning(
     )
     with totalfast.Session() as session:
         whole = session.segment(long_scan, **FASTEST)
-        tiles, bars[:] = len(bars), []
+        tiles, bars[:] = np.count_nonzero(bars), []
         double.reset()
         double.allocations = 0
         session.segment(long_scan, **FASTEST)
-        assert len(bars) == tiles
+        assert np.count_nonzero(bars) == tiles
         for place in (0.3, 0.6, 0.9):
             caplog.clear()
             bars.clear()
@@ -181,7 +181,7 @@ def test_memory_that_ends_in_spite_of_the_plan_is_one_warning(
             warnings = [line for line in caplog.messages if line.startswith("WARNING: the GPU")]
             assert len(warnings) == 1
             assert "image tile by tile" in warnings[0]
-            assert len(bars) == tiles  # no tile is counted twice
+            assert np.count_nonzero(bars) == tiles  # no tile is counted twice
             double.fail_at, double.allocations = -1, 0
             session.segment(long_scan, **FASTEST)
 

@@ -198,3 +198,13 @@ def test_the_last_stage_is_measured_also_if_all_runs_are_cancelled():
     assert set(clock.seconds) == {"Preparing", "Saving"}
     with pytest.raises(BaseException, match="^$"):
         clock.stage("Another")
+
+
+def test_a_corrected_total_is_of_the_same_task():
+    clock = StageClock(threading.Event())
+    clock.expect(10.0)
+    clock.advance(3.0)
+    clock.correct(6.0)  # as a guided run does when it knows its tiles
+    assert clock.fraction == 0.5
+    clock.advance(3.0)
+    assert clock.fraction == 1.0

@@ -31,6 +31,7 @@ from totalfast.geometry import (
     interpolation_weights,
     nearest_indices,
     sample_positions,
+    shifted,
 )
 from totalfast.system.cores import usable_cores
 
@@ -41,11 +42,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from totalfast.engine.normalise import NetworkImage
-    from totalfast.engine.rough_mask import RoughMask
     from totalfast.engine.sliding_window import WindowMemory
     from totalfast.engine.source_image import SourceImage
     from totalfast.engine.tiles import Tiles, Tiling
-    from totalfast.geometry import LinearWeights
+    from totalfast.geometry import Box, LinearWeights
     from totalfast.models.model import Model
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ def queue_part(
     tiling: Tiling,
     memory: WindowMemory | None,
     on_tile: Callable[[], None],
-    mask: RoughMask | None = None,
+    box: Box | None = None,
     linear_to: tuple[int, int, int] | None = None,
 ) -> Callable[[], NDArray[np.unsignedinteger]]:
     """Start to label every voxel of a model image with one model.
@@ -75,9 +75,10 @@ def queue_part(
         Memory for the sums of logits on the CPU; None allocates it.
     on_tile
         Called after each tile.
-    mask
-        Of the model image. Only tiles that touch it are run. Voxels of which a tile was not run get
-        0; all others, and so all voxels of the mask, get the labels of a run of all tiles.
+    box
+        Slices along (z, y, x) of the model image, perhaps beyond it. Only tiles that have a voxel
+        of it are run. Voxels of which a tile was not run get 0; all others, and so all in the box,
+        get the labels of a run of all tiles. None runs all.
     linear_to
         Shape (z, y, x) of a grid with the same field of view and the same corner voxels. The
         logits are interpolated to this grid and then turned into labels. None returns labels on
@@ -90,9 +91,9 @@ def queue_part(
         done.
     """
     image = _prepared(source, model, tiling)
-    if mask is not None and not image.was_resampled:
-        mask = mask.transposed(model.plans.transpose_forward).part(image.box)
-        tiling = replace(tiling, mask=mask)
+    if box is not None and not image.was_resampled:
+        z, y, x = model.plans.transpose_forward
+        tiling = replace(tiling, box=shifted((box[z], box[y], box[x]), image.box))
     return _queue_network_image(
         image, model, tiling, memory=memory, on_tile=on_tile, linear_to=linear_to
     )
@@ -193,9 +194,10 @@ def _erase_unfinished(
 def _blocks(cells: list[slice], axis: LinearWeights | None) -> Iterator[tuple[slice, set[int]]]:
     """Yield each run of labels along an axis that are made of the same cells, and the cells."""
     cell_of = np.repeat(np.arange(len(cells)), [cell.stop - cell.start for cell in cells])
-    lower, upper = (
-        (cell_of, cell_of) if axis is None else (cell_of[axis.lower], cell_of[axis.upper])
-    )
+    lower = upper = cell_of
+    if axis is not None:
+        used = np.where(axis.upper_weight == 0, axis.lower, axis.upper)
+        lower, upper = cell_of[axis.lower], cell_of[used]
     changes = np.flatnonzero((np.diff(lower) != 0) | (np.diff(upper) != 0)) + 1
     for first, stop in itertools.pairwise([0, *changes.tolist(), len(lower)]):
         if first < stop:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from totalfast.engine.rough_mask import RoughMask
+    from totalfast.geometry import Box
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,8 +38,9 @@ class Tiling:
         if those are on the CPU.
     deterministic
         Whether a CUDA device must give the same bits in every run.
-    mask
-        Only tiles that touch it are run; None runs all.
+    box
+        Slices along (z, y, x) of the image, perhaps beyond it: only tiles that have a voxel of it
+        are run; None runs all.
     """
 
     step: float
@@ -48,12 +49,12 @@ class Tiling:
     on_device: bool = True
     image_on_device: bool = True
     deterministic: bool = False
-    mask: RoughMask | None = None
+    box: Box | None = None
 
     def tiles(self, shape: tuple[int, ...], patch: tuple[int, ...]) -> Tiles:
         """Place the tiles on an image of ``shape`` (z, y, x)."""
         tiles = plan_tiles(shape, patch, self.step)
-        return tiles if self.mask is None else tiles.that_touch(self.mask)
+        return tiles if self.box is None else tiles.that_touch(self.box)
 
     def smaller(self) -> Tiling | None:
         """Return the next way that takes less of a CUDA device's memory; None if there is none."""
@@ -115,9 +116,16 @@ class Tiles:
                         boxes.append(box)
             yield z, boxes
 
-    def that_touch(self, mask: RoughMask) -> Tiles:
-        """Return these tiles; those without a voxel of a mask of the image are skipped."""
-        return replace(self, skipped=~mask.touched([self._spans(axis) for axis in range(3)]))
+    def that_touch(self, box: Box) -> Tiles:
+        """Return these tiles; those without a voxel of a box of the image are skipped."""
+        z, y, x = (
+            np.array(
+                [span.start < part.stop and part.start < span.stop for span in self._spans(axis)]
+            )
+            for axis, part in enumerate(box)
+        )
+        skipped = ~(z[:, None, None] & y[:, None] & x)
+        return replace(self, skipped=skipped) if skipped.any() else self
 
     def cells(self) -> tuple[list[list[slice]], NDArray[np.bool_]]:
         """Divide the image at the borders of tiles, and tell in which cells all tiles are run.

@@ -58,6 +58,10 @@ class StageClock(CancellableProgress):
         """Set the total amount of work of a task."""
         self._total, self._done, self._ended = total, 0.0, self._ended + 1
 
+    def correct(self, total: float) -> None:
+        """Set another total amount of work of the same task."""
+        self._total = total
+
     def advance(self, work: float) -> None:
         """Add finished work."""
         self._check()

@@ -31,7 +31,7 @@ from totalfast.run.empty_classes import (
     OUTSIDE,
     EmptyClasses,
 )
-from totalfast.run.guide import masks_of_models
+from totalfast.run.guide import boxes_of_models
 from totalfast.run.input_warnings import warn_of_unusual
 from totalfast.run.intensities import replace_non_finite
 from totalfast.run.measure import measure_model_image
@@ -62,9 +62,9 @@ if TYPE_CHECKING:
     import nibabel as nib
     from numpy.typing import NDArray
 
-    from totalfast.engine.rough_mask import RoughMask
     from totalfast.files.dicom.read import Series
     from totalfast.files.targets import OutputPlan
+    from totalfast.geometry import Box
     from totalfast.models.store import ModelStore
     from totalfast.options import Options
     from totalfast.run.memory_plan import MemoryPlan
@@ -221,8 +221,8 @@ def label_whole(context: RunContext, image: ScannerImage, task: Task) -> LabelMa
     context.progress.advance(context.work.resample)
     if not context.keeps_scan:
         image.drop_voxels()
-    masks = None if guide is None else _masks_of_models(context, guide, model_image, task)
-    labels = predict(context, model_image, task, masks=masks)
+    boxes = None if guide is None else _boxes_of_models(context, guide, model_image, task)
+    labels = predict(context, model_image, task, boxes=boxes)
     labels = clean(context, labels, model_image, task)
     statistics = None
     if context.options.measures_model_grid:
@@ -300,15 +300,15 @@ def _guiding_labels(
     return _shared(context, image, guide, predict_roughly)
 
 
-def _masks_of_models(
+def _boxes_of_models(
     context: RunContext, guide: NDArray[np.uint8], model_image: ModelImage, task: Task
-) -> tuple[RoughMask | None, ...]:
+) -> tuple[Box | None, ...]:
     """Where each model runs; classes of a model that runs nowhere are noted as empty."""
-    masks = masks_of_models(guide, task, model_image.grid)
-    for part, mask in zip(task.parts, masks, strict=True):
-        if mask is None:
+    boxes = boxes_of_models(guide, task, model_image.grid)
+    for part, box in zip(task.parts, boxes, strict=True):
+        if box is None:
             context.empty_classes.note_some(task.labels_of(part), NOT_GUIDED_TO)
-    return masks
+    return boxes
 
 
 def _shared(

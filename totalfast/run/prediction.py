@@ -15,6 +15,7 @@ from totalfast.engine.sliding_window import WindowMemory, prepare_tiles
 from totalfast.engine.source_image import SourceImage
 from totalfast.engine.tiles import Tiling, plan_tiles
 from totalfast.files.write import write_probabilities
+from totalfast.geometry import shifted
 from totalfast.labels.merge import merge_part, thirds, wants_split, whole
 from totalfast.models.model_summary import ModelSummary
 from totalfast.run.device_plan import choose_ladder
@@ -30,8 +31,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from totalfast.engine.ladder import Ladder
-    from totalfast.engine.rough_mask import RoughMask
-    from totalfast.geometry import Grid
+    from totalfast.geometry import Box, Grid
     from totalfast.labels.merge import Piece
     from totalfast.models.model import Model
     from totalfast.options import Options
@@ -51,10 +51,10 @@ class _Window(NamedTuple):
     piece: Piece
     source: SourceImage
     """The piece's voxels."""
-    mask: RoughMask | None
-    """Tiles of the piece that do not touch it are not run; None runs all."""
+    box: Box | None
+    """Slices along (z, y, x) of the piece: only tiles that touch it are run; None runs all."""
     tile_count: int
-    """At most: nnU-Net crops zeros at the border of an image."""
+    """An estimate: nnU-Net crops zeros at the border of an image, which moves its tiles."""
 
 
 class _Layout(NamedTuple):
@@ -82,7 +82,7 @@ def predict(
     model_image: ModelImage,
     task: Task,
     *,
-    masks: Sequence[RoughMask | None] | None = None,
+    boxes: Sequence[Box | None] | None = None,
 ) -> NDArray[np.uint8]:
     """Run all of a task's models and merge their labels, when it is this run's turn.
 
@@ -94,9 +94,9 @@ def predict(
         The scan on the model grid.
     task
         Whose models.
-    masks
-        Which tiles of the model grid each of them runs: those that touch its mask; None for a model
-        that has nothing to do. Without masks all run on the whole image.
+    boxes
+        Where each of them runs: the tiles that touch its box, slices along (z, y, x) of the model
+        grid; None for a model that has nothing to do. Without boxes all run on the whole image.
 
     Returns
     -------
@@ -106,14 +106,14 @@ def predict(
     if context.store.predicting.taken:
         wait()
     with context.store.predicting.turn(wait):
-        return _predict(context, model_image, task, masks)
+        return _predict(context, model_image, task, boxes)
 
 
 def _predict(
     context: RunContext,
     model_image: ModelImage,
     task: Task,
-    masks: Sequence[RoughMask | None] | None,
+    boxes: Sequence[Box | None] | None,
 ) -> NDArray[np.uint8]:
     """``predict``; a thread waits for a model's labels and merges them while the next one runs."""
     context.plan_memory(model_image.canonical, task).check(context.budget)
@@ -124,11 +124,11 @@ def _predict(
     windows = _windows(pieces, task)
     tile_count = _tile_count(windows)
     work = context.work
-    if masks is not None:
-        full, windows = tile_count, _windows(pieces, task, masks)
+    if boxes is not None:
+        full, windows = tile_count, _windows(pieces, task, boxes)
         tile_count = _tile_count(windows)
         work = work.of_models(len(task.parts), share=tile_count / full)
-        context.progress.expect(work.total)
+        context.progress.correct(work.total)
         logger.info("Guided: %d of %d tiles", tile_count, full)
         context = _without_idle(context, task, windows)
     layout = _Layout(
@@ -172,7 +172,7 @@ def _queue_model(
         archive = context.options.save_probabilities
         if part is not task.parts[-1] or index > 0:
             archive = None
-        tiles = _TileProgress(context, layout.tile_work)
+        tiles = _TileProgress(context, layout.tile_work, window.tile_count)
 
         def queue(tiling: Tiling) -> Waiting:
             tiles.start()  # noqa: B023 - called in this round
@@ -188,7 +188,7 @@ def _queue_model(
             )
 
         yield window.piece, layout.ladder.run(queue)
-        tiles.finish(window.tile_count)
+        tiles.finish()
     if model.device.type == "cpu":
         trim_memory()
 
@@ -214,7 +214,7 @@ def _queue_piece(
             tiling=tiling,
             memory=layout.memory,
             on_tile=on_tile,
-            mask=window.mask,
+            box=window.box,
             linear_to=linear_to,
         )
     part_labels, probabilities = predict_probabilities(
@@ -242,10 +242,10 @@ def _merge(labels: NDArray[np.uint8], piece: Piece, part_labels: Waiting, part: 
 
 
 class _TileProgress:
-    """Counts each tile once, also if the tiles are run again with less on the device."""
+    """Counts each expected tile once, also if tiles are run again with less on the device."""
 
-    def __init__(self, context: RunContext, work: float) -> None:
-        self._progress, self._work = context.progress, work
+    def __init__(self, context: RunContext, work: float, expected: int) -> None:
+        self._progress, self._work, self._expected = context.progress, work, expected
         self._done = self._shown = 0
 
     def start(self) -> None:
@@ -253,36 +253,37 @@ class _TileProgress:
 
     def advance(self) -> None:
         self._done += 1
-        if self._done > self._shown:
-            self._shown = self._done
-            self._progress.advance(self._work)
+        is_new = self._shown < self._done <= self._expected
+        self._shown += is_new
+        self._progress.advance(self._work * is_new)  # 0 too: it ends a run that was cancelled
 
-    def finish(self, count: int) -> None:
-        """Add those of ``count`` tiles that were not run."""
-        self._progress.advance(self._work * max(count - self._shown, 0))
+    def finish(self) -> None:
+        """Add the tiles that were expected and not run."""
+        self._progress.advance(self._work * (self._expected - self._shown))
 
 
 def _windows(
     pieces: tuple[tuple[Piece, SourceImage], ...],
     task: Task,
-    masks: Sequence[RoughMask | None] | None = None,
+    boxes: Sequence[Box | None] | None = None,
 ) -> tuple[tuple[_Window, ...], ...]:
-    """Where each model runs: everywhere, or where its mask is."""
+    """Where each model runs: everywhere, or where its box is."""
 
-    def windows(part: Part, mask: RoughMask | None) -> Iterator[_Window]:
+    def windows(part: Part, box: Box | None) -> Iterator[_Window]:
         model = ModelSummary.of(task, part)
         for piece, source in pieces:
             z, y, x = (source.shape[axis] for axis in model.axes)
             tiles = plan_tiles((z, y, x), model.patch, task.tile_step)
-            own = mask and mask.part((piece.predicted, slice(0, None), slice(0, None)))
+            own = box and shifted(box, (piece.predicted, slice(0, y), slice(0, x)))
             if own is not None:
-                tiles = tiles.that_touch(own.transposed(model.axes))
+                first, second, third = model.axes
+                tiles = tiles.that_touch((own[first], own[second], own[third]))
             if tiles.count:
                 yield _Window(piece, source, own, tiles.count)
 
     return tuple(
-        () if masks and mask is None else tuple(windows(part, mask))
-        for part, mask in zip(task.parts, masks or [None] * len(task.parts), strict=True)
+        () if boxes and box is None else tuple(windows(part, box))
+        for part, box in zip(task.parts, boxes or [None] * len(task.parts), strict=True)
     )
 
 

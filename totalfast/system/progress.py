@@ -45,6 +45,10 @@ class Progress:
         self._bar.total = total
         self._bar.refresh()
 
+    def correct(self, total: float) -> None:
+        """Set another total amount of work; what is done stays done."""
+        self.expect(total)
+
     def advance(self, work: float) -> None:
         """Add finished work."""
         self._bar.update(max(min(work, self._bar.total - self._bar.n), 0.0))
