@@ -125,7 +125,7 @@ def outside(phantom: Phantom, task: Task, windows: Any) -> dict[str, float]:
             for window in own:  # one at most: these scans are not split
                 shape = np.array(window.source.shape)
                 scale = (shape - 1) / (np.array(phantom.labels.shape[::-1]) - 1)
-                tiles = plan_tiles(tuple(shape), patch, task.tile_step).that_touch(window.mask)
+                tiles = plan_tiles(tuple(shape), patch, task.tile_step).that_touch(window.box)
                 slices, cells = tiles.cells()
                 found = [
                     np.searchsorted([cell.start for cell in axis], line, side="right") - 1
