@@ -193,9 +193,9 @@ def segment(
         voxels change. "f32" is the default.
     guided
         Not upstream's. Run the task's fast model first, and then only the tiles of each default
-        model that touch what the fast model found for it, with a margin of 20 mm. Saves time for
-        scans much larger than the structures, such as whole bodies. Labels there do not change;
-        what the fast model missed elsewhere is lost.
+        model that touch the box around what the fast model found for it, with a margin of 20 mm.
+        Saves time for scans much larger than the structures, such as whole bodies. Labels there do
+        not change; what the fast model missed elsewhere is lost.
 
     ``test`` other than 0, for upstream's own tests, raises ``UnsupportedError``.
 

@@ -326,9 +326,9 @@ def add_hardware_flags(parser: argparse.ArgumentParser) -> None:
         "--guided",
         action="store_true",
         help="Run the fast model first, and then only the tiles of each of the task's models that "
-        "touch what it found for that model, with a margin of 20 mm. Saves time for scans much "
-        "larger than the structures, such as whole bodies. Labels there do not change; what the "
-        "fast model missed elsewhere is lost.",
+        "touch the box around what it found for that model, with a margin of 20 mm. Saves time for "
+        "scans much larger than the structures, such as whole bodies. Labels there do not change; "
+        "what the fast model missed elsewhere is lost.",
     )
     add(
         "--deterministic",

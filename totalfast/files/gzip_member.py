@@ -51,7 +51,7 @@ class Piece:
 
 def compress(data: Buffer) -> Piece:
     """Compress a buffer. Releases the GIL, so several threads can compress at the same time."""
-    view = memoryview(data)
+    view = memoryview(data).cast("B")
     encoder = isal_zlib.compressobj(LEVEL, isal_zlib.DEFLATED, -isal_zlib.MAX_WBITS)
     blocks: list[bytes] = []
     for part in (view[:START], view[START:]):
