@@ -272,11 +272,11 @@ def _axes_to(
     """
     box, axes = [], []
     for axis, part in enumerate(image.box):
-        positions = sample_positions(image.full_shape[axis], shape[axis])
-        inside = np.flatnonzero((positions >= part.start - 0.5) & (positions < part.stop - 0.5))
-        first, last = (int(inside[0]), int(inside[-1]) + 1) if inside.size else (0, 0)
-        positions = positions[first:last] - part.start
+        positions = sample_positions(image.full_shape[axis], shape[axis]) - part.start
         size = part.stop - part.start
+        inside = np.flatnonzero((positions >= -0.5) & (positions < size - 0.5))
+        first, last = (int(inside[0]), int(inside[-1]) + 1) if inside.size else (0, 0)
+        positions = positions[first:last]
         own = image.voxels.shape[axis + 1]
         if own != size:
             positions = (positions + 0.5) * (own / size) - 0.5

@@ -106,15 +106,17 @@ class Tiles:
 
     def rows(self) -> Iterator[tuple[int, list[tuple[slice, slice, slice]]]]:
         """Yield each start along z, and the boxes of its tiles that are run, in nnU-Net's order."""
+        depth, height, width = self.patch
         for row, z in enumerate(self.starts[0]):
-            boxes = []
-            for column, y in enumerate(self.starts[1]):
-                for place, x in enumerate(self.starts[2]):
-                    if self.skipped is None or not self.skipped[row, column, place]:
-                        depth, height, width = self.patch
-                        box = slice(z, z + depth), slice(y, y + height), slice(x, x + width)
-                        boxes.append(box)
-            yield z, boxes
+            plane = itertools.product(enumerate(self.starts[1]), enumerate(self.starts[2]))
+            yield (
+                z,
+                [
+                    (slice(z, z + depth), slice(y, y + height), slice(x, x + width))
+                    for (column, y), (place, x) in plane
+                    if self.skipped is None or not self.skipped[row, column, place]
+                ],
+            )
 
     def that_touch(self, box: Box) -> Tiles:
         """Return these tiles; those without a voxel of a box of the image are skipped."""

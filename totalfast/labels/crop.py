@@ -51,7 +51,7 @@ def box_around(
     mapped = ScannerMap.of(labels, scanner)
     # Rough voxels that are not nearest to any voxel of the scan must not count.
     used = [np.unique(index) for index in mapped.indices]
-    mask = _is_one_of(mapped.labels[np.ix_(*used)], wanted)
+    mask = is_one_of(mapped.labels[np.ix_(*used)], wanted)
     if not mask.any():
         return None
     margins = (np.asarray(margin_mm) / scanner.spacing_mm).astype(int)
@@ -107,7 +107,7 @@ def remove_outside(
     rough = nearest_to_scanner_grid(
         labels, scanner=scanner, threads=threads, box=(wide[0], wide[1], wide[2])
     )
-    near = binary_dilation(_is_one_of(rough, wanted), iterations=steps)
+    near = binary_dilation(is_one_of(rough, wanted), iterations=steps)
     inside = tuple(
         slice(part.start - outer.start, part.stop - outer.start)
         for part, outer in zip(box, wide, strict=True)
@@ -115,7 +115,8 @@ def remove_outside(
     result[box][~near[inside]] = 0
 
 
-def _is_one_of(labels: NDArray[np.uint8], wanted: Collection[int]) -> NDArray[np.bool_]:
+def is_one_of(labels: NDArray[np.uint8], wanted: Collection[int]) -> NDArray[np.bool_]:
+    """Return a mask of the voxels that have one of some labels, of the shape of ``labels``."""
     table = np.zeros(256, dtype=bool)
     table[list(wanted)] = True
     return table[labels]

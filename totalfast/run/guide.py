@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from totalfast.labels.blobs import label_blobs
-from totalfast.labels.crop import box_around
+from totalfast.labels.crop import box_around, is_one_of
 from totalfast.tasks import ROUGH_MARGIN_MM
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def boxes_of_models(labels: NDArray[np.uint8], task: Task, grid: Grid) -> tuple[
     boxes: list[Box | None] = []
     for part in task.parts:
         wanted = [label for label in task.labels_of(part) if label in task.classes]
-        found = _without_specks(np.isin(labels, wanted, kind="table"))
+        found = _without_specks(is_one_of(labels, wanted))
         box = box_around(found.view(np.uint8), [1], scanner=grid, margin_mm=ROUGH_MARGIN_MM)
         boxes.append(None if box is None else (box[2], box[1], box[0]))
     return tuple(boxes)

@@ -13,7 +13,7 @@ import numpy as np
 from totalfast.engine.predict import predict_probabilities, queue_part
 from totalfast.engine.sliding_window import WindowMemory, prepare_tiles
 from totalfast.engine.source_image import SourceImage
-from totalfast.engine.tiles import Tiling, plan_tiles
+from totalfast.engine.tiles import Tiling
 from totalfast.files.write import write_probabilities
 from totalfast.geometry import shifted
 from totalfast.labels.merge import merge_part, thirds, wants_split, whole
@@ -272,12 +272,12 @@ def _windows(
     def windows(part: Part, box: Box | None) -> Iterator[_Window]:
         model = ModelSummary.of(task, part)
         for piece, source in pieces:
-            z, y, x = (source.shape[axis] for axis in model.axes)
-            tiles = plan_tiles((z, y, x), model.patch, task.tile_step)
-            own = box and shifted(box, (piece.predicted, slice(0, y), slice(0, x)))
-            if own is not None:
-                first, second, third = model.axes
-                tiles = tiles.that_touch((own[first], own[second], own[third]))
+            _, height, width = source.shape
+            own = box and shifted(box, (piece.predicted, slice(0, height), slice(0, width)))
+            z, y, x = model.axes
+            tiling = Tiling(step=task.tile_step, box=own and (own[z], own[y], own[x]))
+            shape = (source.shape[z], source.shape[y], source.shape[x])
+            tiles = tiling.tiles(shape, model.patch)
             if tiles.count:
                 yield _Window(piece, source, own, tiles.count)
 
