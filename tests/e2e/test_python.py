@@ -205,12 +205,12 @@ def test_tile_step_size_changes_the_task_but_not_its_rough_model():
 
 def test_larger_tile_step_size_predicts_fewer_tiles(monkeypatch):
     counts = []
-    plan = prediction.plan_tiles
-    monkeypatch.setattr(prediction, "plan_tiles", lambda *a: counts.append(plan(*a)) or counts[-1])
+    place = prediction._windows
+    monkeypatch.setattr(prediction, "_windows", lambda *a: counts.append(place(*a)) or counts[-1])
     scan = nib.Nifti1Image(np.zeros((20, 20, 130), np.int16), np.diag([6.0, 6.0, 6.0, 1.0]))
     for step in (None, 1.0):
         totalfast.segment(scan, tile_step_size=step, **QUICK)
-    default, few = (tiles.count for tiles in counts)
+    default, few = (prediction._tile_count(windows) for windows in counts)
     assert few < default
 
 
